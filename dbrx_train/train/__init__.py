@@ -1,0 +1,1 @@
+"""The run: RunConfig -> composer.Trainer. The only room that imports composer."""
