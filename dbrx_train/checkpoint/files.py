@@ -1,0 +1,77 @@
+"""A run's checkpoints as files: which there are, what they hold, the model in them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dbrx_train.model.config import DbrxConfig
+from dbrx_train.model.decoder import Dbrx
+
+_NAME = re.compile(r"ba(\d+)\.pt")
+
+
+def saved(folder: Path) -> list[Path]:
+    """The whole checkpoints in ``folder``, newest first."""
+    found = [(int(m[1]), p) for p in folder.glob("ba*.pt") if (m := _NAME.fullmatch(p.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def batches_done(path: Path) -> int:
+    """Optimizer steps that the run had made at this checkpoint, by its name."""
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A checkpoint's content. Tensors are memory-mapped: only those that are used are read.
+
+    Raises:
+        ValueError: the file is missing, damaged, or no checkpoint of ours.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        run_config(content)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except Exception as error:  # torch raises a different one for each kind of damage
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: not a whole checkpoint ({line})") from None
+    assert isinstance(content, dict)
+    return content
+
+
+def run_config(content: dict[str, Any]) -> dict[str, Any]:
+    """The resolved configuration of the run that saved a checkpoint."""
+    for name, state in content["state"]["callbacks"]:
+        if name == "Checkpoints":
+            assert isinstance(state, dict)
+            config: dict[str, Any] = state["config"]
+            return config
+    raise KeyError("no run configuration in it")
+
+
+def load_model(path: Path, dtype: torch.dtype = torch.float32) -> Dbrx:
+    """The model in a checkpoint file, a run's folder, or a folder in Hugging Face format.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if (path / "config.json").exists():
+        return Dbrx.from_pretrained(path, dtype=dtype)
+    if path.is_dir():
+        found = saved(path) or saved(path / "checkpoints")
+        if not found:
+            raise ValueError(f"{path}: neither a run with checkpoints nor a folder with a config.json")
+        path = found[0]
+    content = read(path)
+    with torch.device("meta"):
+        model = Dbrx(DbrxConfig.from_dict(run_config(content)["model"]))
+    prefix = "model."
+    weights = {k.removeprefix(prefix): v.to(dtype) for k, v in content["state"]["model"].items()}
+    model.load_state_dict(weights, assign=True)
+    return model

@@ -1,0 +1,171 @@
+"""The command line: one command per verb, each a thin call into one room.
+
+Exit codes: 0 done; 2 the user's input is wrong (one line); 130 interrupted; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dbrx_train import __version__
+
+app = typer.Typer(
+    name="dbrx-train",
+    help="Train fine-grained mixture-of-experts language models the way DBRX was trained.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+data_app = typer.Typer(no_args_is_help=True, help="Prepare and look at training data.")
+app.add_typer(data_app, name="data")
+
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+
+
+def main() -> None:
+    """Entry point: turns a user's mistake into one line and exit code 2."""
+    try:
+        app()
+    except ValueError as error:
+        if os.environ.get("DBRX_TRAIN_LOG") == "debug":
+            raise
+        _fail(str(error))
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        _fail(f"{error.filename or 'output'}: {error.strerror}")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("dbrx_train"):
+            raise
+        _fail(f"{error.name} is not installed; this needs: pip install 'dbrx-train[train]'")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(message: str) -> None:
+    print(f"dbrx-train: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@data_app.command("prepare")
+def data_prepare(
+    sources: Annotated[list[str], typer.Argument(help="Files, folders or globs: text, JSON lines, Parquet.")],
+    out: Annotated[str, typer.Option(help="The folder to make.")],
+    seq_len: Annotated[int, typer.Option(help="Tokens per sample.")] = 2048,
+    text_field: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
+    suffix: Annotated[list[str] | None, typer.Option(help="Ending of text files; may be repeated.")] = None,
+    val_fraction: Annotated[float, typer.Option(help="Share of the documents held out.")] = 0.01,
+    processes: Annotated[int | None, typer.Option(help="Worker processes; default: one per core.")] = None,
+    vocab_file: Annotated[str | None, typer.Option(help="A .tiktoken vocabulary to use instead.")] = None,
+) -> None:
+    """Tokenize SOURCES into shards; interrupted, the same command goes on."""
+    from dbrx_train.data.prepare import TEXT_SUFFIXES, prepare
+
+    summary = prepare(
+        sources,
+        out,
+        seq_len=seq_len,
+        text_field=text_field,
+        suffixes=suffix or TEXT_SUFFIXES,
+        val_fraction=val_fraction,
+        processes=processes,
+        vocab_file=vocab_file,
+    )
+    print(summary)
+
+
+@data_app.command("inspect")
+def data_inspect(
+    folder: Annotated[str, typer.Argument(help="A prepared folder.")],
+    split: Annotated[str, typer.Option(help="train or val.")] = "train",
+    sample: Annotated[int | None, typer.Option(help="Which sample to show.")] = None,
+    vocab_file: Annotated[str | None, typer.Option(help="The vocabulary it was prepared with.")] = None,
+) -> None:
+    """Show what a prepared folder holds."""
+    from dbrx_train.data.inspect import inspect
+
+    print(inspect(folder, split=split, sample=sample, vocab_file=vocab_file))
+
+
+@data_app.command("quickstart")
+def data_quickstart(
+    out: Annotated[str, typer.Option(help="The folder to make.")] = "data/quickstart",
+    seq_len: Annotated[int, typer.Option(help="Tokens per sample.")] = 512,
+) -> None:
+    """Prepare the quickstart's corpus: the code and the texts of this machine's Python."""
+    from dbrx_train.data.quickstart import prepare_quickstart
+
+    for summary in prepare_quickstart(out, seq_len=seq_len).values():
+        print(summary)
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="The run's YAML.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+) -> None:
+    """Train as CONFIG says; resume if a run of its name was started before."""
+    from dbrx_train.config import load
+
+    loaded = load(config, overrides or [])
+    from dbrx_train.train.builder import run
+
+    run(loaded)
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="A run's folder, a checkpoint, or a Hugging Face folder.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this much probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+) -> None:
+    """Continue PROMPT with the model in CHECKPOINT."""
+    import torch
+
+    from dbrx_train.checkpoint.files import load_model
+    from dbrx_train.data.tokenizer import load_tokenizer
+    from dbrx_train.model.generation import generate as continue_ids
+
+    model = load_model(checkpoint)
+    model.eval()
+    tokenizer = load_tokenizer()
+    ids = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eos_id]])
+    generator = torch.Generator().manual_seed(seed)
+    tokens = continue_ids(
+        model, ids, max_new_tokens, temperature=temperature, top_p=top_p, generator=generator
+    )
+    print(prompt, end="", flush=True)
+    text, new_ids = "", list[int]()
+    for token in tokens:
+        new_ids.append(int(token))
+        whole = tokenizer.decode(new_ids)
+        if not whole.endswith("\N{REPLACEMENT CHARACTER}"):  # else a character is still incomplete
+            print(whole[len(text) :], end="", flush=True)
+            text = whole
+    print()

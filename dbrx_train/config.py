@@ -1,0 +1,376 @@
+"""The run's YAML: its schema as dataclasses, and the one way to read it.
+
+Every key is documented here, once; docs/configuration.md is generated from these fields.
+Nothing heavy is imported, so that a wrong file is refused within a fraction of a second.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dbrx_train.data.mix import MixSchedule
+from dbrx_train.duration import Clock, parse_duration
+from dbrx_train.model.config import DbrxConfig
+
+
+class ConfigError(ValueError):
+    """The user's configuration is wrong; the message is one line that names the key."""
+
+
+def _doc(text: str, default: Any = dataclasses.MISSING) -> Any:
+    if callable(default):
+        return field(default_factory=default, metadata={"doc": text})
+    return field(default=default, metadata={"doc": text})
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _one_of(key: str, value: str, allowed: Sequence[str]) -> None:
+    _require(value in allowed, f"{key}: {value!r} is not one of {', '.join(allowed)}")
+
+
+@dataclass
+class TokenizerConfig:
+    name: str = _doc("tiktoken encoding; DBRX's is `cl100k_base`", "cl100k_base")
+    vocab_file: str | None = _doc("a `.tiktoken` vocabulary file to read instead of downloading one", None)
+
+
+@dataclass
+class SourceConfig:
+    local: str = _doc("folder that `dbrx-train data prepare` wrote, or where to cache `remote`")
+    remote: str | None = _doc("the same folder on an object store (any URL that mosaicml-streaming reads)", None)
+    max_epochs: float | None = _doc("refuse a mix that repeats this source more often than this", None)
+
+
+@dataclass
+class MixPointConfig:
+    at: str = _doc("when: `0tok`, `2_000_000tok`, `0.7dur` or `10ba`")
+    weights: dict[str, float] = _doc("share of each source; need not sum to 1; a source left out gets 0", dict)
+    reach: str = _doc("`step`: jump here; `linear`: ramp from the point before", "step")
+
+
+@dataclass
+class DataConfig:
+    sources: dict[str, SourceConfig] = _doc("name -> where its shards are", dict)
+    mix: list[MixPointConfig] = _doc("the data mix over the run; default: one point, equal weights", list)
+    seq_len: int = _doc("tokens per sample; must be that of the prepared shards", 2048)
+    shuffle: bool = _doc("shuffle within and across shards", True)
+    shuffle_seed: int = _doc("seed of the shuffle", 9176)
+    canonical_nodes: int = _doc("parts that each source is cut into; must divide `global_batch_size`", 1)
+    num_workers: int = _doc("DataLoader worker processes per rank", 1)
+    predownload: int | None = _doc("samples prepared ahead per worker; default: eight batches", None)
+    cache_limit: int | None = _doc("bytes of disk that all sources may keep locally of `remote` data", None)
+
+    def check(self) -> None:
+        _require(bool(self.sources), "data.sources: name at least one source, such as {web: {local: data/web}}")
+        _require(self.seq_len >= 2, f"data.seq_len: must be at least 2, not {self.seq_len}")
+        _require(self.num_workers >= 0, f"data.num_workers: must not be negative, not {self.num_workers}")
+        _require(self.canonical_nodes >= 1, f"data.canonical_nodes: must be positive, not {self.canonical_nodes}")
+        for i, point in enumerate(self.mix):
+            for name in point.weights:
+                _require(
+                    name in self.sources,
+                    f"data.mix[{i}].weights: {name!r} is not in data.sources{_nearest(name, self.sources)}",
+                )
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = _doc("`adamw` or `lionw`, both with decoupled weight decay", "adamw")
+    lr: float = _doc("peak learning rate", 3e-4)
+    betas: list[float] = _doc("momentum coefficients", lambda: [0.9, 0.95])
+    eps: float = _doc("AdamW's epsilon", 1e-8)
+    weight_decay: float = _doc("decay of matrices; norms never decay", 0.1)
+    decay_embeddings: bool = _doc("decay the embedding and the output head too", True)
+    router_lr_scale: float = _doc("the routers' learning rate, relative to `lr`", 1.0)
+
+    def check(self) -> None:
+        _one_of("optimization.optimizer.name", self.name, ("adamw", "lionw"))
+        _require(self.lr > 0, f"optimization.optimizer.lr: must be positive, not {self.lr}")
+        _require(
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+            f"optimization.optimizer.betas: two numbers in [0, 1), not {self.betas}",
+        )
+        _require(
+            self.weight_decay >= 0,
+            f"optimization.optimizer.weight_decay: must not be negative, not {self.weight_decay}",
+        )
+
+
+@dataclass
+class LearningRateConfig:
+    schedule: str = _doc("`constant`, `linear`, `cosine` or `wsd` (warmup-stable-decay)", "cosine")
+    warmup: str = _doc("linear warm-up from 0", "0tok")
+    decay: str = _doc("`wsd` only: length of the final linear decay", "0.1dur")
+    final: float = _doc("where the decay ends, relative to the peak", 0.1)
+
+    def check(self) -> None:
+        _one_of("optimization.learning_rate.schedule", self.schedule, ("constant", "linear", "cosine", "wsd"))
+        _require(
+            0 <= self.final <= 1, f"optimization.learning_rate.final: must be in [0, 1], not {self.final}"
+        )
+
+
+@dataclass
+class OptimizationConfig:
+    global_batch_size: int = _doc("samples per optimizer step, over all ranks", 8)
+    microbatch_size: int | None = _doc("samples per forward pass and rank; default: the rank's whole batch", None)
+    clip_grad_norm: float | None = _doc("largest global gradient norm; null: no clipping", 1.0)
+    optimizer: OptimizerConfig = _doc("the optimizer", OptimizerConfig)
+    learning_rate: LearningRateConfig = _doc("its learning rate over the run", LearningRateConfig)
+
+    def check(self) -> None:
+        batch, micro = self.global_batch_size, self.microbatch_size
+        _require(batch >= 1, f"optimization.global_batch_size: must be positive, not {batch}")
+        if micro is not None:
+            _require(micro >= 1, f"optimization.microbatch_size: must be positive, not {micro}")
+            _require(
+                batch % micro == 0,
+                f"optimization.microbatch_size: {micro} does not divide global_batch_size {batch}",
+            )
+        clip = self.clip_grad_norm
+        _require(clip is None or clip > 0, f"optimization.clip_grad_norm: must be positive or null, not {clip}")
+
+
+@dataclass
+class CheckpointsConfig:
+    interval: str = _doc("how often to save; the end of the run always is", "1000ba")
+    keep: int = _doc("how many to keep, newest first", 2)
+
+    def check(self) -> None:
+        _require(self.keep >= 1, f"checkpoints.keep: must be at least 1, not {self.keep}")
+
+
+@dataclass
+class LoggingConfig:
+    mlflow_uri: str = _doc("MLflow tracking URI", "sqlite:///mlruns.db")
+    experiment: str = _doc("MLflow experiment", "dbrx-train")
+    interval: str = _doc("how often expert load and throughput are logged", "10ba")
+    progress: bool = _doc("progress bar, where there is a terminal", True)
+    peak_flops: float | None = _doc(
+        "FLOP/s of one device that MFU is relative to; default: the GPU's published dense peak, "
+        "on a CPU that of a measured matrix product",
+        None,
+    )
+
+
+@dataclass
+class EvaluationConfig:
+    interval: str = _doc("how often to evaluate on each source's held-out split", "0.25dur")
+    batch_size: int = _doc("samples per forward pass and rank", 8)
+    max_samples: int = _doc("most samples per source; 0: no evaluation", 256)
+    at_start: bool = _doc("evaluate before the first step too", True)
+
+    def check(self) -> None:
+        _require(self.batch_size >= 1, f"evaluation.batch_size: must be positive, not {self.batch_size}")
+        _require(self.max_samples >= 0, f"evaluation.max_samples: must not be negative, not {self.max_samples}")
+
+
+@dataclass
+class RunConfig:
+    """One run. The order is the one in which a reader wants it."""
+
+    run_name: str = _doc("names the run; the same name resumes it")
+    max_duration: str = _doc("how long to train: `1_000_000tok` or `1000ba`")
+    model: DbrxConfig = _doc("the model's shape", DbrxConfig)
+    data: DataConfig = _doc("what it is trained on", DataConfig)
+    folder: str = _doc("where the run's files go", "runs/${run_name}")
+    seed: int = _doc("seed of initialisation and of all that is random but the data order", 17)
+    device: str = _doc("`auto`, `cpu` or `gpu`", "auto")
+    precision: str = _doc("`fp32`, or `amp_bf16` (float32 weights, bfloat16 matrix products)", "fp32")
+    tokenizer: TokenizerConfig = _doc("the tokenizer that the data was prepared with", TokenizerConfig)
+    optimization: OptimizationConfig = _doc("batches, optimizer and learning rate", OptimizationConfig)
+    checkpoints: CheckpointsConfig = _doc("when to save and what to keep", CheckpointsConfig)
+    logging: LoggingConfig = _doc("what is shown and where it is kept", LoggingConfig)
+    evaluation: EvaluationConfig = _doc("held-out loss per source", EvaluationConfig)
+
+    def check(self) -> None:
+        """Refuse what cannot be run; sections first.
+
+        Raises:
+            ConfigError: one line that names the key.
+        """
+        for section in (
+            self.data,
+            self.optimization,
+            self.optimization.optimizer,
+            self.optimization.learning_rate,
+            self.checkpoints,
+            self.evaluation,
+        ):
+            section.check()
+        _one_of("device", self.device, ("auto", "cpu", "gpu"))
+        _one_of("precision", self.precision, ("fp32", "amp_bf16"))
+        _require(bool(self.run_name.strip()), "run_name: must not be empty")
+        _require(
+            self.data.seq_len <= self.model.max_seq_len,
+            f"data.seq_len: {self.data.seq_len} is longer than model.max_seq_len {self.model.max_seq_len}",
+        )
+        nodes, batch = self.data.canonical_nodes, self.optimization.global_batch_size
+        _require(
+            batch % nodes == 0,
+            f"data.canonical_nodes: {nodes} does not divide optimization.global_batch_size {batch}",
+        )
+        value, unit = _at("max_duration", parse_duration, self.max_duration)
+        _require(unit != "dur" and value > 0, f"max_duration: {self.max_duration!r} is not a length of its own")
+        clock = self.clock
+        for key in (
+            "optimization.learning_rate.warmup",
+            "optimization.learning_rate.decay",
+            "checkpoints.interval",
+            "logging.interval",
+            "evaluation.interval",
+        ):
+            _at(key, clock.tokens, _lookup(self, key))
+        _at("data.mix", self.mix_schedule)
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """Tokens per optimizer step, over all ranks."""
+        return self.optimization.global_batch_size * self.data.seq_len
+
+    @property
+    def clock(self) -> Clock:
+        """Converts the run's durations to tokens."""
+        return Clock.of(self.max_duration, tokens_per_batch=self.tokens_per_batch)
+
+    def mix_schedule(self) -> MixSchedule:
+        """The data mix over this run: as given, or all sources alike."""
+        alike = MixPointConfig(at="0tok", weights=dict.fromkeys(self.data.sources, 1.0))
+        return MixSchedule.from_config(
+            [dataclasses.asdict(point) for point in self.data.mix or [alike]],
+            seq_len=self.data.seq_len,
+            batch_size=self.optimization.global_batch_size,
+            duration=f"{self.clock.total_tokens}tok",
+            sources=list(self.data.sources),
+            canonical_nodes=self.data.canonical_nodes,
+        )
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's YAML, apply ``key=value`` overrides, and check the whole.
+
+    ``variables:`` holds values for interpolation (``${variables.d_model}``) and is not part of the result.
+
+    Raises:
+        ConfigError: anything is wrong with it; one line that names the file or the key.
+    """
+    given = _read_yaml(Path(path))
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        _require(bool(equals and key.strip()), f"{override!r}: an override has the form key=value")
+    try:
+        merged = OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
+        resolved = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {_first_line(error)}") from None
+    assert isinstance(resolved, dict)
+    resolved.pop("variables", None)
+    for key, nearest in _unknown_keys(resolved, RunConfig):
+        raise ConfigError(f"{path}: unknown key {key}{nearest}")
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), resolved))
+        assert isinstance(config, RunConfig)
+        config.check()
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        where = f"{key}: " if key and not _first_line(error).startswith(str(key)) else ""
+        raise ConfigError(f"{path}: {where}{_first_line(error)}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: model.{_first_line(error)}") from None
+    return config
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The whole run as plain dicts, lists and scalars, defaults included."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The whole run as YAML that ``load`` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """``{"a": {"b": 1}}`` -> ``("a.b", 1)``; lists stay whole."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    try:
+        given = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({_first_line(error)})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or _first_line(error)
+        raise ConfigError(f"{path}{line}: not valid YAML: {problem}") from None
+    if not isinstance(given, DictConfig):
+        raise ConfigError(f"{path}: a run is a mapping of keys, such as run_name and model")
+    return given
+
+
+def _unknown_keys(given: dict[Any, Any], schema: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Each key of ``given`` that ``schema`` lacks, with the nearest one that it has."""
+    known = {f.name: f.type for f in dataclasses.fields(schema)}
+    for key, value in given.items():
+        if key not in known:
+            yield f"{prefix}{key}", _nearest(str(key), known)
+            continue
+        inner = known[key]
+        if dataclasses.is_dataclass(inner) and isinstance(value, dict):
+            yield from _unknown_keys(value, inner, f"{prefix}{key}.")
+        elif getattr(inner, "__origin__", None) is dict and isinstance(value, dict):
+            element = inner.__args__[1]
+            for name, item in value.items():
+                if dataclasses.is_dataclass(element) and isinstance(item, dict):
+                    yield from _unknown_keys(item, element, f"{prefix}{key}.{name}.")
+        elif getattr(inner, "__origin__", None) is list and isinstance(value, list):
+            element = inner.__args__[0]
+            for i, item in enumerate(value):
+                if dataclasses.is_dataclass(element) and isinstance(item, dict):
+                    yield from _unknown_keys(item, element, f"{prefix}{key}[{i}].")
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(map(str, known))}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _at(key: str, function: Any, *args: Any) -> Any:
+    """``function(*args)``, whose ValueError then names ``key``."""
+    try:
+        return function(*args)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from None
+
+
+def _lookup(config: Any, key: str) -> Any:
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config

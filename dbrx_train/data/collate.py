@@ -1,0 +1,52 @@
+"""From samples to a batch of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dbrx_train.data.dataset import ScheduledDataset
+
+__all__ = ["build_loader", "collate", "document_ids"]
+
+
+def document_ids(tokens: Tensor, eos_id: int) -> Tensor:
+    """Number the documents within each sample from 0; an eos token belongs to the document that it ends.
+
+    ``tokens`` is [..., sequence]; the result is int64 and alike.
+    """
+    ends = (tokens == eos_id).long()
+    return ends.cumsum(-1) - ends
+
+
+def collate(samples: Sequence[dict[str, Any]], *, eos_id: int) -> dict[str, Tensor]:
+    """Batch samples: ``input_ids``, ``labels``, ``document_ids`` int64 [batch, sequence], ``source`` [batch].
+
+    The labels are the inputs themselves: the loss shifts them.
+    """
+    tokens = torch.stack([torch.as_tensor(sample["tokens"]) for sample in samples])
+    return {
+        "input_ids": tokens,
+        "labels": tokens.clone(),
+        "document_ids": document_ids(tokens, eos_id),
+        "source": torch.tensor([sample["source"] for sample in samples]),
+    }
+
+
+def build_loader(
+    dataset: ScheduledDataset, *, eos_id: int, num_workers: int = 0, pin_memory: bool = False
+) -> DataLoader[dict[str, Any]]:
+    """A DataLoader of this rank's batches, which must be whole for workers to keep the order."""
+    return DataLoader(
+        dataset,
+        batch_size=dataset.rank_batch_size,
+        num_workers=num_workers,
+        collate_fn=partial(collate, eos_id=eos_id),
+        pin_memory=pin_memory,
+        prefetch_factor=4 if num_workers else None,
+    )

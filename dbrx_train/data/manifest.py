@@ -1,0 +1,174 @@
+"""``manifest.json``: what a prepared folder holds, and the mark that it is whole.
+
+Layout of a prepared folder::
+
+    DIR/manifest.json                        written last
+    DIR/train/index.json                     MDS index over all of the split's shards
+    DIR/train/00000/shard.00000.mds.zstd     shards of the first part of the input, and so on
+    DIR/train/rest/shard.00000.mds.zstd      samples packed from what the parts had left over
+    DIR/val/…                                likewise, if documents were held out
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Manifest", "Problem", "Split", "check_dataset", "read_manifest", "write_json", "write_manifest"]
+
+MANIFEST = "manifest.json"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Split:
+    """What one split holds.
+
+    ``tokens`` counts the end-of-text token of each document; ``samples`` of them have ``seq_len`` tokens
+    each, and the ``dropped_tokens`` at the very end, fewer than ``seq_len``, are in no sample.
+    ``text_bytes`` is the UTF-8 size of the documents, ``lengths[i]`` the number of documents of
+    [2^i, 2^(i+1)) tokens.
+    """
+
+    documents: int
+    tokens: int
+    samples: int
+    dropped_tokens: int
+    text_bytes: int
+    lengths: list[int]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Trouble that was mended: how often, and where first (``FILE`` or ``FILE:LINE``)."""
+
+    count: int
+    examples: list[str]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All of ``manifest.json``. Equal input and options give an equal file, whoever wrote it."""
+
+    version: int
+    tokenizer: str
+    tokenizer_fingerprint: str
+    vocab_size: int
+    options: dict[str, Any]
+    sources: list[dict[str, Any]]
+    splits: dict[str, Split]
+    problems: dict[str, Problem]
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of each sample."""
+        return int(self.options["seq_len"])
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
+    """The manifest of a prepared folder.
+
+    Raises:
+        ValueError: the folder is missing, empty or half written, or its manifest is damaged.
+    """
+    path = Path(folder, MANIFEST)
+    if not path.parent.is_dir():
+        raise ValueError(f"{folder}: no such folder; make it with `dbrx-train data prepare`")
+    if not path.is_file():
+        state = "half written" if any(path.parent.iterdir()) else "empty"
+        raise ValueError(f"{folder}: {state}, it has no {MANIFEST}; run `dbrx-train data prepare` to its end")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["version"] != VERSION:
+            raise ValueError(f"version {values['version']}; this program reads version {VERSION}")
+        values["splits"] = {name: Split(**split) for name, split in values["splits"].items()}
+        values["problems"] = {kind: Problem(**problem) for kind, problem in values["problems"].items()}
+        return Manifest(**{field.name: values[field.name] for field in fields(Manifest)})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: no manifest of a prepared folder ({error})") from error
+
+
+def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> None:
+    """Write ``manifest.json`` in one step: from then on the folder counts as whole."""
+    write_json(Path(folder, MANIFEST), asdict(manifest), indent=2)
+
+
+def write_json(path: Path, value: Mapping[str, Any], indent: int | None = None) -> None:
+    """Write JSON so that ``path`` is there whole or not at all, even after a power failure."""
+    partial = path.with_name(f"{path.name}.tmp")
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=indent, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def check_dataset(
+    folder: str | os.PathLike[str],
+    seq_len: int,
+    tokenizer_fingerprint: str | None = None,
+    vocab_size: int | None = None,
+    split: str = "train",
+) -> Manifest:
+    """Make sure that a run can read ``folder``: whole, and of this sequence length and tokenizer.
+
+    Looks at the size of every shard but reads none.
+
+    Args:
+        folder: a prepared folder, as ``data prepare`` left it.
+        seq_len: tokens per sample that the run asks for.
+        tokenizer_fingerprint: of the run's tokenizer, if it has to be the same one.
+        vocab_size: rows of the run's embedding, if every id has to have one.
+        split: the split that the run reads.
+
+    Raises:
+        ValueError: naming the folder, what is wrong with it, and what would be right.
+    """
+    manifest = read_manifest(folder)
+    if manifest.seq_len != seq_len:
+        raise ValueError(
+            f"{folder}: prepared with samples of {manifest.seq_len} tokens, but the run asks for {seq_len}; "
+            f"set the run's sequence length to {manifest.seq_len}, or prepare again with --seq-len {seq_len}"
+        )
+    if tokenizer_fingerprint not in (None, manifest.tokenizer_fingerprint):
+        raise ValueError(
+            f"{folder}: prepared with another tokenizer, {manifest.tokenizer} "
+            f"({manifest.tokenizer_fingerprint[:12]}…, the run's is {str(tokenizer_fingerprint)[:12]}…); "
+            f"use that one, or prepare again"
+        )
+    if vocab_size is not None and vocab_size < manifest.vocab_size:
+        raise ValueError(
+            f"{folder}: holds ids up to {manifest.vocab_size - 1}, but the model's vocabulary has only "
+            f"{vocab_size}; set it to at least {manifest.vocab_size}"
+        )
+    if split not in manifest.splits:
+        raise ValueError(f"{folder}: has no split {split!r}, only {', '.join(manifest.splits)}")
+    _check_shards(Path(folder, split), manifest.splits[split].samples)
+    return manifest
+
+
+def _check_shards(folder: Path, samples: int) -> None:
+    try:
+        shards = json.loads((folder / "index.json").read_text(encoding="utf-8"))["shards"]
+        found = sum(shard["samples"] for shard in shards)
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder}: has no index.json; prepare it again") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{folder}/index.json: damaged ({error}); prepare the folder again") from error
+    if found != samples:
+        raise ValueError(f"{folder}/index.json: lists {found} samples, the manifest {samples}; prepare again")
+    for shard in shards:
+        # Streaming unpacks shards next to the compressed ones: either will do
+        forms = [form for form in (shard["zip_data"], shard["raw_data"]) if form]
+        if not any(_size(folder / form["basename"]) == form["bytes"] for form in forms):
+            raise ValueError(
+                f"{folder / forms[0]['basename']}: missing or cut short; prepare the folder again"
+            )
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None

@@ -1,0 +1,310 @@
+"""`DbrxConfig`: the shape of a DBRX-style decoder, and what follows from the shape alone."""
+
+import difflib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+BALANCE_LOSSES = ("megablocks", "huggingface", "none")
+EXPERT_IMPLS = ("auto", "loop", "grouped")
+INIT_METHODS = ("normal", "trunc_normal", "kaiming_normal")
+
+_HF_NORM_EPS = 1e-5  # fixed in the Hugging Face class
+
+# (section, key) in a Hugging Face config.json -> (our field, the Hugging Face class's default)
+_HF_FIELDS: dict[tuple[str, str], tuple[str, Any]] = {
+    ("", "d_model"): ("d_model", 2048),
+    ("", "n_layers"): ("n_layers", 24),
+    ("", "n_heads"): ("n_heads", 16),
+    ("", "vocab_size"): ("vocab_size", 32000),
+    ("", "max_seq_len"): ("max_seq_len", 2048),
+    ("", "initializer_range"): ("init_std", 0.02),
+    ("attn_config", "kv_n_heads"): ("n_kv_heads", 1),
+    ("attn_config", "rope_theta"): ("rope_theta", 10_000.0),
+    ("attn_config", "clip_qkv"): ("clip_qkv", None),
+    ("ffn_config", "ffn_hidden_size"): ("ffn_hidden_size", 3584),
+    ("ffn_config", "moe_num_experts"): ("num_experts", 4),
+    ("ffn_config", "moe_top_k"): ("top_k", 1),
+    ("ffn_config", "moe_jitter_eps"): ("router_jitter", None),
+    ("ffn_config", "moe_loss_weight"): ("balance_loss_weight", 0.01),
+    ("ffn_config", "moe_normalize_expert_weights"): ("normalize_expert_weights", 1.0),
+}
+
+
+def _option(default: Any, doc: str) -> Any:
+    return field(default=default, metadata={"doc": doc})
+
+
+@dataclass
+class DbrxConfig:
+    """The architecture, its losses and its initialisation. The defaults are the released DBRX 132B.
+
+    Raises ValueError, beginning with the field's name, for a value that makes no model.
+    """
+
+    d_model: int = _option(6144, "Width of the residual stream.")
+    n_layers: int = _option(40, "Number of transformer blocks.")
+    n_heads: int = _option(48, "Query heads; d_model must be a multiple.")
+    n_kv_heads: int = _option(8, "Key and value heads (grouped-query attention); must divide n_heads.")
+    vocab_size: int = _option(100_352, "Rows of the embedding and of the output head.")
+    max_seq_len: int = _option(32_768, "Longest sequence accepted, in tokens.")
+    ffn_hidden_size: int = _option(10_752, "Hidden width of one expert.")
+    num_experts: int = _option(16, "Experts per layer; 1 is a dense model without a router.")
+    top_k: int = _option(4, "Experts that each token visits.")
+    rope_theta: float = _option(500_000.0, "Base of the rotary frequencies.")
+    clip_qkv: float | None = _option(
+        8.0, "Clamp queries, keys and values to plus or minus this; null for none."
+    )
+    norm_eps: float = _option(1e-5, "Epsilon of the LayerNorms.")
+    router_jitter: float = _option(
+        0.0, "In training, multiply the router's input by uniform noise in 1 plus or minus this."
+    )
+    normalize_expert_weights: float | None = _option(
+        1.0, "The p of the p-norm that a token's top-k weights are divided by; null for none."
+    )
+    balance_loss: str = _option(
+        "megablocks",
+        "Load-balancing loss: megablocks (per layer, 1.0 at perfect balance), "
+        "huggingface (layers averaged first, top_k at perfect balance) or none.",
+    )
+    balance_loss_weight: float = _option(0.05, "Weight of the load-balancing loss.")
+    router_z_loss_weight: float = _option(0.0, "Weight of the router z-loss (arXiv 2202.08906); 0 is off.")
+    loss_free_bias_rate: float = _option(
+        0.0, "Step of the per-expert selection bias of loss-free balancing (arXiv 2408.15664); 0 is off."
+    )
+    output_z_loss_weight: float = _option(
+        0.0, "Weight of the z-loss on the output logits (arXiv 2204.02311); 0 is off."
+    )
+    mask_documents: bool = _option(
+        True, "Documents packed into one sample neither attend to nor predict one another."
+    )
+    reset_positions: bool = _option(False, "Rotary positions restart at each document of a packed sample.")
+    expert_impl: str = _option(
+        "auto", "How tokens meet their experts: auto, loop (the reference) or grouped."
+    )
+    loss_chunk_size: int = _option(1024, "Tokens whose logits exist at one time while the loss is computed.")
+    init_method: str = _option(
+        "normal",
+        "Weights' distribution: normal, trunc_normal (cut at 3 init_std) or kaiming_normal (fan-in).",
+    )
+    init_std: float = _option(0.02, "Standard deviation of normal and trunc_normal.")
+    init_residual_scaling: bool = _option(
+        True, "Divide the projections that write to the residual stream by sqrt(2 * n_layers) at init."
+    )
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        self._check_sizes()
+        self._check_numbers()
+        for name, choices in (
+            ("balance_loss", BALANCE_LOSSES),
+            ("expert_impl", EXPERT_IMPLS),
+            ("init_method", INIT_METHODS),
+        ):
+            value = getattr(self, name)
+            _require(value in choices, name, f"{value!r} is unknown; choose one of {', '.join(choices)}")
+
+    def _check_types(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            assert not isinstance(f.type, str)
+            if f.type in (float, float | None) and type(value) is int:
+                setattr(self, f.name, float(value))
+            elif not isinstance(value, f.type) or (isinstance(value, bool) and f.type is not bool):
+                wanted = getattr(f.type, "__name__", str(f.type))
+                raise ValueError(f"{f.name}: {value!r} is a {type(value).__name__}; must be {wanted}")
+
+    def _check_sizes(self) -> None:
+        for f in fields(self):
+            if f.type is int:
+                value = getattr(self, f.name)
+                _require(value >= 1, f.name, f"{value} is too small; must be at least 1")
+        d, h, kv = self.d_model, self.n_heads, self.n_kv_heads
+        _require(d % h == 0, "n_heads", f"{h} does not divide d_model {d}")
+        _require(
+            self.head_dim % 2 == 0, "n_heads", f"d_model / n_heads = {self.head_dim} must be even for RoPE"
+        )
+        _require(h % kv == 0, "n_kv_heads", f"{kv} does not divide n_heads {h}")
+        _require(
+            self.top_k <= self.num_experts,
+            "top_k",
+            f"{self.top_k} is too large; must be at most num_experts, {self.num_experts}",
+        )
+
+    def _check_numbers(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if not isinstance(value, float):
+                continue
+            _require(math.isfinite(value), f.name, f"{value} must be finite")
+            if f.name in ("rope_theta", "clip_qkv", "norm_eps", "normalize_expert_weights", "init_std"):
+                _require(value > 0, f.name, f"{value} must be greater than 0")
+            else:
+                _require(value >= 0, f.name, f"{value} must not be negative")
+        _require(self.router_jitter < 1, "router_jitter", f"{self.router_jitter} must be below 1")
+        _require(
+            self.loss_free_bias_rate == 0 or not self.is_dense,
+            "loss_free_bias_rate",
+            "must be 0 in a dense model (num_experts: 1), which has no router",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.d_model // self.n_heads
+
+    @property
+    def is_dense(self) -> bool:
+        """True for one expert: no router, no balance loss."""
+        return self.num_experts == 1
+
+    @property
+    def num_params(self) -> int:
+        """All parameters, input embedding and output head included."""
+        return self._count_params(experts=self.num_experts)
+
+    @property
+    def num_active_params(self) -> int:
+        """Parameters that one token meets: `top_k` experts per layer, and everything outside the experts."""
+        return self._count_params(experts=self.top_k)
+
+    @property
+    def num_active_params_non_embedding(self) -> int:
+        """`num_active_params` without the input embedding, which is a lookup and costs no FLOPs."""
+        return self.num_active_params - self.vocab_size * self.d_model
+
+    def _count_params(self, experts: int) -> int:
+        d = self.d_model
+        attention = d * (d + 2 * self.n_kv_heads * self.head_dim) + d * d
+        router = 0 if self.is_dense else self.num_experts * d
+        block = 2 * d + attention + router + experts * 3 * self.ffn_hidden_size * d
+        return self.n_layers * block + 2 * self.vocab_size * d + d
+
+    def flops_per_token(self, seq_len: int, causal: bool = False) -> int:
+        """Training FLOPs (forward and backward) per token of a sequence of `seq_len` tokens.
+
+            6 * num_active_params_non_embedding + 12 * n_layers * d_model * seq_len
+
+        is the convention of Composer and LLM Foundry (`flops_per_batch`): 2 FLOPs per multiply-add,
+        the backward pass twice the forward, every query meeting every key. `causal=True` halves the
+        attention term to 6 * n_layers * d_model * seq_len, the keys that a causal query really meets.
+        Recomputed activations are not counted in either.
+        """
+        attention = 12 * self.n_layers * self.d_model * seq_len
+        return 6 * self.num_active_params_non_embedding + (attention // 2 if causal else attention)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build from plain values; raises ValueError for an unknown key, naming the nearest one."""
+        names = [f.name for f in fields(cls)]
+        for key in values:
+            if key not in names:
+                nearest = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)[0]
+                raise ValueError(f"{key}: unknown model option; did you mean {nearest}?")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; `from_dict` gives the same config back."""
+        return asdict(self)
+
+    @classmethod
+    def from_hf(cls, source: str | os.PathLike[str] | Mapping[str, Any]) -> Self:
+        """Read a Hugging Face DBRX config, in the form transformers 4.38 to 4.57 write.
+
+        `source` is a model folder, a config.json or its parsed content. Keys left out take the Hugging
+        Face class's defaults. The balance loss is in the megablocks convention, with which DBRX was
+        trained. Raises ValueError for anything that is not a DBRX this package can compute.
+        """
+        hf = source if isinstance(source, Mapping) else _read_json(Path(source))
+        _refuse_unsupported(hf)
+        sections = {
+            "": hf,
+            "attn_config": hf.get("attn_config") or {},
+            "ffn_config": hf.get("ffn_config") or {},
+        }
+        values = {
+            ours: sections[part].get(key, default) for (part, key), (ours, default) in _HF_FIELDS.items()
+        }
+        if "rope_theta" not in sections["attn_config"]:
+            rope = hf.get("rope_parameters") or {}
+            values["rope_theta"] = rope.get("rope_theta", hf.get("rope_theta", values["rope_theta"]))
+        values["router_jitter"] = values["router_jitter"] or 0.0
+        return cls(**values)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The content of a Hugging Face config.json, readable by transformers 4.38 and later.
+
+        Raises ValueError for what the Hugging Face class cannot express.
+        """
+        _require(
+            not self.is_dense, "num_experts", "the Hugging Face DBRX class has no dense form; must be above 1"
+        )
+        _require(
+            self.loss_free_bias_rate == 0,
+            "loss_free_bias_rate",
+            "the Hugging Face DBRX class has no selection bias; must be 0",
+        )
+        _require(
+            self.norm_eps == _HF_NORM_EPS,
+            "norm_eps",
+            f"{self.norm_eps} is not what the Hugging Face DBRX class uses; must be {_HF_NORM_EPS}",
+        )
+        hf: dict[str, Any] = {"architectures": ["DbrxForCausalLM"], "model_type": "dbrx"}
+        for (part, key), (ours, _) in _HF_FIELDS.items():
+            target = hf.setdefault(part, {}) if part else hf
+            target[key] = getattr(self, ours)
+        if self.balance_loss == "none":
+            hf["ffn_config"]["moe_loss_weight"] = 0.0
+        hf["ffn_config"]["ffn_act_fn"] = {"name": "silu"}
+        hf["rope_theta"] = self.rope_theta  # transformers 5 ignores the one in attn_config
+        hf["tie_word_embeddings"] = False
+        return hf
+
+
+def _require(condition: bool, name: str, message: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}: {message}")
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error.strerror}); must be a Hugging Face config"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path}: is not JSON ({error})") from error
+    _require(isinstance(content, dict), str(path), "must hold a JSON object")
+    return dict(content)
+
+
+def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
+    attn, ffn = hf.get("attn_config") or {}, hf.get("ffn_config") or {}
+    kind = hf.get("model_type", "dbrx")
+    _require(kind == "dbrx", "model_type", f"{kind!r} is not a DBRX; must be 'dbrx'")
+    _require(
+        not hf.get("tie_word_embeddings"),
+        "tie_word_embeddings",
+        "tied embeddings are not DBRX; must be false",
+    )
+    activation = (ffn.get("ffn_act_fn") or {}).get("name", "silu")
+    _require(
+        activation == "silu", "ffn_config.ffn_act_fn", f"{activation!r} is not supported; must be 'silu'"
+    )
+    _require(
+        ffn.get("moe_num_experts", 4) > 1,
+        "ffn_config.moe_num_experts",
+        "must be above 1, as DBRX always has a router",
+    )
+    for name, value in (
+        ("resid_pdrop", hf.get("resid_pdrop")),
+        ("emb_pdrop", hf.get("emb_pdrop")),
+        ("attn_config.attn_pdrop", attn.get("attn_pdrop")),
+    ):
+        _require(not value, name, f"{value} is not supported (no dropout); must be 0")

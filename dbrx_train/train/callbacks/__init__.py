@@ -1,0 +1,1 @@
+"""What happens around a training step: learning rate, clipping, expert load, progress, checkpoints."""

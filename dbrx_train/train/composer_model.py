@@ -1,0 +1,62 @@
+"""Dbrx as Composer's Trainer wants it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from composer.models import ComposerModel
+from torchmetrics import MeanMetric, Metric
+
+from dbrx_train.model.config import DbrxConfig
+from dbrx_train.model.decoder import Dbrx, DbrxOutput
+
+Batch = dict[str, torch.Tensor]
+
+
+class CrossEntropy(MeanMetric):
+    """Mean next-token cross-entropy in nats, every loss token counted once."""
+
+
+class Perplexity(CrossEntropy):
+    """exp of the mean cross-entropy."""
+
+    def compute(self) -> torch.Tensor:
+        return super().compute().exp()
+
+
+class ComposerDbrx(ComposerModel):  # type: ignore[misc]
+    """Wraps ``Dbrx``; batches are those of ``dbrx_train.data.collate``.
+
+    Args:
+        config: the model's shape.
+        seed: of its initialisation.
+        cpu_autocast: run in bfloat16 autocast on a CPU, for which Composer itself knows float32 only.
+    """
+
+    def __init__(self, config: DbrxConfig, seed: int, *, cpu_autocast: bool = False) -> None:
+        super().__init__()
+        self.model = Dbrx(config, seed=seed)
+        self.cpu_autocast = cpu_autocast
+
+    def forward(self, batch: Batch) -> DbrxOutput:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.cpu_autocast):
+            return self.model(
+                batch["input_ids"], labels=batch["labels"], document_ids=batch["document_ids"]
+            )
+
+    def loss(self, outputs: DbrxOutput, batch: Batch) -> dict[str, torch.Tensor]:
+        assert outputs.loss is not None
+        return {"total": outputs.loss, **outputs.losses}
+
+    def get_metrics(self, is_train: bool) -> dict[str, Metric]:
+        return {} if is_train else {"cross_entropy": CrossEntropy(), "perplexity": Perplexity()}
+
+    def update_metric(self, batch: Batch, outputs: DbrxOutput, metric: Metric) -> None:
+        assert isinstance(metric, CrossEntropy)
+        metric.update(outputs.losses["cross_entropy"], weight=outputs.num_labels)
+
+    def flops_per_batch(self, batch: Batch) -> float:
+        """Training FLOPs of a batch by ``DbrxConfig.flops_per_token``; Composer's SpeedMonitor reads this."""
+        tokens, seq_len = batch["input_ids"].numel(), batch["input_ids"].shape[1]
+        return float(tokens * self.model.config.flops_per_token(seq_len))

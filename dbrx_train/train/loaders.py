@@ -1,0 +1,87 @@
+"""Data loaders of a run, with the token counts that Composer weighs losses by."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from composer import DataSpec, Evaluator
+from composer.utils import dist
+from torch.utils.data import DataLoader, Subset
+
+from dbrx_train.config import ConfigError, RunConfig
+from dbrx_train.data.collate import build_loader, collate
+from dbrx_train.data.dataset import EvalDataset, ScheduledDataset
+from dbrx_train.data.manifest import check_dataset
+from dbrx_train.data.shards import Source
+from dbrx_train.data.tokenizer import Tokenizer
+from dbrx_train.model.decoder import shift_labels
+from dbrx_train.model.loss import IGNORE_INDEX
+from dbrx_train.train.composer_model import Batch
+
+
+def check_sources(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Every source is whole, and was prepared at this sequence length with this tokenizer.
+
+    Raises:
+        ConfigError: one is not; the line names it.
+    """
+    for name, source in config.data.sources.items():
+        if source.remote is not None:
+            continue
+        try:
+            check_dataset(source.local, config.data.seq_len, tokenizer.fingerprint)
+        except ValueError as error:
+            raise ConfigError(f"data.sources.{name}: {error}") from None
+
+
+def count_tokens(batch: Batch, *, mask_documents: bool) -> dict[str, int]:
+    """All tokens of a batch, and those whose prediction counts in the loss."""
+    labels = shift_labels(batch["labels"], batch["document_ids"], mask_documents)
+    return {"total": batch["input_ids"].numel(), "loss_generating": int((labels != IGNORE_INDEX).sum())}
+
+
+def train_data(config: RunConfig, tokenizer: Tokenizer) -> DataSpec:
+    """The scheduled mix, this rank's share of each global batch."""
+    data = config.data
+    dataset = ScheduledDataset(
+        {name: Source(source.local, source.remote) for name, source in data.sources.items()},
+        config.mix_schedule(),
+        seq_len=data.seq_len,
+        global_batch_size=config.optimization.global_batch_size,
+        shuffle=data.shuffle,
+        shuffle_seed=data.shuffle_seed,
+        predownload=data.predownload,
+        cache_limit=data.cache_limit,
+    )
+    loader = build_loader(
+        dataset, eos_id=tokenizer.eos_id, num_workers=data.num_workers, pin_memory=torch.cuda.is_available()
+    )
+    count = partial(count_tokens, mask_documents=config.model.mask_documents)
+    return DataSpec(loader, get_num_tokens_in_batch=count)
+
+
+def evaluators(config: RunConfig, tokenizer: Tokenizer) -> list[Evaluator]:
+    """One per source that has a held-out split, labelled ``eval/<source>``."""
+    result = []
+    for name, source in config.data.sources.items():
+        if config.evaluation.max_samples == 0 or not (Path(source.local) / "val" / "index.json").exists():
+            continue
+        dataset = EvalDataset(source.local, seq_len=config.data.seq_len, name=name)
+        # The same number on every rank, so that no sample has to be counted twice.
+        size = min(len(dataset), config.evaluation.max_samples)
+        size -= size % dist.get_world_size()
+        if size == 0:
+            continue
+        subset = Subset(dataset, range(size))
+        loader: DataLoader[Batch] = DataLoader(
+            subset,
+            batch_size=config.evaluation.batch_size,
+            sampler=dist.get_sampler(subset, shuffle=False),
+            collate_fn=partial(collate, eos_id=tokenizer.eos_id),
+        )
+        label = f"eval/{name}"
+        interval = f"{config.clock.batches(config.evaluation.interval)}ba"
+        result.append(Evaluator(label=label, dataloader=loader, eval_interval=interval))
+    return result

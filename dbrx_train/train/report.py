@@ -1,0 +1,57 @@
+"""A run's picture: loss and expert load over tokens, from what the run logged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dbrx_train.train.mlflow_store import MLflowStore
+
+
+def held_out_losses(store: MLflowStore) -> dict[str, list[tuple[int, float]]]:
+    """Source -> (batch, cross-entropy in nats) of each evaluation, oldest first."""
+    prefix, suffix = "metrics/eval/", "/cross_entropy"
+    return {
+        name.removeprefix(prefix).removesuffix(suffix): store.metric_history(name)
+        for name in store.metric_names()
+        if name.startswith(prefix) and name.endswith(suffix)
+    }
+
+
+def draw(store: MLflowStore, tokens_per_batch: int, path: Path) -> None:
+    """Write the picture as PNG: training and held-out loss above, each layer's expert shares below."""
+    layers = sorted({n.split("/")[1] for n in store.metric_names() if n.startswith("experts/")})
+    figure = Figure(figsize=(9, 4 + 1.6 * len(layers)), layout="constrained")
+    axes = figure.subplots(
+        1 + len(layers), 1, sharex=True, squeeze=False, height_ratios=[3] + [1.2] * len(layers)
+    )[:, 0]
+    _draw_loss(axes[0], store, tokens_per_batch)
+    for axis, layer in zip(axes[1:], layers, strict=True):
+        _draw_load(axis, store, layer, tokens_per_batch)
+    axes[-1].set_xlabel("tokens seen")
+    figure.savefig(path, dpi=110)
+
+
+def _draw_loss(axis: Axes, store: MLflowStore, tokens_per_batch: int) -> None:
+    steps, losses = np.array(store.metric_history("loss/train/cross_entropy")).T
+    axis.plot((steps + 1) * tokens_per_batch, losses, color="0.75", linewidth=0.8, label="training")
+    for source, points in held_out_losses(store).items():
+        steps, losses = np.array(points).T
+        axis.plot(steps * tokens_per_batch, losses, marker="o", label=f"held-out {source}")
+    axis.set_ylabel("cross-entropy (nats per token)")
+    axis.grid(alpha=0.3)
+    axis.legend()
+
+
+def _draw_load(axis: Axes, store: MLflowStore, layer: str, tokens_per_batch: int) -> None:
+    experts = [n for n in store.metric_names() if n.startswith(f"experts/{layer}/expert")]
+    series = [dict(store.metric_history(name)) for name in experts]
+    steps = sorted(series[0])
+    shares = np.array([[one[step] for step in steps] for one in series])
+    axis.stackplot(np.array(steps) * tokens_per_batch, shares, colors=plt.colormaps["tab20"].colors)
+    axis.set_ylim(0, 1)
+    axis.set_ylabel(f"{layer}\nexpert share")

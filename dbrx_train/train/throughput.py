@@ -1,0 +1,36 @@
+"""The FLOP/s that utilisation is relative to."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+# NVIDIA's data sheets, dense bfloat16, per device.
+_PUBLISHED = {"H200": 989.5e12, "H100": 989.5e12, "A100": 312e12, "B200": 2250e12}
+
+
+def peak_flops(device: str, precision: str) -> tuple[float, str]:
+    """FLOP/s of one device in the run's precision, and where the figure is from.
+
+    A GPU's is its data sheet's where we know it; otherwise, and on a CPU, that of a measured matrix product.
+    """
+    if device == "gpu" and precision == "amp_bf16":
+        name = torch.cuda.get_device_name()
+        for known, flops in _PUBLISHED.items():
+            if known in name:
+                return flops, f"{known} data sheet, dense bf16"
+    return _measure(device, precision), "measured 2048x2048 matrix product"
+
+
+def _measure(device: str, precision: str) -> float:
+    n = 2048
+    dtype = torch.bfloat16 if precision == "amp_bf16" else torch.float32
+    a = torch.randn(n, n, dtype=dtype, device="cuda" if device == "gpu" else "cpu")
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        product = a @ a
+        product[0, 0].item()  # waits for a GPU
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best

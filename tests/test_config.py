@@ -1,0 +1,107 @@
+"""A wrong configuration is refused in one line that names the key; a right one means what it says."""
+
+from pathlib import Path
+
+import pytest
+
+from dbrx_train.config import ConfigError, load, to_yaml
+
+MINIMAL = """
+run_name: tiny
+max_duration: 100ba
+model: {d_model: 64, n_heads: 4, n_kv_heads: 2, n_layers: 2, ffn_hidden_size: 112, max_seq_len: 128}
+data:
+  seq_len: 64
+  sources: {web: {local: data/web}, code: {local: data/code}}
+  mix:
+    - {at: 0tok, weights: {web: 0.8, code: 0.2}}
+    - {at: 0.7dur, weights: {web: 0.4, code: 0.6}}
+optimization: {global_batch_size: 8}
+"""
+
+
+@pytest.fixture
+def yaml_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_overrides_come_last_and_the_result_reads_back(yaml_file: Path, tmp_path: Path) -> None:
+    config = load(yaml_file, ["optimization.optimizer.lr=1e-3", "max_duration=50ba"])
+    assert config.optimization.optimizer.lr == 1e-3
+    assert config.clock.total_tokens == 50 * 8 * 64
+    assert config.folder == "runs/tiny"
+    again = tmp_path / "again.yaml"
+    again.write_text(to_yaml(config))
+    assert load(again) == config
+
+
+def test_variables_interpolate_and_are_no_part_of_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("variables: {width: 96}\n" + MINIMAL.replace("d_model: 64", "d_model: '${variables.width}'"))
+    assert load(path).model.d_model == 96
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("model.d_modle=64", "unknown key model.d_modle; did you mean d_model?"),
+        ("optimization.optimiser.lr=1", "unknown key optimization.optimiser; did you mean optimizer?"),
+        ("data.sources.web.locl=x", "unknown key data.sources.web.locl; did you mean local?"),
+        ("model.d_model=-64", "model.d_model: "),
+        ("model.d_model=0", "model.d_model: "),
+        ("model.d_model=66", "model."),
+        ("model.n_kv_heads=3", "model.n_kv_heads: "),
+        ("model.top_k=17", "model.top_k: "),
+        ("model.d_model=wide", "model.d_model"),
+        ("data.seq_len=256", "data.seq_len: 256 is longer than model.max_seq_len 128"),
+        ("data.mix=[{at: 0tok, weights: {wbe: 1}}]", "'wbe' is not in data.sources; did you mean web?"),
+        ("data.mix=[{at: 5ba, weights: {web: 1}}]", "data.mix: "),
+        ("data.mix=[{at: 0tok, weights: {web: -1}}]", "data.mix: "),
+        ("optimization.global_batch_size=0", "optimization.global_batch_size: must be positive"),
+        ("optimization.microbatch_size=3", "optimization.microbatch_size: 3 does not divide"),
+        ("optimization.optimizer.name=sgd", "optimization.optimizer.name: 'sgd' is not one of adamw, lionw"),
+        ("optimization.learning_rate.warmup=soon", "optimization.learning_rate.warmup: 'soon' is not a duration"),
+        ("max_duration=1ep", "max_duration: '1ep' is not a duration"),
+        ("max_duration=0.5dur", "max_duration: "),
+        ("device=tpu", "device: 'tpu' is not one of auto, cpu, gpu"),
+        ("precision=fp8", "precision: 'fp8' is not one of fp32, amp_bf16"),
+        ("run_name=''", "run_name: must not be empty"),
+        ("notanoverride", "'notanoverride': an override has the form key=value"),
+    ],
+)
+def test_wrong_values_are_named(yaml_file: Path, override: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(yaml_file, [override])
+    message = str(caught.value)
+    assert says in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("run_name: [", "not valid YAML"),
+        ("just text", "unknown key just text"),
+        ("- a\n- b", "a run is a mapping"),
+        ("run_name: x\nmodel: ${nowhere}", "nowhere"),
+        ("run_name: x\ndata: {sources: {a: {local: b}}}", "max_duration"),
+        ("run_name: x\nmax_duration: 1ba", "data.sources: name at least one source"),
+        ("run_name: x\nmax_duration: 1ba\ndata: {sources: {a: {}}}", "data.sources.a.local"),
+        ("\x00\x01", "not valid YAML"),
+    ],
+)
+def test_what_is_no_run_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert str(path) in str(caught.value)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing.yaml: no such file"):
+        load(tmp_path / "nothing.yaml")

@@ -1,0 +1,287 @@
+"""The dataset's promises: the schedule's samples at every step, whatever the world, and none repeated early."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from streaming import MDSWriter
+
+from dbrx_train.data.collate import build_loader, collate, document_ids
+from dbrx_train.data.dataset import EvalDataset, ScheduledDataset
+from dbrx_train.data.mix import MixPoint, MixSchedule
+from dbrx_train.data.shards import Source
+from dbrx_train.data.shuffle import SourceOrder
+
+SEQ_LEN = 8
+POINTS = [
+    MixPoint(0, {"a": 3, "b": 1}),
+    MixPoint(20, {"a": 1, "b": 3}, "linear"),
+    MixPoint(40, {"b": 1, "c": 1}),
+]
+
+
+def write_source(folder: Path, samples: range, compression: str | None = "zstd") -> None:
+    """Shards of about ten samples; a sample's tokens all are its number within the source."""
+    writer = MDSWriter(
+        out=str(folder),
+        columns={"tokens": "ndarray:uint32"},
+        compression=compression,
+        hashes=["sha1"],
+        size_limit=10 * (SEQ_LEN * 4 + 20),
+    )
+    with writer as out:
+        for number in samples:
+            out.write({"tokens": np.full(SEQ_LEN, number, np.uint32)})
+
+
+@pytest.fixture(scope="session")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("corpora")
+    for name, size in (("a", 97), ("b", 60), ("c", 41)):
+        write_source(root / name / "train", range(size))
+        write_source(root / name / "val", range(7))
+    return root
+
+
+def dataset(root: Path, *, nodes: int = 2, batch: int = 8, **options: Any) -> ScheduledDataset:
+    sources = {path.name: Source(str(path)) for path in sorted(root.iterdir())}
+    schedule = options.pop("schedule", None) or MixSchedule(
+        POINTS, sources=list(sources), canonical_nodes=nodes
+    )
+    return ScheduledDataset(sources, schedule, seq_len=SEQ_LEN, global_batch_size=batch, **options)
+
+
+def steps(data: ScheduledDataset, count: int, workers: int = 0) -> list[list[tuple[int, int]]]:
+    """(source, sample) of each sample of this rank's next batches, checked against the tokens themselves."""
+    result = []
+    for batch in itertools.islice(build_loader(data, eos_id=0, num_workers=workers), count):
+        assert (batch["input_ids"] == batch["input_ids"][:, :1]).all()
+        result.append(list(zip(batch["source"].tolist(), batch["input_ids"][:, 0].tolist(), strict=True)))
+    return result
+
+
+def all_ranks(
+    root: Path, ranks: int, count: int, state: dict[str, Any] | None = None, **options: Any
+) -> list[Any]:
+    """The global batches of the next steps, put together from every rank's."""
+    workers, parts = options.pop("workers", 0), []
+    for rank in range(ranks):
+        data = dataset(root, rank=rank, world_size=ranks, **options)
+        if state is not None:
+            data.load_state_dict(state)
+        parts.append(steps(data, count, workers))
+    return [sum(batches, []) for batches in zip(*parts, strict=True)]
+
+
+def test_each_step_holds_the_schedules_samples_whatever_the_world(corpora: Path) -> None:
+    whole = all_ranks(corpora, 1, 60)
+    for ranks in (2, 4, 8):
+        assert all_ranks(corpora, ranks, 60) == whole
+    assert all_ranks(corpora, 2, 60, workers=2) == whole
+    schedule = dataset(corpora).schedule
+    for step, served in enumerate(itertools.accumulate(whole), 1):
+        found = Counter(source for source, _ in served)
+        assert [found[s] for s in range(3)] == schedule.totals(step * 4).tolist()
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_no_sample_comes_back_before_its_part_of_the_source_is_exhausted(
+    corpora: Path, shuffle: bool
+) -> None:
+    nodes, sizes = 2, (97, 60, 41)
+    seen: dict[tuple[int, int], list[int]] = {}
+    for batch in all_ranks(corpora, 1, 120, shuffle=shuffle, nodes=nodes):
+        for slot, (source, sample) in enumerate(batch):
+            seen.setdefault((source, slot // 4), []).append(sample)
+    parts: dict[int, list[set[int]]] = {}
+    for (source, node), samples in seen.items():
+        size = len(range(sizes[source] * node // nodes, sizes[source] * (node + 1) // nodes))
+        laps = [samples[i : i + size] for i in range(0, len(samples), size)]
+        assert all(len(set(lap)) == len(lap) for lap in laps)
+        assert len(laps) > 1
+        assert all(set(lap) == set(laps[0]) for lap in laps[:-1])
+        assert (laps[0] == sorted(laps[0])) == (not shuffle)
+        assert not shuffle or laps[0] != laps[1]
+        parts.setdefault(source, []).append(set(laps[0]))
+    for source, (first, second) in parts.items():
+        assert not first & second
+        assert first | second == set(range(sizes[source]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(lambda s: sum(s) >= 4),
+    st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=3), max_size=2),
+    st.integers(1, 4), st.integers(1, 7), st.data(),
+)  # fmt: skip
+def test_laps_read_everything_once_and_appended_shards_after_the_old(
+    first: list[int], later: list[list[int]], nodes: int, block: int, data: st.DataObject
+) -> None:
+    options: dict[str, Any] = {"canonical_nodes": nodes, "shuffle_block_size": block}
+    shards, order = list(first), SourceOrder("s", np.array(first), **options)
+    read: list[list[tuple[int, int]]] = [[] for _ in range(nodes)]
+
+    def go_on(upto: int) -> None:
+        for node in range(nodes):
+            ordinals = np.arange(len(read[node]), upto + node % 2)
+            read[node] += zip(*(part.tolist() for part in order.locate(node, ordinals)), strict=True)
+
+    reach = 0
+    for more in later:
+        reach += data.draw(st.integers(0, 25))
+        go_on(reach)
+        shards += more
+        before, order = order, SourceOrder("s", np.array(shards), **options)
+        order.load(before.to_dict(), np.array([len(samples) for samples in read]))
+        again = SourceOrder("s", np.array(shards), **options)
+        again.load(order.to_dict(), np.array([len(samples) for samples in read]))
+        assert again.to_dict() == order.to_dict()
+    everything = {(shard, i) for shard, size in enumerate(shards) for i in range(size)}
+    go_on(reach + 3 * len(everything) + 3)
+    for samples in read:
+        times = Counter[tuple[int, int]]()
+        for sample in samples:
+            old = [s for s in times if s[0] < len(first)] if sample[0] >= len(first) else []
+            assert not old or times[sample] <= max(times[s] for s in old)
+            times[sample] += 1
+        assert max(times.values()) - min(times[s] for s in times if s[0] < len(first)) <= 1
+    assert set().union(*map(set, read)) == everything
+
+
+def test_a_twelve_trillion_token_run_is_planned_in_seconds_and_little_memory() -> None:
+    samples, per_shard, nodes = 12 * 10**12 // 4096, 4096, 64
+    shards = np.full(samples // 3 // per_shard, per_shard)
+    schedule = MixSchedule(
+        [MixPoint(0, {"a": 3, "b": 1}), MixPoint(samples // nodes, {"b": 1, "c": 1}, "linear")],
+        canonical_nodes=nodes,
+    )
+    orders = [SourceOrder(name, shards, canonical_nodes=nodes) for name in schedule.sources]
+    start = samples // nodes // 2
+    source, ordinal = schedule.order(start, start + 8192, node=63)
+    for number, order in enumerate(orders):
+        shard, index = order.locate(63, ordinal[source == number])
+        assert len(set(zip(shard.tolist(), index.tolist(), strict=True))) == (source == number).sum()
+        assert len(np.unique(shard)) <= 66  # a shuffle block's shards, so few have to be at hand
+    import tracemalloc
+
+    tracemalloc.start()
+    schedule.order(start, start + 8192, node=62)
+    for order in orders:
+        order.locate(62, np.arange(10**6, 10**6 + 8192))
+    assert tracemalloc.get_traced_memory()[1] < 2**28
+    tracemalloc.stop()
+
+
+def test_packed_and_unpacked_and_remote_shards_read_alike(corpora: Path, tmp_path: Path) -> None:
+    expected = all_ranks(corpora, 1, 20)
+    plain = tmp_path / "plain"
+    for name, size in (("a", 97), ("b", 60), ("c", 41)):
+        write_source(plain / name / "train", range(size), compression=None)
+    assert all_ranks(plain, 1, 20) == expected
+    sources = {n: Source(str(tmp_path / "cache" / n), remote=str(corpora / n)) for n in "abc"}
+    schedule = MixSchedule(POINTS, canonical_nodes=2)
+    limit = 3000
+    data = ScheduledDataset(
+        sources, schedule, seq_len=SEQ_LEN, global_batch_size=8, cache_limit=limit, predownload=4
+    )
+    assert steps(data, 20) == expected
+    kept = [path for path in (tmp_path / "cache").rglob("*.mds*") if path.is_file()]
+    assert sum(path.stat().st_size for path in kept) <= limit + 2000
+    assert len(kept) >= 1
+
+
+def test_evaluation_reads_the_whole_split_in_order(corpora: Path) -> None:
+    held_out = EvalDataset(str(corpora / "a"), seq_len=SEQ_LEN)
+    assert [sample["tokens"][0] for sample in held_out] == list(range(7))
+    assert len(held_out) == 7
+    with pytest.raises(ValueError, match="tokens, not seq_len 16"):
+        EvalDataset(str(corpora / "a"), seq_len=16, name="a")[0]
+
+
+def test_an_eos_belongs_to_the_document_that_it_ends() -> None:
+    tokens = torch.tensor([[5, 9, 9, 6, 7, 9], [1, 2, 3, 4, 5, 6]])
+    assert document_ids(tokens, 9).tolist() == [[0, 0, 1, 2, 2, 2], [0] * 6]
+    batch = collate([{"tokens": row.numpy(), "source": i} for i, row in enumerate(tokens)], eos_id=9)
+    assert {key: (value.dtype, tuple(value.shape)) for key, value in batch.items()} == {
+        "input_ids": (torch.int64, (2, 6)),
+        "labels": (torch.int64, (2, 6)),
+        "document_ids": (torch.int64, (2, 6)),
+        "source": (torch.int64, (2,)),
+    }
+    assert batch["labels"].data_ptr() != batch["input_ids"].data_ptr()
+
+
+def test_samples_are_writable_copies(corpora: Path) -> None:
+    sample = next(iter(dataset(corpora)))
+    sample["tokens"] += 1
+    assert sample["tokens"].dtype == np.int64
+
+
+def broken(corpora: Path, root: Path, how: str) -> Path:
+    shutil.copytree(corpora, root, dirs_exist_ok=True)
+    folder = root / "a" / "train"
+    if how == "no index":
+        (folder / "index.json").unlink()
+    if how == "torn index":
+        (folder / "index.json").write_text('{"shards": [')
+    if how == "no shard":
+        for path in folder.glob("shard*"):
+            path.unlink()
+    return root
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("no index", r"^sources.a: .*index.json does not exist"),
+        ("torn index", r"^sources.a: .*index.json cannot be read"),
+        ("no shard", r"^sources.a: .*shard.\d+.mds.* is missing"),
+    ],
+)
+def test_damaged_data_is_refused_by_name(corpora: Path, tmp_path: Path, how: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        steps(dataset(broken(corpora, tmp_path, how)), 20)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"world_size": 3, "rank": 0}, r"^global_batch_size: 8 is no multiple of the 3 ranks"),
+        ({"nodes": 3}, r"^global_batch_size: 8 is no multiple of the 3 canonical nodes"),
+        ({"nodes": 64, "batch": 64}, r"^sources.b: has 60 samples, too few for 64 canonical nodes"),
+        ({"schedule": MixSchedule([MixPoint(0, {"x": 1})])}, r"^mix: x is no source; use a, b, c"),
+    ],
+)
+def test_bad_options_are_refused(corpora: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataset(corpora, **options)
+
+
+def test_another_sequence_length_is_refused(corpora: Path) -> None:
+    data = dataset(corpora)
+    data.seq_len = 16
+    with pytest.raises(ValueError, match=r"^sources.\w: has samples of 8 tokens, not seq_len 16"):
+        next(iter(data))
+
+
+def shared_memory() -> Iterable[str]:
+    return sorted(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else []
+
+
+def test_no_shared_memory_is_left_or_used_by_reading(corpora: Path) -> None:
+    before = shared_memory()
+    iterator = iter(dataset(corpora))
+    next(iterator)
+    assert shared_memory() == before

@@ -1,0 +1,52 @@
+"""The documents say what the code does."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+
+def test_configuration_docs_are_those_of_the_dataclasses() -> None:
+    import configuration_docs
+
+    written = configuration_docs.TARGET.read_text(encoding="utf-8")
+    assert written == configuration_docs.render(), "run: python scripts/configuration_docs.py"
+
+
+def test_links_between_the_documents_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+            if not target.startswith(("http://", "https://")):
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_custom_trainer_of_the_docs_runs_without_composer(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "custom-trainer.md").read_text(encoding="utf-8")
+    code = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)[0]
+    assert len(code.splitlines()) < 40
+    code += "\nimport sys\nassert not {'composer', 'streaming', 'mlflow'} & set(sys.modules)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    losses = [float(x) for x in re.findall(r"loss ([0-9.]+)", done.stdout)]
+    assert losses[-1] < losses[0] - 1
+
+
+@pytest.mark.parametrize("command", [0, 1])
+def test_the_readme_opens_with_two_commands(command: int) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", readme, flags=re.DOTALL)
+    assert len(blocks[command].strip().splitlines()) == 1
+    assert "pip install" in blocks[command]

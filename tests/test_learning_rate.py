@@ -1,0 +1,60 @@
+"""The learning rate's shape, from its formula."""
+
+import math
+
+import pytest
+
+from dbrx_train.config import LearningRateConfig
+from dbrx_train.duration import Clock, parse_duration
+from dbrx_train.train.schedulers import learning_rate_factor
+
+CLOCK = Clock.of("100ba", tokens_per_batch=10)
+
+
+def factor(batch: int, **fields: object) -> float:
+    config = LearningRateConfig(**fields)  # type: ignore[arg-type]
+    return learning_rate_factor(config, CLOCK, batch * 10)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "wsd"])
+def test_warmup_is_linear_and_no_step_has_rate_zero(schedule: str) -> None:
+    warming = [factor(b, schedule=schedule, warmup="5ba") for b in range(5)]
+    assert warming == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factor(5, schedule=schedule, warmup="5ba") == pytest.approx(1.0)
+
+
+def test_decays() -> None:
+    assert factor(99, schedule="constant") == 1.0
+    assert factor(50, schedule="linear", final=0.0) == pytest.approx(0.5)
+    assert factor(55, schedule="cosine", warmup="10ba", final=0.1) == pytest.approx(0.55)
+    assert factor(25, schedule="cosine", final=0.0) == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
+    assert factor(100, schedule="cosine", final=0.1) == pytest.approx(0.1)
+    assert factor(79, schedule="wsd", decay="0.2dur", final=0.0) == 1.0
+    assert factor(90, schedule="wsd", decay="0.2dur", final=0.0) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("10ba", (10, "ba")),
+        ("1_000_000tok", (1e6, "tok")),
+        ("2B tok", (2e9, "tok")),
+        ("0.9dur", (0.9, "dur")),
+        ("12T tok", (12e12, "tok")),
+    ],
+)
+def test_durations(text: str, value: tuple[float, str]) -> None:
+    assert parse_duration(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "10", "ba", "-1ba", "1ep", "1e3tok", "0.5Bdur", "ten ba"])
+def test_what_is_no_duration_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="dur"):
+        parse_duration(text)
+
+
+def test_the_last_batch_is_whole() -> None:
+    clock = Clock.of("1001tok", tokens_per_batch=100)
+    assert (clock.total_batches, clock.total_tokens) == (11, 1100)
+    assert clock.tokens("0.5dur") == 550
+    assert clock.batches("101tok") == 2
