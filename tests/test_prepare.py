@@ -236,7 +236,7 @@ def test_a_stopped_run_is_taken_up_again(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(ValueError, match="seq_len was 32 and is 16"):
         run(tmp_path / "in", out, seq_len=16)
     (out / "train" / "00003").mkdir()
-    (out / "train" / "00003" / "shard.00000.mds.zstd").write_bytes(b"torn")
+    (out / "train" / "00003" / "shard.00001.mds.zstd").write_bytes(b"torn")
     resumed = run(tmp_path / "in", out)
     assert 3 <= resumed.parts_resumed < resumed.parts == whole.parts
     assert sorted({*calls}) == list(range(whole.parts))

@@ -242,7 +242,6 @@ class EvalDataset(Dataset[Sample]):
         shard = int(np.searchsorted(self._ends, index, "right"))
         tokens = self.store.read(shard, index - int(self.store.first_sample[shard]))
         if len(tokens) != self.seq_len:
-            raise ValueError(
-                f"sources.{self.store.name}: has samples of {len(tokens)} tokens, not {self.seq_len}"
-            )
+            found = f"has samples of {len(tokens)} tokens, not seq_len {self.seq_len}"
+            raise ValueError(f"sources.{self.store.name}: {found}; prepare it again")
         return {"tokens": tokens, "source": 0, "sample_id": index}

@@ -332,10 +332,11 @@ class MixSchedule:
         found = self._difference(old, 0, at, 1e-6)
         if found is not None:
             was, now = _show(old.weights_at(*found)), _show(self.weights_at(*found))
-            tick, here = found[0], _show(old.weights_at(at, "left"))
+            tick, kept = found[0] * self.canonical_nodes, at * self.canonical_nodes
+            here = _show(old.weights_at(at, "left"))
             raise ValueError(
-                f"mix: the past cannot change: at sample {tick * self.canonical_nodes:,} it was {was} and is now "
-                f"{now}; edit only what follows sample {at * self.canonical_nodes:,} (it was {here} there)"
+                f"mix: the past cannot change: at sample {tick:,} it was {was} and is now {now}; edit only "
+                f"what follows sample {kept:,} (it was {here} there)"
             )
 
     def _difference(

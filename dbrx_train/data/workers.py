@@ -120,8 +120,9 @@ def _watch(futures: Sequence[Future[None]], meter: _Meter, total: int, progress:
         started, unfinished = time.monotonic(), set(futures)
         while unfinished:
             done, unfinished = wait(unfinished, timeout=0.2, return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()
+            for future in futures:  # in the input's order, to raise the error that comes first there
+                if future in done:
+                    future.result()
             tokens = meter.tokens.value
             speed = f"{tokens:,} tokens, {tokens / (time.monotonic() - started):,.0f}/s"
             bar.update(task, completed=meter.size.value, speed=speed)

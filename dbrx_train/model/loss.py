@@ -80,26 +80,40 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dtype = compute_dtype(hidden_TD)
         hidden, weight = hidden_TD.to(dtype), weight_VD.to(dtype)
-        num_labels = (labels_T != IGNORE_INDEX).sum()
-        sums = torch.zeros(2, dtype=torch.float32, device=hidden.device)
+        real_T = labels_T != IGNORE_INDEX
+        num_labels = real_T.sum()
+        scale_T = real_T / num_labels.clamp(min=1)
+        sums = hidden.new_zeros(2, dtype=torch.float32)
+        wants_hidden = wants_grad and ctx.needs_input_grad[0]
+        wants_weight = wants_grad and ctx.needs_input_grad[1]
         # float32, since it adds up many chunks
-        grad_weight = (
-            torch.zeros_like(weight, dtype=torch.float32) if wants_grad and ctx.needs_input_grad[1] else None
-        )
-        grad_hidden = torch.empty_like(hidden_TD) if wants_grad and ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        grad_hidden = torch.empty_like(hidden_TD) if wants_hidden else None
+        # Made once: a fresh block of this size per chunk would be mapped and zeroed by the system each time.
+        logits_CV = hidden.new_empty(min(chunk_size, hidden.shape[0]), weight.shape[0])
+        log_probs_CV = torch.empty_like(logits_CV, dtype=torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, labels_T.shape[0], chunk_size):
                 chunk = slice(start, start + chunk_size)
-                logits = (hidden[chunk] @ weight.T).float()
-                terms, logsumexp = _chunk_loss(logits, labels_T[chunk])
-                sums += terms
-                if grad_weight is None and grad_hidden is None:
+                rows = hidden[chunk].shape[0]
+                logits = torch.mm(hidden[chunk], weight.T, out=logits_CV[:rows])
+                log_probs = torch.log_softmax(logits.float(), -1, out=log_probs_CV[:rows])
+                labels = labels_T[chunk].clamp(min=0)[:, None]
+                log_prob = log_probs.gather(-1, labels)
+                logsumexp = logits.gather(-1, labels).float() - log_prob
+                terms = torch.stack((-log_prob, logsumexp.square())).squeeze(-1)
+                sums += terms.where(real_T[chunk], 0.0).sum(-1)
+                if not (wants_hidden or wants_weight):
                     continue
-                grad = _chunk_grad_(logits, logsumexp, labels_T[chunk], num_labels, z_weight).to(dtype)
+                # d CE = probs - onehot and d logsumexp^2 = 2 logsumexp probs; the mean's weight of each token
+                # goes to the narrow factor of the products.
+                grad = log_probs.exp_().mul_(1 + 2 * z_weight * logsumexp) if z_weight else log_probs.exp_()
+                grad = grad.scatter_add_(-1, labels, grad.new_full((rows, 1), -1.0)).to(dtype)
+                scale = scale_T[chunk, None].to(dtype)
                 if grad_hidden is not None:
-                    grad_hidden[chunk] = grad @ weight
+                    grad_hidden[chunk] = (grad @ weight) * scale
                 if grad_weight is not None:
-                    grad_weight += grad.T @ hidden[chunk]
+                    _add_product_(grad_weight, grad.T, hidden[chunk] * scale)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight_VD.dtype
         cross_entropy, z = sums / num_labels.clamp(min=1)
@@ -118,23 +132,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None, None
 
 
-def _chunk_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over the chunk of (cross-entropy, logsumexp^2), [2]; and every token's logsumexp, [T]."""
-    real = labels != IGNORE_INDEX
-    logsumexp = logits.logsumexp(-1)
-    label_logits = logits.gather(-1, labels.clamp(min=0)[:, None]).squeeze(-1)
-    terms = torch.stack((logsumexp - label_logits, logsumexp.square()))
-    return terms.where(real, 0.0).sum(-1), logsumexp
-
-
-def _chunk_grad_(
-    logits: Tensor, logsumexp: Tensor, labels: Tensor, num_labels: Tensor, z_weight: float
-) -> Tensor:
-    """Gradient of the mean loss with respect to the chunk's logits, written over them.
-
-    d CE = softmax - onehot; d logsumexp^2 = 2 * logsumexp * softmax.
-    """
-    scale = (labels != IGNORE_INDEX) / num_labels.clamp(min=1)
-    probs = logits.sub_(logsumexp[:, None]).exp_()
-    grad = probs.mul_(((1 + 2 * z_weight * logsumexp) * scale)[:, None])
-    return grad.scatter_add_(-1, labels.clamp(min=0)[:, None], -scale[:, None])
+def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in one pass where the dtypes agree."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b

@@ -1,0 +1,62 @@
+"""What several test files share: a small corpus, prepared once, and a small run over it."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+WORDS = "the model reads a token and then another token until the text of the source is at its end".split()
+
+
+def write_corpus(folder: Path, seed: int, documents: int = 60) -> Path:
+    """Text files of random sentences, enough for a few dozen samples of 32 tokens."""
+    generator = random.Random(seed)
+    folder.mkdir(parents=True)
+    for i in range(documents):
+        words = generator.choices(WORDS, k=generator.randint(20, 90))
+        (folder / f"{i:03d}.txt").write_text(" ".join(words) + ".\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two prepared sources, ``web`` and ``code``, and an MLflow store."""
+    from dbrx_train.data.prepare import prepare
+
+    root = tmp_path_factory.mktemp("workplace")
+    for seed, name in enumerate(("web", "code")):
+        text = write_corpus(root / "text" / name, seed)
+        prepare([str(text)], str(root / name), seq_len=32, val_fraction=0.2, processes=1, progress=False)
+    return root
+
+
+def run_yaml(root: Path, folder: Path, name: str) -> Path:
+    """A run of 8 optimizer steps of a tiny DBRX over the workplace's sources."""
+    path = folder / f"{name}.yaml"
+    path.write_text(f"""
+run_name: {name}
+folder: {folder}/{name}
+max_duration: 8ba
+model: {{d_model: 32, n_layers: 2, n_heads: 4, n_kv_heads: 2, ffn_hidden_size: 56, max_seq_len: 64}}
+data:
+  seq_len: 32
+  num_workers: 0
+  sources: {{web: {{local: {root}/web}}, code: {{local: {root}/code}}}}
+  mix:
+    - {{at: 0tok, weights: {{web: 0.75, code: 0.25}}}}
+    - {{at: 0.5dur, weights: {{web: 0.25, code: 0.75}}, reach: linear}}
+optimization:
+  global_batch_size: 4
+  microbatch_size: 2
+  optimizer: {{lr: 1.0e-2}}
+  learning_rate: {{warmup: 2ba}}
+checkpoints: {{interval: 2ba, keep: 3}}
+logging: {{mlflow_uri: "sqlite:///{root}/mlruns.db", interval: 2ba, progress: false}}
+evaluation: {{interval: 4ba, batch_size: 2, max_samples: 4}}
+""")
+    return path

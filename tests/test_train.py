@@ -1,0 +1,259 @@
+"""Whole runs through the real Composer Trainer, MDS shards and MLflow store."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import torch
+from conftest import run_yaml
+
+from dbrx_train.checkpoint import files
+from dbrx_train.config import ConfigError, load
+from dbrx_train.train.builder import run
+
+DBRX_TRAIN = str(Path(sys.executable).parent / "dbrx-train")
+
+
+@pytest.fixture
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return dict(files.read(path)["state"]["model"])
+
+
+def command(*args: str, cwd: Path, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [DBRX_TRAIN, *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=300, **kwargs
+    )
+
+
+def mlflow_run(root: Path, name: str) -> Any:
+    client = mlflow.MlflowClient(f"sqlite:///{root}/mlruns.db")
+    experiment = client.get_experiment_by_name("dbrx-train")
+    assert experiment is not None
+    (found,) = client.search_runs([experiment.experiment_id], f"tags.run_name = '{name}'")
+    return client, found
+
+
+@pytest.mark.slow
+def test_a_run_learns_and_logs_what_it_did(
+    workplace: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run_yaml(workplace, in_tmp, "whole")
+    run(load(path, ["max_duration=24ba"]))
+    said = capsys.readouterr().out
+    assert said.strip().splitlines()[-1].startswith("run ")
+    assert "mlflow ui --backend-store-uri sqlite:///" in said
+
+    client, found = mlflow_run(workplace, "whole")
+    assert found.info.status == "FINISHED"
+    losses = {m.step: m.value for m in client.get_metric_history(found.info.run_id, "loss/train/cross_entropy")}
+    assert sorted(losses) == list(range(24))
+    assert losses[23] < losses[0] - 3
+    for source in ("web", "code"):
+        history = client.get_metric_history(found.info.run_id, f"metrics/eval/{source}/cross_entropy")
+        assert history[-1].value < history[0].value - 3
+        perplexity = client.get_metric_history(found.info.run_id, f"metrics/eval/{source}/perplexity")
+        assert perplexity[0].value == pytest.approx(2.718281828**history[0].value, rel=1e-3)
+    metrics = found.data.metrics
+    for name in ("loss/train/balance", "gradients/norm", "lr/matrices", "experts/layer01/entropy"):
+        assert name in metrics
+    assert any(name.endswith("tokens_per_sec") for name in metrics)
+    assert any(name.endswith("mfu") for name in metrics)
+    assert sum(metrics[f"experts/layer00/expert{e:02d}"] for e in range(16)) == pytest.approx(1)
+    assert found.data.params["data.mix"].startswith("[{'at': '0tok'")
+    assert found.data.params["optimization.optimizer.lr"] == "0.01"
+    assert "6*active_params" in found.data.params["mfu.formula"]
+    artifacts = {a.path for a in client.list_artifacts(found.info.run_id)}
+    assert {"config.yaml", "training.png"} <= artifacts
+    assert load(in_tmp / "whole" / "config.yaml").max_duration == "24ba"
+
+    run(load(path, ["max_duration=24ba"]))
+    assert "whole is done" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "lionw"])
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
+    workplace: Path, in_tmp: Path, optimizer: str
+) -> None:
+    options = [f"optimization.optimizer.name={optimizer}", "evaluation.max_samples=0"]
+    straight = load(run_yaml(workplace, in_tmp, f"straight-{optimizer}"), options)
+    run(straight)
+    broken = load(run_yaml(workplace, in_tmp, f"broken-{optimizer}"), options)
+    run(broken)
+    folder = Path(broken.folder) / "checkpoints"
+    for late in ("ba8.pt", "ba6.pt"):
+        (folder / late).unlink()
+    run(broken)  # from ba4
+    a, b = (weights(Path(c.folder) / "checkpoints" / "ba8.pt") for c in (straight, broken))
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.slow
+def test_a_larger_max_duration_continues(workplace: Path, in_tmp: Path) -> None:
+    path = run_yaml(workplace, in_tmp, "longer")
+    fixed = ["data.mix=[{at: 0tok, weights: {web: 1, code: 1}}]", "evaluation.max_samples=0"]
+    run(load(path, fixed))
+    run(load(path, [*fixed, "max_duration=10ba"]))
+    assert files.saved(in_tmp / "longer" / "checkpoints")[0].name == "ba10.pt"
+    client, found = mlflow_run(workplace, "longer")
+    steps = [m.step for m in client.get_metric_history(found.info.run_id, "loss/train/total")]
+    assert steps == list(range(10))
+
+
+@pytest.mark.slow
+def test_two_ranks_train_what_one_does(workplace: Path, in_tmp: Path) -> None:
+    options = ["evaluation.max_samples=0", "optimization.microbatch_size=1"]
+    run(load(run_yaml(workplace, in_tmp, "one"), options))
+    path = run_yaml(workplace, in_tmp, "two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+        + ["-m", "dbrx_train", "train", str(path), *options],
+        cwd=in_tmp,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("mlflow ui") == 1, "rank 0 alone speaks"
+    one, two = (weights(in_tmp / name / "checkpoints" / "ba8.pt") for name in ("one", "two"))
+    for name in one:
+        key = name if name in two else f"module.{name}"
+        torch.testing.assert_close(two[key], one[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_interrupted_at_the_keyboard_it_loses_nothing_saved(workplace: Path, in_tmp: Path) -> None:
+    path = run_yaml(workplace, in_tmp, "stopped")
+    process = subprocess.Popen(
+        [DBRX_TRAIN, "train", str(path), "max_duration=2000ba", "data.num_workers=1"],
+        cwd=in_tmp,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    folder = in_tmp / "stopped" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not files.saved(folder) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert files.read(files.saved(folder)[0])
+    _, found = mlflow_run(workplace, "stopped")
+    assert found.info.status == "KILLED"
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_named_and_passed_over(
+    workplace: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load(run_yaml(workplace, in_tmp, "damaged"), ["evaluation.max_samples=0"])
+    run(config)
+    newest = Path(config.folder) / "checkpoints" / "ba8.pt"
+    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    capsys.readouterr()
+    run(config)
+    assert f"passed over {newest}" in capsys.readouterr().out
+    assert files.read(newest)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_shape_is_refused(workplace: Path, in_tmp: Path) -> None:
+    path = run_yaml(workplace, in_tmp, "shape")
+    run(load(path, ["max_duration=2ba", "evaluation.max_samples=0"]))
+    with pytest.raises(ConfigError, match=r"model.n_layers: 3 here, but .*ba2.pt was saved with 2"):
+        run(load(path, ["model.n_layers=3"]))
+    assert files.read(in_tmp / "shape" / "checkpoints" / "ba2.pt")
+
+
+@pytest.mark.slow
+def test_a_changed_past_of_the_mix_is_refused(workplace: Path, in_tmp: Path) -> None:
+    path = run_yaml(workplace, in_tmp, "past")
+    run(load(path, ["evaluation.max_samples=0"]))
+    done = command(
+        "train",
+        str(path),
+        "max_duration=16ba",
+        "data.mix=[{at: 0tok, weights: {web: 0.1, code: 0.9}}]",
+        cwd=in_tmp,
+    )
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "mix" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["data.seq_len=16"], "data.sources.web: .* samples of 32 tokens, but the run asks for 16"),
+        (["data.sources.web.local=nowhere"], "data.sources.web: nowhere"),
+        (["model.vocab_size=1000"], "vocabulary has only 1000"),
+        (["device=gpu"], "device: gpu, but torch finds no CUDA GPU"),
+    ],
+)
+def test_data_and_machine_that_do_not_fit(
+    workplace: Path, in_tmp: Path, options: list[str], says: str
+) -> None:
+    if "device=gpu" in options and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    config = load(run_yaml(workplace, in_tmp, "misfit"), options)
+    with pytest.raises(ConfigError) as caught:
+        run(config)
+    assert re.search(says, str(caught.value))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_generate_continues_a_prompt(workplace: Path, in_tmp: Path) -> None:
+    run(load(run_yaml(workplace, in_tmp, "talk"), ["evaluation.max_samples=0"]))
+    greedy = [command("generate", "talk", "the model", "--max-new-tokens", "8", cwd=in_tmp) for _ in range(2)]
+    assert greedy[0].returncode == 0, greedy[0].stderr
+    assert greedy[0].stdout.startswith("the model ")
+    assert greedy[0].stdout == greedy[1].stdout
+    sampled = command("generate", "talk", "the", "--temperature", "1.0", "--top-p", "0.9", cwd=in_tmp)
+    assert sampled.returncode == 0
+    for wrong in (["nowhere", "x"], ["talk/config.yaml", "x"], ["talk", "x", "--max-new-tokens", "100"]):
+        done = command("generate", *wrong, cwd=in_tmp)
+        assert done.returncode == 2, (wrong, done.stderr)
+        assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_wrong_config_costs_no_heavy_import(in_tmp: Path) -> None:
+    (in_tmp / "wrong.yaml").write_text("run_name: x\nmodle: {}\n")
+    done = command("train", "wrong.yaml", cwd=in_tmp)
+    assert done.returncode == 2
+    assert done.stderr == "dbrx-train: wrong.yaml: unknown key modle; did you mean model?\n"
+
+
+def test_global_batch_and_ranks(workplace: Path, in_tmp: Path) -> None:
+    from dbrx_train.train.builder import check_world
+
+    config = load(run_yaml(workplace, in_tmp, "world"))
+    check_world(config, 4)
+    with pytest.raises(ConfigError, match="4 does not split over 3 ranks; the nearest that does is 3"):
+        check_world(config, 3)
