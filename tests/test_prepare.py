@@ -13,6 +13,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -308,10 +309,10 @@ def _die(*_: object) -> None:
     os._exit(9)
 
 
-def test_two_at_once_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_at_once_wait_or_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dbrx_train.data import prepare as module
 
-    write_jsonl(tmp_path / "a.jsonl", [story(i) for i in range(60)])
+    file, out = write_jsonl(tmp_path / "a.jsonl", [story(i) for i in range(60)]), tmp_path / "out"
     started, release = threading.Event(), threading.Event()
 
     def waiting(*args: Any, **kwargs: Any) -> None:
@@ -321,15 +322,20 @@ def test_two_at_once_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     real = workers.run_part
     monkeypatch.setattr(workers, "run_part", waiting)
-    monkeypatch.setattr(module, "LOCK_SECONDS", 0.1)
-    first = threading.Thread(target=run, args=(tmp_path / "a.jsonl", tmp_path / "out"))
-    first.start()
-    assert started.wait(30)
-    with pytest.raises(ValueError, match="out: is being prepared by another process"):
-        run(tmp_path / "a.jsonl", tmp_path / "out")
-    release.set()
-    first.join()
-    assert read_manifest(tmp_path / "out")
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(run, file, out)
+        assert started.wait(30)
+        monkeypatch.setattr(module, "LOCK_SECONDS", 0.1)
+        with pytest.raises(ValueError, match="out: is being prepared by another process"):
+            run(file, out)
+        monkeypatch.setattr(module, "LOCK_SECONDS", 30)
+        second = threads.submit(run, file, out)
+        time.sleep(0.3)
+        release.set()
+        assert not first.result().already_done
+        assert second.result().already_done
+    assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "train"]
+    assert check_dataset(out, SEQ)
 
 
 def test_bad_text_is_mended_counted_and_named(tmp_path: Path) -> None:
@@ -418,7 +424,7 @@ def test_wrong_options_and_folders_are_refused_by_name(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             run(file, tmp_path / "out", **options)
-    with pytest.raises(ValueError, match=r"a\.jsonl(/\.prepare)?: Not a directory"):
+    with pytest.raises(ValueError, match=r"a\.jsonl: File exists"):
         run(file, file)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("keep")

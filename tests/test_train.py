@@ -235,7 +235,7 @@ def test_generate_continues_a_prompt(workplace: Path, in_tmp: Path) -> None:
     assert greedy[0].returncode == 0, greedy[0].stderr
     assert greedy[0].stdout.startswith("the model ")
     assert greedy[0].stdout == greedy[1].stdout
-    sampled = command("generate", "talk", "the", "--temperature", "1.0", "--top-p", "0.9", cwd=in_tmp)
+    sampled = command("generate", "talk", "the", "--temperature", "1.0", "--top-p", "0.9", "--max-new-tokens", "20", cwd=in_tmp)
     assert sampled.returncode == 0
     for wrong in (["nowhere", "x"], ["talk/config.yaml", "x"], ["talk", "x", "--max-new-tokens", "100"]):
         done = command("generate", *wrong, cwd=in_tmp)

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.decoder import Dbrx
 
 _NAME = re.compile(r"ba(\d+)\.pt")
+
+# What Composer puts beside tensors and plain values: durations, torch's version, NumPy's random state.
+_SAFE = [
+    datetime.timedelta,
+    torch.torch_version.TorchVersion,
+    np.ndarray,
+    np.dtype,
+    np.dtypes.UInt32DType,
+    np.empty(0).__reduce__()[0],
+]
 
 
 def saved(folder: Path) -> list[Path]:
@@ -30,11 +42,14 @@ def batches_done(path: Path) -> int:
 def read(path: Path) -> dict[str, Any]:
     """A checkpoint's content. Tensors are memory-mapped: only those that are used are read.
 
+    No code in the file is run: what is neither tensor nor plain value nor on ``_SAFE`` is refused.
+
     Raises:
         ValueError: the file is missing, damaged, or no checkpoint of ours.
     """
     try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        with torch.serialization.safe_globals(_SAFE):
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         run_config(content)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
@@ -47,12 +62,8 @@ def read(path: Path) -> dict[str, Any]:
 
 def run_config(content: dict[str, Any]) -> dict[str, Any]:
     """The resolved configuration of the run that saved a checkpoint."""
-    for name, state in content["state"]["callbacks"]:
-        if name == "Checkpoints":
-            assert isinstance(state, dict)
-            config: dict[str, Any] = state["config"]
-            return config
-    raise KeyError("no run configuration in it")
+    config: dict[str, Any] = content["state"]["callbacks"]["Checkpoints"]["config"]
+    return config
 
 
 def load_model(path: Path, dtype: torch.dtype = torch.float32) -> Dbrx:

@@ -106,23 +106,23 @@ class ScheduledDataset(IterableDataset[Sample]):
         ahead: deque[tuple[int, int, int]] = deque()
         ready: dict[tuple[int, int], Future[None]] = {}
         uses: Counter[tuple[int, int]] = Counter()
-        with ThreadPoolExecutor(1, "prefetch") as pool:
-            try:
-                while True:
-                    while len(ahead) <= self.predownload:
-                        source, shard, index = next(addresses)
-                        ahead.append((source, shard, index))
-                        uses[source, shard] += 1
-                        if (source, shard) not in ready:
-                            ready[source, shard] = pool.submit(self._prepare, stores[source], shard)
-                    source, shard, index = ahead.popleft()
-                    ready[source, shard].result()
-                    yield self._read(stores[source], source, shard, index)
-                    uses[source, shard] -= 1
-                    if not uses[source, shard]:
-                        del uses[source, shard], ready[source, shard]
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        pool = ThreadPoolExecutor(1, "prefetch")
+        try:
+            while True:
+                while len(ahead) <= self.predownload:
+                    source, shard, index = next(addresses)
+                    ahead.append((source, shard, index))
+                    uses[source, shard] += 1
+                    if (source, shard) not in ready:
+                        ready[source, shard] = pool.submit(self._prepare, stores[source], shard)
+                source, shard, index = ahead.popleft()
+                ready[source, shard].result()
+                yield self._read(stores[source], source, shard, index)
+                uses[source, shard] -= 1
+                if not uses[source, shard]:
+                    del uses[source, shard], ready[source, shard]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _prepare(self, store: ShardStore, shard: int) -> None:
         if store.prepare(shard) and self._cache:
@@ -141,8 +141,7 @@ class ScheduledDataset(IterableDataset[Sample]):
         """Source, shard and index in the shard of every sample of the batches that fall to a worker."""
         ticks = self.global_batch_size // self.schedule.canonical_nodes
         start = self.position // self.schedule.canonical_nodes
-        window = max(1, _WINDOW // ticks)
-        for first in itertools.count(0, window):
+        for first, window in _windows(max(1, _WINDOW // ticks)):
             batches = [b for b in range(first, first + window) if b % workers == worker]
             if batches:
                 rows = np.array(batches) - first
@@ -219,6 +218,14 @@ class ScheduledDataset(IterableDataset[Sample]):
                     f"sources.{name}: shards {begin} to {end - 1} have fingerprint {now[:12]}, and the run "
                     f"began with {known[:12]}; restore them, and append new data as further shards"
                 )
+
+
+def _windows(largest: int) -> Iterator[tuple[int, int]]:
+    """Starts and lengths of windows in a row; the first are small, so that the first batch comes soon."""
+    first, length = 0, 1
+    while True:
+        yield first, length
+        first, length = first + length, min(2 * length, largest)
 
 
 class EvalDataset(Dataset[Sample]):

@@ -42,6 +42,7 @@ __all__ = ["TEXT_SUFFIXES", "Summary", "prepare"]
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 WORK = ".prepare"
+LOCK = ".prepare.lock"
 REST = "rest"
 LOCK_SECONDS = 5.0  # workers of a run that was just killed need a moment to notice
 
@@ -120,22 +121,22 @@ def prepare(
     """
     started = time.monotonic()
     _check_options(seq_len, val_fraction, processes)
-    catalog = find_files(sources, suffixes)
     vocabulary = load_tokenizer(tokenizer, vocab_file)
     folder = Path(out)
-    plan = _describe(catalog, vocabulary, seq_len, text_field, suffixes, val_fraction)
     try:
+        catalog = find_files(sources, suffixes)
+        plan = _describe(catalog, vocabulary, seq_len, text_field, suffixes, val_fraction)
         if (folder / MANIFEST).is_file():
             return _already_done(folder, plan, started)
-        with _claimed(folder, plan) as work:
+        with _claimed(folder, plan):
             if (folder / MANIFEST).is_file():  # another process finished while this one waited
                 return _already_done(folder, plan, started)
             parts = plan_parts(catalog, text_field)
-            job = Job(folder, work, vocabulary, seq_len, text_field, val_fraction)
+            job = Job(folder, folder / WORK, vocabulary, seq_len, text_field, val_fraction)
             todo = [index for index in range(len(parts)) if read_mark(job, index) is None]
             run_parts(job, parts, todo, processes or _cores(), progress)
             manifest = _finish(job, len(parts), catalog, plan)
-            shutil.rmtree(work)
+            _remove_traces(folder)
     except OSError as error:
         raise ValueError(f"{error.filename or out}: {error.strerror or error}") from error
     seconds = time.monotonic() - started
@@ -211,28 +212,43 @@ def _refuse_differences(folder: Path, before: dict[str, Any], now: dict[str, Any
 def _already_done(folder: Path, plan: dict[str, Any], started: float) -> Summary:
     manifest = read_manifest(folder)
     _refuse_differences(folder, asdict(manifest), plan)
-    shutil.rmtree(folder / WORK, ignore_errors=True)  # a run may have been killed just before it did this
+    _remove_traces(folder)  # a run may have been killed just before it did
     return Summary(str(folder), manifest, True, 0, 0, time.monotonic() - started)
 
 
 @contextmanager
-def _claimed(folder: Path, plan: dict[str, Any]) -> Iterator[Path]:
-    """The folder for marks, made and locked; refuses one that belongs to something else."""
-    work = folder / WORK
-    if folder.is_dir() and any(folder.iterdir()) and not work.is_dir():
+def _claimed(folder: Path, plan: dict[str, Any]) -> Iterator[None]:
+    """The folder locked and ready to work in, or finished; refuses one that belongs to something else."""
+    begun = (folder / WORK).is_dir() or not folder.is_dir() or {*os.listdir(folder)} <= {LOCK}
+    if not begun and not (folder / MANIFEST).is_file():
         raise ValueError(f"{folder}: is not empty and holds no unfinished preparation; choose another --out")
-    work.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(work / "lock", timeout=LOCK_SECONDS):
-            plan_file = work / "plan.json"
-            if plan_file.is_file() and has_marks(work):
-                _refuse_differences(folder, json.loads(plan_file.read_text(encoding="utf-8")), plan)
-            else:
-                _clear(folder)
-                write_json(plan_file, plan)
-            yield work
+        with FileLock(folder / LOCK, timeout=LOCK_SECONDS):
+            if not (folder / MANIFEST).is_file():
+                _begin_or_resume(folder, plan)
+            yield
     except Timeout as error:
         raise ValueError(f"{folder}: is being prepared by another process; wait for it") from error
+
+
+def _begin_or_resume(folder: Path, plan: dict[str, Any]) -> None:
+    """Make sure that finished parts are of this plan; where there are none, any plan may begin."""
+    work = folder / WORK
+    plan_file = work / "plan.json"
+    if has_marks(work):
+        _refuse_differences(folder, json.loads(plan_file.read_text(encoding="utf-8")), plan)
+    else:
+        _clear(folder)
+        work.mkdir(exist_ok=True)
+        write_json(plan_file, plan)
+
+
+def _remove_traces(folder: Path) -> None:
+    """Remove what served the work only. The lock goes only once the manifest is there to stop a newcomer."""
+    shutil.rmtree(folder / WORK, ignore_errors=True)
+    if (folder / LOCK).is_file():
+        (folder / LOCK).unlink(missing_ok=True)
 
 
 def _clear(folder: Path) -> None:

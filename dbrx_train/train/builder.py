@@ -21,7 +21,7 @@ from dbrx_train.train.callbacks.gradients import GradientNorm
 from dbrx_train.train.callbacks.learning_rate import LearningRate
 from dbrx_train.train.callbacks.progress import Progress
 from dbrx_train.train.composer_model import ComposerDbrx
-from dbrx_train.train.loaders import check_sources, evaluators, train_data
+from dbrx_train.train.loaders import check_sources, evaluators, train_data, train_dataset
 from dbrx_train.train.mlflow_store import MLflowStore
 from dbrx_train.train.optimizers import build_optimizer
 from dbrx_train.train.throughput import peak_flops
@@ -52,6 +52,10 @@ def run(config: RunConfig) -> None:
     if resume_from and files.batches_done(resume_from) >= config.clock.total_batches:
         _say(f"{config.run_name} is done: {resume_from} holds its end. A larger max_duration= continues it.")
         return
+    if resume_from:
+        # The loader's own check, made before anything is touched.
+        state = files.read(resume_from)["state"]["dataset_state"]["train"]
+        train_dataset(config).load_state_dict(state)
     dist.initialize_dist(get_device(device))
     store = MLflowStore(
         uri=config.logging.mlflow_uri,
@@ -70,6 +74,14 @@ def run(config: RunConfig) -> None:
             report.draw(store, config.tokens_per_batch, picture)
             store.log_artifact(picture)
             _say(_summary(config, store))
+    except BaseException as error:
+        # Composer turns SIGINT and SIGTERM into SystemExit.
+        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+        store.end_status = "KILLED" if stopped else "FAILED"
+        if stopped:
+            newest = next(iter(files.saved(checkpoint_folder(config))), None)
+            _say(f"stopped; the same command goes on from {newest or 'the beginning: nothing was saved yet'}")
+        raise
     finally:
         trainer.close()
 

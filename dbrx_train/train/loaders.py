@@ -31,7 +31,9 @@ def check_sources(config: RunConfig, tokenizer: Tokenizer) -> None:
         if source.remote is not None:
             continue
         try:
-            check_dataset(source.local, config.data.seq_len, tokenizer.fingerprint)
+            check_dataset(
+                source.local, config.data.seq_len, tokenizer.fingerprint, config.model.vocab_size
+            )
         except ValueError as error:
             raise ConfigError(f"data.sources.{name}: {error}") from None
 
@@ -42,10 +44,10 @@ def count_tokens(batch: Batch, *, mask_documents: bool) -> dict[str, int]:
     return {"total": batch["input_ids"].numel(), "loss_generating": int((labels != IGNORE_INDEX).sum())}
 
 
-def train_data(config: RunConfig, tokenizer: Tokenizer) -> DataSpec:
+def train_dataset(config: RunConfig) -> ScheduledDataset:
     """The scheduled mix, this rank's share of each global batch."""
     data = config.data
-    dataset = ScheduledDataset(
+    return ScheduledDataset(
         {name: Source(source.local, source.remote) for name, source in data.sources.items()},
         config.mix_schedule(),
         seq_len=data.seq_len,
@@ -55,8 +57,15 @@ def train_data(config: RunConfig, tokenizer: Tokenizer) -> DataSpec:
         predownload=data.predownload,
         cache_limit=data.cache_limit,
     )
+
+
+def train_data(config: RunConfig, tokenizer: Tokenizer) -> DataSpec:
+    """``train_dataset`` in batches, with the token counts of each."""
     loader = build_loader(
-        dataset, eos_id=tokenizer.eos_id, num_workers=data.num_workers, pin_memory=torch.cuda.is_available()
+        train_dataset(config),
+        eos_id=tokenizer.eos_id,
+        num_workers=config.data.num_workers,
+        pin_memory=torch.cuda.is_available(),
     )
     count = partial(count_tokens, mask_documents=config.model.mask_documents)
     return DataSpec(loader, get_num_tokens_in_batch=count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from composer import Logger, State
 from composer.loggers import MLFlowLogger
 from mlflow.entities import Metric
+
+logging.getLogger("mlflow").setLevel(logging.WARNING)  # its news would break up the progress bar
 
 _FLUSH_SECONDS = 5.0
 _LARGEST_BATCH = 1000  # MLflow's own limit per request
@@ -32,6 +35,7 @@ class MLflowStore(MLFlowLogger):  # type: ignore[misc]
             resume=resume,
             log_system_metrics=True,
         )
+        self.end_status = "FINISHED"
         self._pending: list[Metric] = []
         self._flushed_at = time.monotonic()
 
@@ -89,3 +93,5 @@ class MLflowStore(MLFlowLogger):  # type: ignore[misc]
         if self._enabled:
             self.flush()
         super().post_close()
+        if self._enabled:  # the base knows no interruption
+            self._mlflow_client.set_terminated(self._run_id, status=self.end_status)
