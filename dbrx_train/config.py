@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dbrx_train.data.mix import MixSchedule
-from dbrx_train.duration import Clock, parse_duration
+from dbrx_train.duration import Clock
 from dbrx_train.model.config import DbrxConfig
 
 
@@ -48,14 +48,18 @@ class TokenizerConfig:
 @dataclass
 class SourceConfig:
     local: str = _doc("folder that `dbrx-train data prepare` wrote, or where to cache `remote`")
-    remote: str | None = _doc("the same folder on an object store (any URL that mosaicml-streaming reads)", None)
+    remote: str | None = _doc(
+        "the same folder on an object store (any URL that mosaicml-streaming reads)", None
+    )
     max_epochs: float | None = _doc("refuse a mix that repeats this source more often than this", None)
 
 
 @dataclass
 class MixPointConfig:
     at: str = _doc("when: `0tok`, `2_000_000tok`, `0.7dur` or `10ba`")
-    weights: dict[str, float] = _doc("share of each source; need not sum to 1; a source left out gets 0", dict)
+    weights: dict[str, float] = _doc(
+        "share of each source; need not sum to 1; a source left out gets 0", dict
+    )
     reach: str = _doc("`step`: jump here; `linear`: ramp from the point before", "step")
 
 
@@ -72,10 +76,14 @@ class DataConfig:
     cache_limit: int | None = _doc("bytes of disk that all sources may keep locally of `remote` data", None)
 
     def check(self) -> None:
-        _require(bool(self.sources), "data.sources: name at least one source, such as {web: {local: data/web}}")
+        _require(
+            bool(self.sources), "data.sources: name at least one source, such as {web: {local: data/web}}"
+        )
         _require(self.seq_len >= 2, f"data.seq_len: must be at least 2, not {self.seq_len}")
         _require(self.num_workers >= 0, f"data.num_workers: must not be negative, not {self.num_workers}")
-        _require(self.canonical_nodes >= 1, f"data.canonical_nodes: must be positive, not {self.canonical_nodes}")
+        _require(
+            self.canonical_nodes >= 1, f"data.canonical_nodes: must be positive, not {self.canonical_nodes}"
+        )
         for i, point in enumerate(self.mix):
             for name in point.weights:
                 _require(
@@ -124,7 +132,9 @@ class LearningRateConfig:
 @dataclass
 class OptimizationConfig:
     global_batch_size: int = _doc("samples per optimizer step, over all ranks", 8)
-    microbatch_size: int | None = _doc("samples per forward pass and rank; default: the rank's whole batch", None)
+    microbatch_size: int | None = _doc(
+        "samples per forward pass and rank; default: the rank's whole batch", None
+    )
     clip_grad_norm: float | None = _doc("largest global gradient norm; null: no clipping", 1.0)
     optimizer: OptimizerConfig = _doc("the optimizer", OptimizerConfig)
     learning_rate: LearningRateConfig = _doc("its learning rate over the run", LearningRateConfig)
@@ -139,7 +149,9 @@ class OptimizationConfig:
                 f"optimization.microbatch_size: {micro} does not divide global_batch_size {batch}",
             )
         clip = self.clip_grad_norm
-        _require(clip is None or clip > 0, f"optimization.clip_grad_norm: must be positive or null, not {clip}")
+        _require(
+            clip is None or clip > 0, f"optimization.clip_grad_norm: must be positive or null, not {clip}"
+        )
 
 
 @dataclass
@@ -173,7 +185,9 @@ class EvaluationConfig:
 
     def check(self) -> None:
         _require(self.batch_size >= 1, f"evaluation.batch_size: must be positive, not {self.batch_size}")
-        _require(self.max_samples >= 0, f"evaluation.max_samples: must not be negative, not {self.max_samples}")
+        _require(
+            self.max_samples >= 0, f"evaluation.max_samples: must not be negative, not {self.max_samples}"
+        )
 
 
 @dataclass
@@ -221,8 +235,6 @@ class RunConfig:
             batch % nodes == 0,
             f"data.canonical_nodes: {nodes} does not divide optimization.global_batch_size {batch}",
         )
-        value, unit = _at("max_duration", parse_duration, self.max_duration)
-        _require(unit != "dur" and value > 0, f"max_duration: {self.max_duration!r} is not a length of its own")
         clock = self.clock
         for key in (
             "optimization.learning_rate.warmup",
@@ -231,18 +243,20 @@ class RunConfig:
             "logging.interval",
             "evaluation.interval",
         ):
-            _at(key, clock.tokens, _lookup(self, key))
-        _at("data.mix", self.mix_schedule)
-
-    @property
-    def tokens_per_batch(self) -> int:
-        """Tokens per optimizer step, over all ranks."""
-        return self.optimization.global_batch_size * self.data.seq_len
+            clock.tokens(OmegaConf.select(OmegaConf.structured(self), key), key)
+        try:
+            self.mix_schedule()
+        except ValueError as error:
+            raise ConfigError(f"data.{error}") from None
 
     @property
     def clock(self) -> Clock:
         """Converts the run's durations to tokens."""
-        return Clock.of(self.max_duration, tokens_per_batch=self.tokens_per_batch)
+        return Clock.of(
+            self.max_duration,
+            seq_len=self.data.seq_len,
+            global_batch_size=self.optimization.global_batch_size,
+        )
 
     def mix_schedule(self) -> MixSchedule:
         """The data mix over this run: as given, or all sources alike."""
@@ -280,16 +294,16 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: unknown key {key}{nearest}")
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), resolved))
-        assert isinstance(config, RunConfig)
-        config.check()
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None)
-        where = f"{key}: " if key and not _first_line(error).startswith(str(key)) else ""
-        raise ConfigError(f"{path}: {where}{_first_line(error)}") from None
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    except ValueError as error:
+        where, line = str(getattr(error, "full_key", None) or ""), _first_line(error)
+        raise ConfigError(f"{path}: {line if where in line else f'{where}: {line}'}") from None
+    except ValueError as error:  # DbrxConfig checks itself when it is made
         raise ConfigError(f"{path}: model.{_first_line(error)}") from None
+    assert isinstance(config, RunConfig)
+    try:
+        config.check()
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
     return config
 
 
@@ -336,7 +350,7 @@ def _unknown_keys(given: dict[Any, Any], schema: Any, prefix: str = "") -> Itera
         if key not in known:
             yield f"{prefix}{key}", _nearest(str(key), known)
             continue
-        inner = known[key]
+        inner: Any = known[key]
         if dataclasses.is_dataclass(inner) and isinstance(value, dict):
             yield from _unknown_keys(value, inner, f"{prefix}{key}.")
         elif getattr(inner, "__origin__", None) is dict and isinstance(value, dict):
@@ -358,19 +372,3 @@ def _nearest(name: str, known: Any) -> str:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _at(key: str, function: Any, *args: Any) -> Any:
-    """``function(*args)``, whose ValueError then names ``key``."""
-    try:
-        return function(*args)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"{key}: {error}") from None
-
-
-def _lookup(config: Any, key: str) -> Any:
-    for name in key.split("."):
-        config = getattr(config, name)
-    return config

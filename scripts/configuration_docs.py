@@ -62,7 +62,11 @@ def _is_schema(kind: Any) -> bool:
 
 def _default(field: Any) -> str:
     if field.default is not dataclasses.MISSING:
-        return "null" if field.default is None else f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
+        return (
+            "null"
+            if field.default is None
+            else f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
+        )
     if field.default_factory is not dataclasses.MISSING:
         made = field.default_factory()
         return f"`{made}`" if made else ""

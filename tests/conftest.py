@@ -10,7 +10,27 @@ import pytest
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
-WORDS = "the model reads a token and then another token until the text of the source is at its end".split()
+WORDS = [
+    "the",
+    "model",
+    "reads",
+    "a",
+    "token",
+    "and",
+    "then",
+    "another",
+    "token",
+    "until",
+    "the",
+    "text",
+    "of",
+    "the",
+    "source",
+    "is",
+    "at",
+    "its",
+    "end",
+]
 
 
 def write_corpus(folder: Path, seed: int, documents: int = 60) -> Path:

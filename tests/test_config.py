@@ -39,7 +39,9 @@ def test_overrides_come_last_and_the_result_reads_back(yaml_file: Path, tmp_path
 
 def test_variables_interpolate_and_are_no_part_of_the_run(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text("variables: {width: 96}\n" + MINIMAL.replace("d_model: 64", "d_model: '${variables.width}'"))
+    path.write_text(
+        "variables: {width: 96}\n" + MINIMAL.replace("d_model: 64", "d_model: '${variables.width}'")
+    )
     assert load(path).model.d_model == 96
 
 
@@ -57,13 +59,13 @@ def test_variables_interpolate_and_are_no_part_of_the_run(tmp_path: Path) -> Non
         ("model.d_model=wide", "model.d_model"),
         ("data.seq_len=256", "data.seq_len: 256 is longer than model.max_seq_len 128"),
         ("data.mix=[{at: 0tok, weights: {wbe: 1}}]", "'wbe' is not in data.sources; did you mean web?"),
-        ("data.mix=[{at: 5ba, weights: {web: 1}}]", "data.mix: "),
-        ("data.mix=[{at: 0tok, weights: {web: -1}}]", "data.mix: "),
+        ("data.mix=[{at: 5ba, weights: {web: 1}}]", "data.mix"),
+        ("data.mix=[{at: 0tok, weights: {web: -1}}]", "data.mix"),
         ("optimization.global_batch_size=0", "optimization.global_batch_size: must be positive"),
         ("optimization.microbatch_size=3", "optimization.microbatch_size: 3 does not divide"),
         ("optimization.optimizer.name=sgd", "optimization.optimizer.name: 'sgd' is not one of adamw, lionw"),
-        ("optimization.learning_rate.warmup=soon", "optimization.learning_rate.warmup: 'soon' is not a duration"),
-        ("max_duration=1ep", "max_duration: '1ep' is not a duration"),
+        ("optimization.learning_rate.warmup=soon", "optimization.learning_rate.warmup: 'soon' is not a time"),
+        ("max_duration=1ep", "max_duration: '1ep' is not a time"),
         ("max_duration=0.5dur", "max_duration: "),
         ("device=tpu", "device: 'tpu' is not one of auto, cpu, gpu"),
         ("precision=fp8", "precision: 'fp8' is not one of fp32, amp_bf16"),
@@ -103,5 +105,5 @@ def test_what_is_no_run_is_refused(tmp_path: Path, text: str, says: str) -> None
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nothing.yaml: no such file"):
+    with pytest.raises(ConfigError, match=r"nothing\.yaml: no such file"):
         load(tmp_path / "nothing.yaml")

@@ -5,10 +5,10 @@ import math
 import pytest
 
 from dbrx_train.config import LearningRateConfig
-from dbrx_train.duration import Clock, parse_duration
+from dbrx_train.duration import Clock
 from dbrx_train.train.schedulers import learning_rate_factor
 
-CLOCK = Clock.of("100ba", tokens_per_batch=10)
+CLOCK = Clock.of("100ba", seq_len=5, global_batch_size=2)
 
 
 def factor(batch: int, **fields: object) -> float:
@@ -33,28 +33,14 @@ def test_decays() -> None:
     assert factor(90, schedule="wsd", decay="0.2dur", final=0.0) == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("10ba", (10, "ba")),
-        ("1_000_000tok", (1e6, "tok")),
-        ("2B tok", (2e9, "tok")),
-        ("0.9dur", (0.9, "dur")),
-        ("12T tok", (12e12, "tok")),
-    ],
-)
-def test_durations(text: str, value: tuple[float, str]) -> None:
-    assert parse_duration(text) == value
-
-
-@pytest.mark.parametrize("text", ["", "10", "ba", "-1ba", "1ep", "1e3tok", "0.5Bdur", "ten ba"])
+@pytest.mark.parametrize("text", ["", "10", "ba", "-1ba", "1ep", "0.5", "ten ba"])
 def test_what_is_no_duration_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="dur"):
-        parse_duration(text)
+    with pytest.raises(ValueError, match=r"^warmup: .* is not a time"):
+        CLOCK.tokens(text, "warmup")
 
 
 def test_the_last_batch_is_whole() -> None:
-    clock = Clock.of("1001tok", tokens_per_batch=100)
+    clock = Clock.of("1001tok", seq_len=50, global_batch_size=2)
     assert (clock.total_batches, clock.total_tokens) == (11, 1100)
     assert clock.tokens("0.5dur") == 550
     assert clock.batches("101tok") == 2

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dbrx_train.data.mix import MixPoint, MixSchedule, parse_time
+from dbrx_train.data.mix import MixPoint, MixSchedule
+from dbrx_train.duration import parse_time
 
 NAMES = ("web", "code", "books", "chat", "maths", "wiki")
 TICKS = np.arange(201)

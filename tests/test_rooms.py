@@ -10,7 +10,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
     return done.stdout.strip()
 
 
@@ -25,16 +27,23 @@ def test_import_contracts_hold() -> None:
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("module", ["dbrx_train", "dbrx_train.cli", "dbrx_train.config", "dbrx_train.data.mix"])
+@pytest.mark.parametrize(
+    "module", ["dbrx_train", "dbrx_train.cli", "dbrx_train.config", "dbrx_train.data.mix"]
+)
 def test_light_modules_import_nothing_heavy(module: str) -> None:
-    heavy = "{'torch', 'composer', 'streaming', 'mlflow', 'tiktoken', 'pyarrow', 'transformers', 'matplotlib'}"
+    heavy = (
+        "{'torch', 'composer', 'streaming', 'mlflow', 'tiktoken', 'pyarrow', 'transformers', 'matplotlib'}"
+    )
     assert python(f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))") == "[]"
 
 
 def test_the_model_needs_torch_alone() -> None:
-    allowed = "import sys; sys.modules.update(dict.fromkeys(['composer', 'streaming', 'mlflow', 'tiktoken', 'omegaconf']))"
+    absent = ["composer", "streaming", "mlflow", "tiktoken", "omegaconf"]
+    allowed = f"import sys; sys.modules.update(dict.fromkeys({absent}))"
     names = "from dbrx_train import Dbrx, DbrxConfig, MoE"
-    shape = "d_model=32, n_layers=1, n_heads=2, n_kv_heads=1, ffn_hidden_size=48, vocab_size=64, max_seq_len=8"
+    shape = (
+        "d_model=32, n_layers=1, n_heads=2, n_kv_heads=1, ffn_hidden_size=48, vocab_size=64, max_seq_len=8"
+    )
     use = f"import torch; print(tuple(Dbrx(DbrxConfig({shape}))(torch.ones(1, 3).long()).logits.shape))"
     assert python(f"{allowed}\n{names}\n{use}") == "(1, 3, 64)"
 

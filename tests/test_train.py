@@ -61,14 +61,16 @@ def test_a_run_learns_and_logs_what_it_did(
 
     client, found = mlflow_run(workplace, "whole")
     assert found.info.status == "FINISHED"
-    losses = {m.step: m.value for m in client.get_metric_history(found.info.run_id, "loss/train/cross_entropy")}
+    losses = {
+        m.step: m.value for m in client.get_metric_history(found.info.run_id, "loss/train/cross_entropy")
+    }
     assert sorted(losses) == list(range(24))
     assert losses[23] < losses[0] - 3
     for source in ("web", "code"):
         history = client.get_metric_history(found.info.run_id, f"metrics/eval/{source}/cross_entropy")
         assert history[-1].value < history[0].value - 3
         perplexity = client.get_metric_history(found.info.run_id, f"metrics/eval/{source}/perplexity")
-        assert perplexity[0].value == pytest.approx(2.718281828**history[0].value, rel=1e-3)
+        assert perplexity[0].value == pytest.approx(2.718281828 ** history[0].value, rel=1e-3)
     metrics = found.data.metrics
     for name in ("loss/train/balance", "gradients/norm", "lr/matrices", "experts/layer01/entropy"):
         assert name in metrics
@@ -126,9 +128,9 @@ def test_two_ranks_train_what_one_does(workplace: Path, in_tmp: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
-        + ["-m", "dbrx_train", "train", str(path), *options],
+        [*launcher, "-m", "dbrx_train", "train", str(path), *options],
         cwd=in_tmp,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -235,7 +237,18 @@ def test_generate_continues_a_prompt(workplace: Path, in_tmp: Path) -> None:
     assert greedy[0].returncode == 0, greedy[0].stderr
     assert greedy[0].stdout.startswith("the model ")
     assert greedy[0].stdout == greedy[1].stdout
-    sampled = command("generate", "talk", "the", "--temperature", "1.0", "--top-p", "0.9", "--max-new-tokens", "20", cwd=in_tmp)
+    sampled = command(
+        "generate",
+        "talk",
+        "the",
+        "--temperature",
+        "1.0",
+        "--top-p",
+        "0.9",
+        "--max-new-tokens",
+        "20",
+        cwd=in_tmp,
+    )
     assert sampled.returncode == 0
     for wrong in (["nowhere", "x"], ["talk/config.yaml", "x"], ["talk", "x", "--max-new-tokens", "100"]):
         done = command("generate", *wrong, cwd=in_tmp)

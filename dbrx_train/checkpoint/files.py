@@ -16,7 +16,7 @@ from dbrx_train.model.decoder import Dbrx
 _NAME = re.compile(r"ba(\d+)\.pt")
 
 # What Composer puts beside tensors and plain values: durations, torch's version, NumPy's random state.
-_SAFE = [
+_SAFE: list[Any] = [
     datetime.timedelta,
     torch.torch_version.TorchVersion,
     np.ndarray,

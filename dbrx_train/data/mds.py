@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import xxhash
-import zstd  # type: ignore[import-untyped]
+import zstd
 from numpy.typing import NDArray
 
 __all__ = ["COLUMNS", "INDEX", "ShardWriter", "read_shard", "write_index"]

@@ -15,7 +15,6 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,31 +25,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dbrx_train.data.apportion import DENOMINATOR, Apportionment, Floats, Ints, integer_weights
+from dbrx_train.duration import parse_time
 
-__all__ = ["MixPoint", "MixSchedule", "parse_time"]
+__all__ = ["MixPoint", "MixSchedule"]
 
 Reach: TypeAlias = Literal["step", "linear"]
 Side: TypeAlias = Literal["left", "right"]
 
 GENTLE_EPOCHS: Final = 4
 """Repeating data up to four times is nearly as good as new data (arXiv 2305.16264)."""
-
-_MAGNITUDE = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-_TIME = re.compile(r"\s*(\d[\d_]*(?:\.\d+)?(?:e\d+)?)\s*([KMBT]?)\s*(tok|sp|ba|dur)\s*")
-
-
-def parse_time(text: str | int, field: str) -> tuple[Fraction, str]:
-    """Read ``"2_000_000tok"``, ``"2B tok"``, ``"100sp"``, ``"10ba"`` or ``"0.7dur"``: a number and its unit.
-
-    Raises ValueError, beginning with ``field``, for anything else (a bare 0 is 0 tokens).
-    """
-    match = _TIME.fullmatch("0tok" if text in (0, "0") else str(text))
-    if not match:
-        raise ValueError(
-            f"{field}: {text!r} is not a time; write it like 2B tok, 1_000_000tok, 0.7dur or 10ba"
-        )
-    number, magnitude, unit = match.groups()
-    return Fraction(number.replace("_", "")) * _MAGNITUDE[magnitude], unit
 
 
 @dataclass(frozen=True)
@@ -196,7 +179,7 @@ class MixSchedule:
         sources: Sequence[str] | None = None,
         canonical_nodes: int = 1,
     ) -> MixSchedule:
-        """Resolve points ``{at, weights, reach}`` whose ``at`` are time strings (see ``parse_time``).
+        """Resolve points ``{at, weights, reach}``, whose ``at`` are as in ``dbrx_train.duration``.
 
         ``seq_len`` is the tokens of a sample, ``batch_size`` the samples of a global batch (for ``ba``), and
         ``duration`` the length of the run (for ``dur``). Times are rounded to whole ticks.

@@ -52,10 +52,7 @@ def run(config: RunConfig) -> None:
     if resume_from and files.batches_done(resume_from) >= config.clock.total_batches:
         _say(f"{config.run_name} is done: {resume_from} holds its end. A larger max_duration= continues it.")
         return
-    if resume_from:
-        # The loader's own check, made before anything is touched.
-        state = files.read(resume_from)["state"]["dataset_state"]["train"]
-        train_dataset(config).load_state_dict(state)
+    _check_mix(config, resume_from)
     dist.initialize_dist(get_device(device))
     store = MLflowStore(
         uri=config.logging.mlflow_uri,
@@ -71,7 +68,7 @@ def run(config: RunConfig) -> None:
         trainer.fit()
         if dist.get_global_rank() == 0:
             picture = Path(config.folder) / "training.png"
-            report.draw(store, config.tokens_per_batch, picture)
+            report.draw(store, config.clock.tokens_per_batch, picture)
             store.log_artifact(picture)
             _say(_summary(config, store))
     except BaseException as error:
@@ -90,9 +87,7 @@ def build_trainer(config: RunConfig, device: str, store: MLflowStore, resume_fro
     """The Trainer of a run; ``resume_from`` is loaded into it."""
     tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.vocab_file)
     on_cpu = device == "cpu"
-    model = ComposerDbrx(
-        config.model, config.seed, cpu_autocast=on_cpu and config.precision == "amp_bf16"
-    )
+    model = ComposerDbrx(config.model, config.seed, cpu_autocast=on_cpu and config.precision == "amp_bf16")
     clock, optimization = config.clock, config.optimization
     peak = config.logging.peak_flops or peak_flops(device, config.precision)[0]
     per_rank = optimization.global_batch_size // dist.get_world_size()
@@ -173,6 +168,20 @@ def _check_same_model(config: RunConfig, saved: dict[str, Any], path: Path) -> N
                 f"model.{key}: {now[key]} here, but {path} was saved with {then.get(key)}; "
                 f"give the run another run_name= to start afresh"
             )
+
+
+def _check_mix(config: RunConfig, resume_from: Path | None) -> None:
+    """What only the data and the saved run can tell, before anything is touched.
+
+    Raises:
+        ValueError: a source is repeated too often, or the mix's past is not that of the saved run.
+    """
+    dataset = train_dataset(config)
+    if resume_from:
+        dataset.load_state_dict(files.read(resume_from)["state"]["dataset_state"]["train"])
+    limits = {n: s.max_epochs for n, s in config.data.sources.items() if s.max_epochs is not None}
+    samples = config.clock.total_batches * config.optimization.global_batch_size
+    dataset.schedule.repetition(dataset.sizes, samples // config.data.canonical_nodes, limits)
 
 
 def _device(config: RunConfig) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from composer.models import ComposerModel
 from torchmetrics import MeanMetric, Metric
@@ -41,9 +39,10 @@ class ComposerDbrx(ComposerModel):  # type: ignore[misc]
 
     def forward(self, batch: Batch) -> DbrxOutput:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.cpu_autocast):
-            return self.model(
+            output: DbrxOutput = self.model(
                 batch["input_ids"], labels=batch["labels"], document_ids=batch["document_ids"]
             )
+        return output
 
     def loss(self, outputs: DbrxOutput, batch: Batch) -> dict[str, torch.Tensor]:
         assert outputs.loss is not None

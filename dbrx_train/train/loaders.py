@@ -31,9 +31,7 @@ def check_sources(config: RunConfig, tokenizer: Tokenizer) -> None:
         if source.remote is not None:
             continue
         try:
-            check_dataset(
-                source.local, config.data.seq_len, tokenizer.fingerprint, config.model.vocab_size
-            )
+            check_dataset(source.local, config.data.seq_len, tokenizer.fingerprint, config.model.vocab_size)
         except ValueError as error:
             raise ConfigError(f"data.sources.{name}: {error}") from None
 

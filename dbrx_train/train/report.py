@@ -52,6 +52,6 @@ def _draw_load(axis: Axes, store: MLflowStore, layer: str, tokens_per_batch: int
     series = [dict(store.metric_history(name)) for name in experts]
     steps = sorted(series[0])
     shares = np.array([[one[step] for step in steps] for one in series])
-    axis.stackplot(np.array(steps) * tokens_per_batch, shares, colors=plt.colormaps["tab20"].colors)
+    axis.stackplot(np.array(steps) * tokens_per_batch, shares, colors=plt.get_cmap("tab20")(range(20)))
     axis.set_ylim(0, 1)
     axis.set_ylabel(f"{layer}\nexpert share")

@@ -46,7 +46,9 @@ class Progress(Callback):  # type: ignore[misc]
             label = state.dataloader_label
             loss = float(state.eval_metrics[label]["cross_entropy"].compute())
             seen = state.timestamp.token.value
-            tqdm.write(f"{seen:>14,} tokens  {label}: loss {loss:.4f}, perplexity {2.718281828459045**loss:,.1f}")
+            tqdm.write(
+                f"{seen:>14,} tokens  {label}: loss {loss:.4f}, perplexity {2.718281828459045**loss:,.1f}"
+            )
 
     def close(self, state: State, logger: Logger) -> None:
         if self.bar is not None:
