@@ -5,7 +5,6 @@ Exit codes: 0 done; 2 the user's input is wrong (one line); 130 interrupted; 1 a
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from pathlib import Path
@@ -26,8 +25,6 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Prepare and look at training data.")
 app.add_typer(data_app, name="data")
 
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
-
 
 def main() -> None:
     """Entry point: turns a user's mistake into one line and exit code 2."""
@@ -38,9 +35,9 @@ def main() -> None:
             raise
         _fail(str(error))
     except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+        if error.filename is None or error.strerror is None:
             raise
-        _fail(f"{error.filename or 'output'}: {error.strerror}")
+        _fail(f"{error.filename}: {error.strerror}")
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("dbrx_train"):
             raise
@@ -51,7 +48,8 @@ def main() -> None:
 
 
 def _fail(message: str) -> None:
-    print(f"dbrx-train: {message}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    print(f"dbrx-train{'' if rank == '0' else f' (rank {rank})'}: {message}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -110,6 +108,28 @@ def data_inspect(
     print(inspect(folder, split=split, sample=sample, vocab_file=vocab_file))
 
 
+@data_app.command("mix")
+def data_mix(
+    config: Annotated[str, typer.Argument(help="The run's YAML.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    picture: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("mix.png"),
+) -> None:
+    """Show the data mix of CONFIG over the run, with epochs per source, as a table and a picture."""
+    from dbrx_train.config import load
+    from dbrx_train.data import timeline
+    from dbrx_train.data.manifest import read_manifest
+
+    run = load(config, overrides or [])
+    sizes = {name: read_manifest(s.local).splits["train"].samples for name, s in run.data.sources.items()}
+    samples = run.clock.total_batches * run.optimization.global_batch_size
+    mix, ticks = run.mix_schedule(), samples // run.data.canonical_nodes
+    mix.repetition(sizes, ticks, {n: s.max_epochs for n, s in run.data.sources.items() if s.max_epochs})
+    print(timeline.table(mix, sizes, ticks, run.data.seq_len))
+    timeline.draw(mix, sizes, ticks, run.data.seq_len, picture)
+    off = f"{mix.max_deviation:.2f} samples per canonical node"
+    print(f"a source is never further than {off} from its weight's integral; picture: {picture}")
+
+
 @data_app.command("quickstart")
 def data_quickstart(
     out: Annotated[str, typer.Option(help="The folder to make.")] = "data/quickstart",
@@ -152,22 +172,27 @@ def generate(
 
     from dbrx_train.checkpoint.files import load_model
     from dbrx_train.data.tokenizer import load_tokenizer
+    from dbrx_train.model.generation import STOP_IDS
     from dbrx_train.model.generation import generate as continue_ids
 
-    model = load_model(checkpoint)
+    model, vocabulary = load_model(checkpoint, lambda line: print(line, file=sys.stderr))
     model.eval()
-    tokenizer = load_tokenizer()
-    ids = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eos_id]])
+    tokenizer = load_tokenizer(**vocabulary)
+    ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
+    if max(ids) >= model.config.vocab_size:
+        raise ValueError(f"{checkpoint}: has {model.config.vocab_size} words, fewer than its tokenizer")
     generator = torch.Generator().manual_seed(seed)
     tokens = continue_ids(
-        model, ids, max_new_tokens, temperature=temperature, top_p=top_p, generator=generator
+        model, torch.tensor([ids]), max_new_tokens, temperature=temperature, top_p=top_p, generator=generator
     )
     print(prompt, end="", flush=True)
-    text, new_ids = "", list[int]()
-    for token in tokens:
-        new_ids.append(int(token))
-        whole = tokenizer.decode(new_ids)
-        if not whole.endswith("\N{REPLACEMENT CHARACTER}"):  # else a character is still incomplete
-            print(whole[len(text) :], end="", flush=True)
-            text = whole
-    print()
+    shown, new_ids = "", list[int]()
+    for token in map(int, tokens):
+        if token in STOP_IDS:
+            break
+        new_ids.append(token)
+        text = tokenizer.decode(new_ids)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else a character is still incomplete
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    print(tokenizer.decode(new_ids)[len(shown) :])

@@ -6,8 +6,11 @@ Nothing heavy is imported, so that a wrong file is refused within a fraction of 
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from math import inf
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +87,19 @@ class DataConfig:
         _require(
             self.canonical_nodes >= 1, f"data.canonical_nodes: must be positive, not {self.canonical_nodes}"
         )
+        for key in ("predownload", "cache_limit"):
+            value = getattr(self, key)
+            _require(value is None or value >= 0, f"data.{key}: must not be negative, not {value}")
+        for name, source in self.sources.items():
+            _require(
+                re.fullmatch(r"[\w.-]+", name) is not None,
+                f"data.sources: {name!r} names metrics too; use letters, digits, '_', '.' and '-' only",
+            )
+            limit = source.max_epochs
+            _require(
+                limit is None or limit > 0,
+                f"data.sources.{name}.max_epochs: must be positive or null, not {limit}",
+            )
         for i, point in enumerate(self.mix):
             for name in point.weights:
                 _require(
@@ -104,13 +120,18 @@ class OptimizerConfig:
 
     def check(self) -> None:
         _one_of("optimization.optimizer.name", self.name, ("adamw", "lionw"))
-        _require(self.lr > 0, f"optimization.optimizer.lr: must be positive, not {self.lr}")
+        _require(0 < self.lr < inf, f"optimization.optimizer.lr: must be positive, not {self.lr}")
+        _require(0 < self.eps < inf, f"optimization.optimizer.eps: must be positive, not {self.eps}")
+        _require(
+            0 <= self.router_lr_scale < inf,
+            f"optimization.optimizer.router_lr_scale: must not be negative, not {self.router_lr_scale}",
+        )
         _require(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
             f"optimization.optimizer.betas: two numbers in [0, 1), not {self.betas}",
         )
         _require(
-            self.weight_decay >= 0,
+            0 <= self.weight_decay < inf,
             f"optimization.optimizer.weight_decay: must not be negative, not {self.weight_decay}",
         )
 
@@ -144,10 +165,6 @@ class OptimizationConfig:
         _require(batch >= 1, f"optimization.global_batch_size: must be positive, not {batch}")
         if micro is not None:
             _require(micro >= 1, f"optimization.microbatch_size: must be positive, not {micro}")
-            _require(
-                batch % micro == 0,
-                f"optimization.microbatch_size: {micro} does not divide global_batch_size {batch}",
-            )
         clip = self.clip_grad_norm
         _require(
             clip is None or clip > 0, f"optimization.clip_grad_norm: must be positive or null, not {clip}"
@@ -174,6 +191,11 @@ class LoggingConfig:
         "on a CPU that of a measured matrix product",
         None,
     )
+
+    def check(self) -> None:
+        peak = self.peak_flops
+        _require(peak is None or 0 < peak < inf, f"logging.peak_flops: must be positive or null, not {peak}")
+        _require(bool(self.experiment.strip()), "logging.experiment: must not be empty")
 
 
 @dataclass
@@ -220,12 +242,14 @@ class RunConfig:
             self.optimization.optimizer,
             self.optimization.learning_rate,
             self.checkpoints,
+            self.logging,
             self.evaluation,
         ):
             section.check()
         _one_of("device", self.device, ("auto", "cpu", "gpu"))
         _one_of("precision", self.precision, ("fp32", "amp_bf16"))
         _require(bool(self.run_name.strip()), "run_name: must not be empty")
+        _require(0 <= self.seed < 2**32, f"seed: must be at least 0 and below 2**32, not {self.seed}")
         _require(
             self.data.seq_len <= self.model.max_seq_len,
             f"data.seq_len: {self.data.seq_len} is longer than model.max_seq_len {self.model.max_seq_len}",
@@ -243,7 +267,8 @@ class RunConfig:
             "logging.interval",
             "evaluation.interval",
         ):
-            clock.tokens(OmegaConf.select(OmegaConf.structured(self), key), key)
+            length = clock.tokens(attrgetter(key)(self), key)
+            _require(length > 0 or key.endswith(("warmup", "decay")), f"{key}: must be longer than nothing")
         try:
             self.mix_schedule()
         except ValueError as error:
@@ -281,12 +306,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     given = _read_yaml(Path(path))
     for override in overrides:
-        key, equals, _ = override.partition("=")
-        _require(bool(equals and key.strip()), f"{override!r}: an override has the form key=value")
+        given = _override(given, override)
     try:
-        merged = OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
-        resolved = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        resolved = OmegaConf.to_container(given, resolve=True)
+    except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {_first_line(error)}") from None
     assert isinstance(resolved, dict)
     resolved.pop("variables", None)
@@ -294,7 +317,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: unknown key {key}{nearest}")
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), resolved))
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError) as error:
         where, line = str(getattr(error, "full_key", None) or ""), _first_line(error)
         raise ConfigError(f"{path}: {line if where in line else f'{where}: {line}'}") from None
     except ValueError as error:  # DbrxConfig checks itself when it is made
@@ -341,6 +364,17 @@ def _read_yaml(path: Path) -> DictConfig:
     if not isinstance(given, DictConfig):
         raise ConfigError(f"{path}: a run is a mapping of keys, such as run_name and model")
     return given
+
+
+def _override(given: DictConfig, override: str) -> DictConfig:
+    key, equals, _ = override.partition("=")
+    _require(bool(equals and key.strip()), f"{override!r}: an override has the form key=value")
+    try:
+        merged = OmegaConf.merge(given, OmegaConf.from_dotlist([override]))
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
+        raise ConfigError(f"{override!r}: {_first_line(error)}") from None
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def _unknown_keys(given: dict[Any, Any], schema: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

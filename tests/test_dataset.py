@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import itertools
+import os
 import shutil
 import tracemalloc
 from collections import Counter
@@ -207,6 +210,74 @@ def test_evaluation_reads_the_whole_split_in_order(corpora: Path) -> None:
         EvalDataset(str(corpora / "a"), seq_len=16, name="a")[0]
 
 
+def test_held_out_samples_of_a_remote_are_fetched_when_read(corpora: Path, tmp_path: Path) -> None:
+    held_out = EvalDataset(str(tmp_path), seq_len=SEQ_LEN, name="a", remote=str(corpora / "a"))
+    assert len(held_out) == 7
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["index.json"]
+    assert [sample["tokens"][0] for sample in held_out] == list(range(7))
+    with pytest.raises(ValueError, match=r"^sources.a: .*nowhere/val/index.json: cannot be fetched to"):
+        EvalDataset(str(tmp_path), seq_len=SEQ_LEN, name="a", remote=str(tmp_path / "nowhere"))
+
+
+def refuse_writing(monkeypatch: pytest.MonkeyPatch, folder: Path, reason: int) -> None:
+    """As a read-only or full file system would, for root too."""
+
+    def guarded(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if "w" in mode and Path(path).is_relative_to(folder):
+            raise OSError(reason, os.strerror(reason), str(path))
+        return io.open(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", guarded)
+
+
+@pytest.fixture
+def packed(corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The corpora with no shard unpacked; temporary files go to the folder ``temporary`` beside them."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    return Path(shutil.copytree(corpora, tmp_path / "data", ignore=shutil.ignore_patterns("*.mds")))
+
+
+@pytest.mark.parametrize("reason", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_a_folder_that_takes_no_files_is_read_alike(
+    packed: Path, corpora: Path, monkeypatch: pytest.MonkeyPatch, reason: int
+) -> None:
+    expected = all_ranks(corpora, 1, 20)
+    before = sorted(packed.rglob("*"))
+    refuse_writing(monkeypatch, packed, reason)
+    assert steps(dataset(packed), 20, workers=2) == expected
+    assert sorted(packed.rglob("*")) == before
+    assert not dataset(packed)._stores["a"].prepare(0)  # found again by the next run
+
+    limit = 1500
+    assert steps(dataset(packed, cache_limit=limit, predownload=4), 20) == expected
+    kept = list((packed.parent / "temporary").rglob("*.mds"))
+    assert kept
+    assert sum(path.stat().st_size for path in kept) <= limit + 1000
+
+    monkeypatch.undo()
+    monkeypatch.setattr("tempfile.tempdir", str(packed.parent / "temporary"))
+    shutil.rmtree(packed / "a" / "val")
+    write_source(packed / "a" / "val", range(100, 103))
+    refuse_writing(monkeypatch, packed, reason)
+    held_out = EvalDataset(str(packed / "a"), seq_len=SEQ_LEN)
+    assert [sample["tokens"][0] for sample in held_out] == [100, 101, 102]
+
+
+def test_no_room_anywhere_is_one_clear_line(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_writing(monkeypatch, packed.parent, errno.ENOSPC)
+    with pytest.raises(ValueError, match=r"^sources.\w: neither .*data/\w/train nor .*; set TMPDIR to") as caught:
+        next(iter(dataset(packed)))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_evicting_run_that_keeps_nothing_still_reads(packed: Path, corpora: Path) -> None:
+    expected = all_ranks(corpora, 1, 20)
+    data = dataset(packed, cache_limit=0, predownload=0)
+    assert steps(data, 20) == expected
+    assert len(list(packed.rglob("*.mds"))) <= 1 + len(list(packed.iterdir()))
+
+
 def test_an_eos_belongs_to_the_document_that_it_ends() -> None:
     tokens = torch.tensor([[5, 9, 9, 6, 7, 9], [1, 2, 3, 4, 5, 6]])
     assert document_ids(tokens, 9).tolist() == [[0, 0, 1, 2, 2, 2], [0] * 6]
@@ -253,9 +324,33 @@ def test_damaged_data_is_refused_by_name(corpora: Path, tmp_path: Path, how: str
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ("packed", r"^sources.a: train/shard.\d+.mds.zstd cannot be had from .*/a \(Decompression error.*\)"),
+        ("unpacked", r"^sources.a: .*/a/train/shard.\d+.mds is damaged at sample \d+ \(.*\); restore it$"),
+    ],
+)
+def test_a_cut_shard_is_one_clear_line_from_workers_too(
+    packed: Path, workers: int, form: str, message: str
+) -> None:
+    if form == "unpacked":
+        shutil.rmtree(packed / "a" / "train")
+        write_source(packed / "a" / "train", range(97), compression=None)
+    for path in (packed / "a" / "train").glob("shard*"):
+        os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(ValueError, match=message) as caught:
+        steps(dataset(packed), 20, workers)
+    assert "\n" not in str(caught.value)
+    assert any("Traceback" in note for note in getattr(caught.value, "__notes__", [])) == (workers > 0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"predownload": -1}, r"^predownload: -1 is negative; use 0 or more"),
+        ({"cache_limit": -5}, r"^cache_limit: -5 is negative; use 0 or more"),
         ({"world_size": 3, "rank": 0}, r"^global_batch_size: 8 is no multiple of the 3 ranks"),
         ({"nodes": 3}, r"^global_batch_size: 8 is no multiple of the 3 canonical nodes"),
         ({"nodes": 64, "batch": 64}, r"^sources.b: has 60 samples, too few for 64 canonical nodes"),
@@ -267,11 +362,13 @@ def test_bad_options_are_refused(corpora: Path, options: dict[str, Any], message
         dataset(corpora, **options)
 
 
-def test_another_sequence_length_is_refused(corpora: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_another_sequence_length_is_refused(corpora: Path, workers: int) -> None:
     data = dataset(corpora)
     data.seq_len = 16
-    with pytest.raises(ValueError, match=r"^sources.\w: has samples of 8 tokens, not seq_len 16"):
-        next(iter(data))
+    message = r"^sources.\w: has samples of 8 tokens, not seq_len 16; set seq_len to 8 or prepare it again$"
+    with pytest.raises(ValueError, match=message):
+        next(iter(build_loader(data, eos_id=0, num_workers=workers)))
 
 
 def test_reading_uses_no_shared_memory(corpora: Path, monkeypatch: pytest.MonkeyPatch) -> None:

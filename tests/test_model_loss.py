@@ -81,6 +81,29 @@ def test_bfloat16(autocast: bool) -> None:
         assert error < 2e-2
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("num_labels", [1500, 4000])
+def test_bfloat16_weighs_every_number_of_labels_alike(num_labels: int, autocast: bool) -> None:
+    """Rounding adds noise to a gradient, but must not make it longer or shorter: microbatches add up."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(num_labels + 100, 64, generator=generator).bfloat16()
+    weight = torch.randn(V, 64, generator=generator).mul(0.1).bfloat16()
+    labels = torch.randint(V, (num_labels + 100,), generator=generator)
+    labels[:: num_labels // 100][:100] = -100
+
+    def gradients(dtype: torch.dtype, autocast: bool) -> tuple[Tensor, ...]:
+        leaves = [t.to(dtype).requires_grad_() for t in (hidden, weight)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = chunked_cross_entropy(*leaves, labels, 256)
+        assert loss.num_labels == num_labels
+        return torch.autograd.grad(0.7 * loss.total, leaves)
+
+    exact = gradients(torch.float32, autocast=False)
+    rounded = gradients(torch.float32 if autocast else torch.bfloat16, autocast)
+    for a, b in zip(rounded, exact, strict=True):
+        assert ((a * b).sum() / b.square().sum()).item() == pytest.approx(1, abs=2e-4)
+
+
 class LargestTensor(TorchDispatchMode):
     """Records the most elements of any tensor that an operation returns."""
 

@@ -26,6 +26,7 @@ import zstd
 from dbrx_train.data import documents, mds, sources, workers
 from dbrx_train.data.inspect import BOUNDARY, inspect
 from dbrx_train.data.longline import string_chunks
+from dbrx_train.cli import data_prepare
 from dbrx_train.data.manifest import check_dataset, read_manifest
 from dbrx_train.data.prepare import Summary, prepare
 from dbrx_train.data.tokenizer import load_tokenizer
@@ -85,7 +86,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def run(source: Path | str, out: Path, **options: Any) -> Summary:
-    return prepare([str(source)], str(out), **{"seq_len": SEQ, "processes": 1, **options})
+    return prepare([str(source)], str(out), **{"seq_len": SEQ, "val_fraction": 0, "processes": 1, **options})
 
 
 def test_one_document_is_its_tokens_and_an_end(tmp_path: Path) -> None:
@@ -259,7 +260,7 @@ KILLED = """
 
     workers.run_part = slow  # in the workers too: they import this file
     if __name__ == "__main__":
-        prepare([sys.argv[1]], sys.argv[2], seq_len=32, processes=2)
+        prepare([sys.argv[1]], sys.argv[2], seq_len=32, val_fraction=0, processes=2)
 """
 
 
@@ -348,7 +349,8 @@ def test_bad_text_is_mended_counted_and_named(tmp_path: Path) -> None:
     lines = [json_line("fine"), b"\n", json_line(""), b'{"text": null}\n', b'{"text": "half \\ud83d pair"}\n']
     (folder / "c.jsonl").write_bytes(b"".join([*lines, b'{"text": "byte \xe9"}\n']))
     (folder / "link.txt").symlink_to(folder / "a.txt")
-    summary = prepare([str(folder), str(folder / "a.txt")], str(tmp_path / "out"), seq_len=8, processes=1)
+    twice = [str(folder), str(folder / "a.txt")]
+    summary = prepare(twice, str(tmp_path / "out"), seq_len=8, val_fraction=0, processes=1)
     found = {kind: (problem.count, problem.examples) for kind, problem in summary.manifest.problems.items()}
     assert found == {
         "duplicate": (2, [f"{folder}/link.txt", f"{folder}/a.txt"]),
@@ -534,6 +536,36 @@ def test_check_dataset_notices_damage(tmp_path: Path) -> None:
             check_dataset(damaged(name, change), SEQ)
 
 
+def test_a_remote_folder_is_checked_without_its_shards(tmp_path: Path) -> None:
+    remote, local = tmp_path / "remote", tmp_path / "cache" / "a"
+    run(write_jsonl(tmp_path / "a.jsonl", [story(i) for i in range(40)]), remote)
+    fingerprint = load_tokenizer().fingerprint
+    manifest = check_dataset(local, SEQ, fingerprint, 100352, remote=str(remote))
+    assert manifest == read_manifest(remote) == read_manifest(local)
+    assert sorted(contents(local)) == ["manifest.json", "train/index.json"]
+    with pytest.raises(ValueError, match="prepared with samples of 32 tokens, but the run asks for 64; set"):
+        check_dataset(local, 64, remote=str(remote))
+    with pytest.raises(ValueError, match="prepared with another tokenizer"):
+        check_dataset(local, SEQ, "0" * 64, remote=str(remote))
+    with pytest.raises(ValueError, match="has no split 'val', only train"):
+        check_dataset(local, SEQ, split="val", remote=str(remote))
+    shutil.rmtree(remote)  # what was fetched once must not pass for what is there now
+    run(write_jsonl(tmp_path / "a.jsonl", [story(i) for i in range(60)]), remote)
+    assert check_dataset(local, SEQ, remote=str(remote)) == read_manifest(remote) != manifest
+    (remote / "train" / "index.json").write_text('{"shards": []}')
+    with pytest.raises(ValueError, match=r"lists 0 samples, the manifest \d+"):
+        check_dataset(local, SEQ, remote=str(remote))
+    (remote / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"remote/manifest\.json: cannot be fetched to .*manifest") as caught:
+        check_dataset(local, SEQ, remote=str(remote))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_function_and_the_command_hold_out_the_same_share() -> None:
+    function, command = (signature(f).parameters["val_fraction"] for f in (prepare, data_prepare))
+    assert function.default == command.default == 0.01
+
+
 def test_memory_stays_flat(tmp_path: Path) -> None:
     """Some 100 MB of process, whatever the size of the document; a copy of it more would show."""
     piece = story(1, 10_000).replace("\n", " ")
@@ -547,7 +579,7 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
         from dbrx_train.data import prepare, tokenize
         from dbrx_train.data.tokenizer import Tokenizer
         Tokenizer.encode_array = lambda self, text: tokenize.np.zeros(len(text) // 100, "u4")  # for speed
-        prepare.prepare([sys.argv[1]], sys.argv[2], processes=1)
+        prepare.prepare([sys.argv[1]], sys.argv[2], val_fraction=0, processes=1)
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         print(status["VmHWM"].split()[0])
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,14 @@ def saved(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def batches_done(path: Path) -> int:
-    """Optimizer steps that the run had made at this checkpoint, by its name."""
-    match = _NAME.fullmatch(path.name)
-    assert match is not None
-    return int(match[1])
+def newest(folder: Path, passed_over: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that reads whole, and its content; ``passed_over`` hears of those that do not."""
+    for path in saved(folder):
+        try:
+            return path, read(path)
+        except ValueError as error:
+            passed_over(f"passed over {error}")
+    return None
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -66,23 +70,32 @@ def run_config(content: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def load_model(path: Path, dtype: torch.dtype = torch.float32) -> Dbrx:
-    """The model in a checkpoint file, a run's folder, or a folder in Hugging Face format.
+def tokens_done(content: dict[str, Any]) -> int:
+    """Tokens that the run had seen."""
+    return int(content["state"]["timestamp"]["Timestamp"]["token"])
+
+
+def load_model(path: Path, passed_over: Callable[[str], None]) -> tuple[Dbrx, dict[str, Any]]:
+    """The float32 model in a checkpoint file, a run's folder, or a folder in Hugging Face format.
+
+    Beside it, the tokenizer that the run was configured with (``load_tokenizer``'s arguments; empty for a
+    Hugging Face folder).
 
     Raises:
         ValueError: there is none.
     """
     if (path / "config.json").exists():
-        return Dbrx.from_pretrained(path, dtype=dtype)
+        return Dbrx.from_pretrained(path, dtype=torch.float32), {}
     if path.is_dir():
-        found = saved(path) or saved(path / "checkpoints")
-        if not found:
+        found = newest(path, passed_over) or newest(path / "checkpoints", passed_over)
+        if found is None:
             raise ValueError(f"{path}: neither a run with checkpoints nor a folder with a config.json")
-        path = found[0]
-    content = read(path)
+        content = found[1]
+    else:
+        content = read(path)
+    config = run_config(content)
     with torch.device("meta"):
-        model = Dbrx(DbrxConfig.from_dict(run_config(content)["model"]))
-    prefix = "model."
-    weights = {k.removeprefix(prefix): v.to(dtype) for k, v in content["state"]["model"].items()}
+        model = Dbrx(DbrxConfig.from_dict(config["model"]))
+    weights = {k.removeprefix("model."): v.float() for k, v in content["state"]["model"].items()}
     model.load_state_dict(weights, assign=True)
-    return model
+    return model, config["tokenizer"]

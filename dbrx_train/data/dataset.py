@@ -26,7 +26,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from dbrx_train.data.apportion import Ints
 from dbrx_train.data.mix import MixSchedule
-from dbrx_train.data.shards import ShardCache, ShardStore, Source
+from dbrx_train.data.shards import DataError, ShardCache, ShardStore, Source
 from dbrx_train.data.shuffle import SourceOrder
 
 __all__ = ["EvalDataset", "ScheduledDataset"]
@@ -62,8 +62,9 @@ class ScheduledDataset(IterableDataset[Sample]):
         """Read the sources' indexes; no sample is read yet.
 
         ``predownload`` is how many samples ahead of the one in use a worker has shards made ready (default:
-        eight batches); ``cache_limit`` bounds in bytes what the sources keep locally that can be had again.
-        Raises ValueError for a source that is unknown, missing or too small, or sizes that do not divide.
+        eight batches); ``cache_limit`` bounds in bytes what the sources keep locally that can be had again
+        (None: no bound). Raises ValueError for a source that is unknown, missing or too small, or sizes that
+        are negative or do not divide. Iterating raises DataError, a ValueError of one line, for bad data.
         """
         self.rank = get_rank() if rank is None else rank
         self.world_size = get_world_size() if world_size is None else world_size
@@ -72,6 +73,9 @@ class ScheduledDataset(IterableDataset[Sample]):
                 raise ValueError(
                     f"global_batch_size: {global_batch_size} is no multiple of the {parts} {what}"
                 )
+        for field, value in (("predownload", predownload), ("cache_limit", cache_limit)):
+            if value is not None and value < 0:
+                raise ValueError(f"{field}: {value} is negative; use 0 or more, or leave it out")
         if missing := set(schedule.sources) - set(sources):
             raise ValueError(f"mix: {min(missing)} is no source; use {', '.join(sources)}")
         self.schedule = self._asked = schedule
@@ -91,7 +95,8 @@ class ScheduledDataset(IterableDataset[Sample]):
             name: SourceOrder(name, store.samples_per_shard, canonical_nodes=nodes, **self._shuffling)
             for name, store in self._stores.items()
         }
-        self._cache = cache_limit and ShardCache(list(self._stores.values()), cache_limit)
+        stores = list(self._stores.values())
+        self._cache = None if cache_limit is None else ShardCache(stores, cache_limit)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -125,13 +130,13 @@ class ScheduledDataset(IterableDataset[Sample]):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _prepare(self, store: ShardStore, shard: int) -> None:
-        if store.prepare(shard) and self._cache:
+        if store.prepare(shard) and self._cache is not None:
             self._cache.shrink()
 
     def _read(self, store: ShardStore, source: int, shard: int, index: int) -> Sample:
         tokens = store.read(shard, index)
         if len(tokens) != self.seq_len:
-            raise ValueError(
+            raise DataError(
                 f"sources.{store.name}: has samples of {len(tokens)} tokens, not seq_len {self.seq_len}; "
                 f"set seq_len to {len(tokens)} or prepare it again"
             )
@@ -234,10 +239,21 @@ class EvalDataset(Dataset[Sample]):
     Map-style, so that a DistributedSampler (Composer's ``dist.get_sampler``) shards it over ranks.
     """
 
-    def __init__(self, local: str, *, seq_len: int, split: str = "val", name: str | None = None) -> None:
-        """Read the index of ``local``/``split``; ValueError if it is missing."""
+    def __init__(
+        self,
+        local: str,
+        *,
+        seq_len: int,
+        split: str = "val",
+        name: str | None = None,
+        remote: str | None = None,
+    ) -> None:
+        """Read the index of ``local``/``split``, fetched from ``remote`` if given; ValueError if missing.
+
+        Shards are fetched when they are first read.
+        """
         self.seq_len = seq_len
-        self.store = ShardStore(name or local, Source(local, split=split))
+        self.store = ShardStore(name or local, Source(local, remote, split))
         self._ends: Ints = np.cumsum(self.store.samples_per_shard)
 
     def __len__(self) -> int:
@@ -250,5 +266,5 @@ class EvalDataset(Dataset[Sample]):
         tokens = self.store.read(shard, index - int(self.store.first_sample[shard]))
         if len(tokens) != self.seq_len:
             found = f"has samples of {len(tokens)} tokens, not seq_len {self.seq_len}"
-            raise ValueError(f"sources.{self.store.name}: {found}; prepare it again")
+            raise DataError(f"sources.{self.store.name}: {found}; prepare it again")
         return {"tokens": tokens, "source": 0, "sample_id": index}

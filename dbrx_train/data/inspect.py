@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from dbrx_train.data.manifest import Manifest, Split, check_dataset, read_manifest
 from dbrx_train.data.mds import INDEX, read_shard
-from dbrx_train.data.tokenizer import load_tokenizer
+from dbrx_train.data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["inspect"]
 
@@ -82,7 +82,7 @@ def _pick(folder: Path, manifest: Manifest, split: str, wanted: int | None) -> t
     for shard in json.loads((folder / INDEX).read_text(encoding="utf-8"))["shards"]:
         if wanted is None:
             rows = read_shard(folder, shard)
-            with_end = (rows == load_tokenizer().eos_id).any(axis=1)
+            with_end = (rows == Tokenizer.eos_id).any(axis=1)
             chosen = int(with_end.argmax())
             return chosen, rows[chosen]
         if wanted < first + shard["samples"]:

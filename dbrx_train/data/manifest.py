@@ -13,12 +13,22 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Manifest", "Problem", "Split", "check_dataset", "read_manifest", "write_json", "write_manifest"]
+__all__ = [
+    "Manifest",
+    "Problem",
+    "Split",
+    "check_dataset",
+    "fetch",
+    "read_manifest",
+    "write_json",
+    "write_manifest",
+]
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -107,16 +117,38 @@ def write_json(path: Path, value: Mapping[str, Any], indent: int | None = None) 
     os.replace(partial, path)
 
 
+def fetch(remote: str, path: Path) -> None:
+    """Copy the file ``remote``, of any kind that streaming can download, over ``path`` in one step.
+
+    Raises:
+        ValueError: it cannot be had, or ``path`` cannot be written.
+    """
+    from streaming.base.storage.download import CloudDownloader
+    from streaming.base.util import retry
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{path.name}.", dir=path.parent) as folder:
+            copy = os.path.join(folder, path.name)
+            retry(num_attempts=2)(lambda: CloudDownloader.direct_download(remote, copy))()
+            os.replace(copy, path)
+    except Exception as error:  # every cloud's SDK has errors of its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{remote}: cannot be fetched to {path} ({reason})") from error
+
+
 def check_dataset(
     folder: str | os.PathLike[str],
     seq_len: int,
     tokenizer_fingerprint: str | None = None,
     vocab_size: int | None = None,
     split: str = "train",
+    remote: str | None = None,
 ) -> Manifest:
     """Make sure that a run can read ``folder``: whole, and of this sequence length and tokenizer.
 
-    Looks at the size of every shard but reads none.
+    Looks at the size of every shard but reads none. Of a ``remote`` folder the manifest and the split's
+    index are fetched to ``folder`` and checked; no shard has to be there.
 
     Args:
         folder: a prepared folder, as ``data prepare`` left it.
@@ -124,10 +156,13 @@ def check_dataset(
         tokenizer_fingerprint: of the run's tokenizer, if it has to be the same one.
         vocab_size: rows of the run's embedding, if every id has to have one.
         split: the split that the run reads.
+        remote: where the prepared folder lies, if it is to be fetched to ``folder``.
 
     Raises:
         ValueError: naming the folder, what is wrong with it, and what would be right.
     """
+    if remote is not None:
+        fetch(os.path.join(remote, MANIFEST), Path(folder, MANIFEST))
     manifest = read_manifest(folder)
     if manifest.seq_len != seq_len:
         raise ValueError(
@@ -147,11 +182,15 @@ def check_dataset(
         )
     if split not in manifest.splits:
         raise ValueError(f"{folder}: has no split {split!r}, only {', '.join(manifest.splits)}")
-    _check_shards(Path(folder, split), manifest.splits[split].samples)
+    if remote is not None:
+        fetch(os.path.join(remote, split, "index.json"), Path(folder, split, "index.json"))
+    shards = _read_index(Path(folder, split), manifest.splits[split].samples)
+    if remote is None:
+        _check_shards(Path(folder, split), shards)
     return manifest
 
 
-def _check_shards(folder: Path, samples: int) -> None:
+def _read_index(folder: Path, samples: int) -> list[dict[str, Any]]:
     try:
         shards = json.loads((folder / "index.json").read_text(encoding="utf-8"))["shards"]
         found = sum(shard["samples"] for shard in shards)
@@ -161,6 +200,10 @@ def _check_shards(folder: Path, samples: int) -> None:
         raise ValueError(f"{folder}/index.json: damaged ({error}); prepare the folder again") from error
     if found != samples:
         raise ValueError(f"{folder}/index.json: lists {found} samples, the manifest {samples}; prepare again")
+    return list(shards)
+
+
+def _check_shards(folder: Path, shards: list[dict[str, Any]]) -> None:
     for shard in shards:
         # Streaming unpacks shards next to the compressed ones: either will do
         forms = [form for form in (shard["zip_data"], shard["raw_data"]) if form]

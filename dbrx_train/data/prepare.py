@@ -85,7 +85,7 @@ def prepare(
     seq_len: int = 2048,
     text_field: str = "text",
     suffixes: Sequence[str] = TEXT_SUFFIXES,
-    val_fraction: float = 0.0,
+    val_fraction: float = 0.01,
     processes: int | None = None,
     tokenizer: str = "cl100k_base",
     vocab_file: str | None = None,

@@ -7,11 +7,13 @@ the next one would have to clean.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,27 @@ from streaming import Stream
 from streaming.base.format import reader_from_json
 
 from dbrx_train.data.apportion import Ints
+from dbrx_train.data.manifest import fetch
 
-__all__ = ["ShardCache", "ShardStore", "Source"]
+__all__ = ["DataError", "ShardCache", "ShardStore", "Source"]
 
 _INDEX = "index.json"
 _RETRIES = 5
+_UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT}
+
+
+class DataError(ValueError):
+    """What is wrong with a source's data, in one line, also when a DataLoader's worker met it.
+
+    A worker's error is made anew in the main process from a text that ends in the formatted error
+    (``torch._utils.ExceptionWrapper``). Of that text this keeps the message, and the traceback as a note.
+    """
+
+    def __init__(self, message: str) -> None:
+        traceback, name, line = message.rpartition(f"{__name__}.{type(self).__qualname__}: ")
+        super().__init__(" ".join(line.split()))
+        if name:
+            self.add_note(traceback.rstrip())
 
 
 @dataclass(frozen=True)
@@ -62,17 +80,21 @@ class ShardStore:
                 f"sources.{name}: {self.folder / _INDEX} lists no samples; prepare the data again"
             )
         key = hashlib.sha256(os.path.abspath(self.folder).encode()).hexdigest()[:16]
-        self._locks = Path(tempfile.gettempdir(), f"dbrx-train-{os.getuid()}", key)
+        self._locks = _temporary_folder() / key
+        self._spare = self._locks / "unpacked"
+        self._writable = True
         self._readers: dict[int, Any] = {}
 
     def _read_index(self) -> list[tuple[int, bytes]]:
         """Samples and description of every shard; the descriptions stay packed, for there may be many."""
         path = self.folder / _INDEX
+        if self.source.remote is not None:
+            # The cached copy may lack shards that were appended since.
+            try:
+                fetch(os.path.join(self.source.remote, self.source.split, _INDEX), path)
+            except ValueError as error:
+                raise DataError(f"sources.{self.name}: {error}") from error
         try:
-            if self.source.remote is not None:
-                # Each process fetches its own copy: the cached one may lack shards that were appended since.
-                fetched = self.stream._download_file(_INDEX, f"{_INDEX}.{os.getpid()}")
-                os.replace(fetched, path)
             with path.open() as file:
                 return list(json.load(file, object_hook=_pack)["shards"])
         except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
@@ -86,51 +108,105 @@ class ShardStore:
         return hashlib.sha256(b"\n".join(packed for _, packed in self._index[begin:end])).hexdigest()
 
     def prepare(self, shard: int) -> bool:
-        """See to it that the shard lies unpacked in the local folder. Returns whether it had to be made."""
+        """See to it that the shard lies unpacked where it can be read. Returns whether it had to be made.
+
+        That is the local folder; or, if what lies packed there can only be read, a temporary one, which later
+        runs find again. Raises DataError, naming the source, if the shard cannot be had.
+        """
+        try:
+            if path := self._find(shard):
+                if self.source.remote is not None or path.is_relative_to(self._spare):
+                    os.utime(path)
+                return False
+            lock = self._locks / f"{self._reader(shard).raw_data.basename}.lock"
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(lock):
+                if not self._find(shard):
+                    self._make(shard)
+            return True
+        except DataError:
+            raise
+        except Exception as error:  # zstd and every cloud's SDK have errors of their own
+            reader = self._reader(shard)
+            path = Path(self.source.split, (reader.zip_data or reader.raw_data).basename)
+            raise DataError(
+                f"sources.{self.name}: {path} cannot be had from {self.source.remote or self.source.local} "
+                f"({_line(error)}); restore it, or prepare the data again"
+            ) from error
+
+    def _find(self, shard: int) -> Path | None:
+        """The unpacked shard, wherever it lies; its reader is pointed there."""
         reader = self._reader(shard)
-        path = self.folder / reader.raw_data.basename
-        if path.exists():
-            if self.source.remote is not None:
-                os.utime(path)
+        for home in (self.folder, self._spare_home(shard)):
+            path: Path = home / reader.raw_data.basename
+            if path.exists():
+                reader.dirname = str(home)
+                return path
+        return None
+
+    def _make(self, shard: int) -> None:
+        reader = self._reader(shard)
+        if self.source.remote is not None:
+            self.stream.prepare_shard(reader)
+        elif not (reader.zip_data and (self.folder / reader.zip_data.basename).exists()):
+            missing = self.folder / (reader.zip_data or reader.raw_data).basename
+            raise DataError(f"sources.{self.name}: {missing} is missing; prepare the data again")
+        elif not (self._writable and self._unpack(reader, self.folder)):
+            self._writable = False
+            home = self._spare_home(shard)
+            if not self._unpack(reader, home):
+                raise DataError(
+                    f"sources.{self.name}: neither {self.folder} nor {home} can take the unpacked shards; "
+                    f"set TMPDIR to a folder with room, or cache_limit"
+                )
+        self._find(shard)
+
+    def _unpack(self, reader: Any, home: Path) -> bool:
+        """Unpack a shard from the local folder into ``home``; False if that is read-only or full."""
+        packed, raw = self.folder / reader.zip_data.basename, home / reader.raw_data.basename
+        try:
+            raw.parent.mkdir(parents=True, exist_ok=True)
+            self.stream._decompress_shard_part(reader.zip_data, str(packed), str(raw), reader.compression)
+        except OSError as error:
+            with suppress(OSError):
+                Path(f"{raw}.tmp").unlink()
+            if error.errno not in _UNWRITABLE or error.filename == str(packed):
+                raise
             return False
-        lock = self._locks / f"{reader.raw_data.basename}.lock"
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock):
-            if not path.exists():
-                self._check_obtainable(reader)
-                self.stream.prepare_shard(reader)
         return True
 
-    def _check_obtainable(self, reader: Any) -> None:
-        packed = reader.zip_data and self.folder / reader.zip_data.basename
-        if self.source.remote is None and not (packed and packed.exists()):
-            missing = packed or self.folder / reader.raw_data.basename
-            raise ValueError(f"sources.{self.name}: {missing} is missing; prepare the data again")
+    def _spare_home(self, shard: int) -> Path:
+        # One for each content, as other data may have been prepared in this place before
+        return self._spare / hashlib.sha256(self._index[shard][1]).hexdigest()[:16]
 
     def read(self, shard: int, index: int) -> NDArray[np.int64]:
-        """A sample's tokens, as an array of one's own: [sequence]."""
+        """A sample's tokens, as an array of one's own: [sequence]. Raises DataError if it cannot be read."""
+        reader = self._reader(shard)
         for _ in range(_RETRIES):
             try:
-                return np.array(self._reader(shard)[index]["tokens"], np.int64)
+                return np.array(reader[index]["tokens"], np.int64)
             except FileNotFoundError:
                 self.prepare(shard)
-        raise RuntimeError(
-            f"sources.{self.name}: shard {shard} is evicted as fast as fetched; raise cache_limit"
-        )
+            except (OSError, ValueError, LookupError) as error:
+                path = Path(reader.dirname, reader.raw_data.basename)
+                raise DataError(
+                    f"sources.{self.name}: {path} is damaged at sample {index} ({_line(error)}); restore it"
+                ) from error
+        raise DataError(f"cache_limit: shards of {self.name} are dropped as fast as made ready; raise it")
 
-    def evictable(self) -> list[Path]:
+    def evictable(self) -> Iterator[Path]:
         """Local files that can be had again: all of a remote's, else unpacked ones beside packed ones."""
-        here = self.folder.rglob("*")
-        files = [p for p in here if p.is_file() and not p.name.startswith(_INDEX) and p.suffix != ".tmp"]
-        if self.source.remote is not None:
-            return files
+        yield from _shard_files(self._spare)
+        if not os.access(self.folder, os.W_OK):
+            return
+        files = _shard_files(self.folder)
         packed = {path.with_suffix("") for path in files if path.suffix != ".mds"}
-        return [path for path in files if path in packed]
+        yield from (path for path in files if self.source.remote is not None or path in packed)
 
     def _reader(self, shard: int) -> Any:
         if shard not in self._readers:
             description = json.loads(self._index[shard][1])
-            self._readers[shard] = reader_from_json(self.source.local, self.source.split, description)
+            self._readers[shard] = reader_from_json(str(self.folder), None, description)
         return self._readers[shard]
 
 
@@ -142,16 +218,31 @@ class ShardCache:
 
     def shrink(self) -> None:
         """Drop the files used least recently until the limit holds."""
-        for_all = Path(tempfile.gettempdir(), f"dbrx-train-{os.getuid()}")
+        for_all = _temporary_folder()
         for_all.mkdir(parents=True, exist_ok=True)
         with FileLock(for_all / "cache.lock"):
-            found = [(path, path.stat()) for store in self.stores for path in store.evictable()]
+            found = []
+            for path in (path for store in self.stores for path in store.evictable()):
+                with suppress(FileNotFoundError):  # another process unpacked and dropped it just now
+                    found.append((path, path.stat()))
             total = sum(stat.st_size for _, stat in found)
             for path, stat in sorted(found, key=lambda pair: pair[1].st_mtime):
                 if total <= self.limit:
                     return
                 path.unlink(missing_ok=True)
                 total -= stat.st_size
+
+
+def _temporary_folder() -> Path:
+    return Path(tempfile.gettempdir(), f"dbrx-train-{os.getuid()}")
+
+
+def _shard_files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*.mds*") if path.suffix != ".tmp" and path.is_file()]
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _pack(item: dict[str, Any]) -> Any:

@@ -36,6 +36,18 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos.to(x.dtype) + torch.cat((-right, left), dim=-1) * sin.to(x.dtype)
 
 
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """visible [..., queries, keys], boolean -> 0 where a query may look, -inf elsewhere, for every layer.
+
+    A boolean mask, or one whose rows are not aligned, would be turned into such a one by the attention of
+    each layer and kept there for the backward pass; this one all layers share.
+    """
+    *rows, keys = visible.shape
+    aligned = -(-keys // 16) * 16
+    mask = torch.zeros(*rows, aligned, dtype=dtype, device=visible.device)[..., :keys]
+    return mask.masked_fill_(~visible, -torch.inf)
+
+
 class LayerCache:
     """The keys and values of one layer so far; room for `capacity` tokens, taken at the first append."""
 
@@ -94,8 +106,8 @@ class GroupedQueryAttention(nn.Module):
     ) -> Tensor:
         """x [B, S, D] -> [B, S, D].
 
-        rope: cos and sin for these S positions. mask: boolean, True where a query may look, broadcast to
-        [B, H, S, keys]; None is causal. cache: earlier keys and values, extended in place.
+        rope: cos and sin for these S positions. mask: of `additive_mask`, in the dtype of the products,
+        broadcast to [B, H, S, keys]; None is causal. cache: earlier keys and values, extended in place.
         """
         B, S, _ = x_BSD.shape
         qkv = self.Wqkv(x_BSD)

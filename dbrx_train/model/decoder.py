@@ -12,12 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from dbrx_train.model import balance, pretrained
-from dbrx_train.model.attention import GroupedQueryAttention, KVCache, LayerCache, RotaryEmbedding
+from dbrx_train.model.attention import (
+    GroupedQueryAttention,
+    KVCache,
+    LayerCache,
+    RotaryEmbedding,
+    additive_mask,
+)
 from dbrx_train.model.balance import RoutingStats
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.init import init_weights
 from dbrx_train.model.loss import IGNORE_INDEX, HeadLoss, LMHead
 from dbrx_train.model.moe import MoE
+from dbrx_train.model.precision import compute_dtype
 from dbrx_train.model.router import Routing
 
 
@@ -93,16 +100,17 @@ class Transformer(nn.Module):
         """input_ids [B, S] -> hidden states [B, S, D] and the layers' routings (none when dense)."""
         past, S = cache.length if cache else 0, input_ids.shape[1]
         positions = torch.arange(past, past + S, device=input_ids.device)[None]
-        mask = token_mask = None
+        visible = token_mask = None
         if document_ids is not None:
             token_mask = document_ids >= 0
-            mask = document_mask(document_ids) if self.mask_documents else None
+            visible = document_mask(document_ids) if self.mask_documents else None
             positions = document_positions(document_ids) if self.reset_positions else positions
         elif past and S > 1:
-            mask = torch.ones(S, past + S, dtype=torch.bool, device=input_ids.device).tril(past)
-        rope = self.rotary(positions)
+            visible = torch.ones(S, past + S, dtype=torch.bool, device=input_ids.device).tril(past)
 
         x_BSD = self.wte(input_ids)
+        rope = self.rotary(positions)
+        mask = None if visible is None else additive_mask(visible, compute_dtype(x_BSD))
         routings = []
         for i, block in enumerate(self.blocks):
             x_BSD, routing = block(x_BSD, rope, mask, token_mask, cache.layers[i] if cache else None)

@@ -68,6 +68,8 @@ def chunked_cross_entropy(
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Keeps gradients of the sum over tokens: the mean's 1 / labels, rounded to bfloat16, would be a bias."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -80,56 +82,78 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dtype = compute_dtype(hidden_TD)
         hidden, weight = hidden_TD.to(dtype), weight_VD.to(dtype)
-        real_T = labels_T != IGNORE_INDEX
-        num_labels = real_T.sum()
-        scale_T = real_T / num_labels.clamp(min=1)
-        sums = hidden.new_zeros(2, dtype=torch.float32)
-        wants_hidden = wants_grad and ctx.needs_input_grad[0]
-        wants_weight = wants_grad and ctx.needs_input_grad[1]
+        wants_hidden, wants_weight = (wants_grad and wanted for wanted in ctx.needs_input_grad[:2])
+        grad_hidden = torch.empty_like(hidden_TD) if wants_hidden else None
         # float32, since it adds up many chunks
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        grad_hidden = torch.empty_like(hidden_TD) if wants_hidden else None
-        # Made once: a fresh block of this size per chunk would be mapped and zeroed by the system each time.
-        logits_CV = hidden.new_empty(min(chunk_size, hidden.shape[0]), weight.shape[0])
-        log_probs_CV = torch.empty_like(logits_CV, dtype=torch.float32)
+        sums = hidden.new_zeros(2, dtype=torch.float32)
+        softmax = _ChunkSoftmax(weight, min(chunk_size, hidden.shape[0]))
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, labels_T.shape[0], chunk_size):
                 chunk = slice(start, start + chunk_size)
-                rows = hidden[chunk].shape[0]
-                logits = torch.mm(hidden[chunk], weight.T, out=logits_CV[:rows])
-                log_probs = torch.log_softmax(logits.float(), -1, out=log_probs_CV[:rows])
-                labels = labels_T[chunk].clamp(min=0)[:, None]
-                log_prob = log_probs.gather(-1, labels)
-                logsumexp = logits.gather(-1, labels).float() - log_prob
-                terms = torch.stack((-log_prob, logsumexp.square())).squeeze(-1)
-                sums += terms.where(real_T[chunk], 0.0).sum(-1)
+                real = labels_T[chunk, None] != IGNORE_INDEX
+                labels = labels_T[chunk, None].clamp(min=0)
+                terms = softmax.terms(hidden[chunk], labels)
+                sums += terms.where(real, 0.0).sum(0)
                 if not (wants_hidden or wants_weight):
                     continue
-                # d CE = probs - onehot and d logsumexp^2 = 2 logsumexp probs; the mean's weight of each token
-                # goes to the narrow factor of the products.
-                grad = log_probs.exp_().mul_(1 + 2 * z_weight * logsumexp) if z_weight else log_probs.exp_()
-                grad = grad.scatter_add_(-1, labels, grad.new_full((rows, 1), -1.0)).to(dtype)
-                scale = scale_T[chunk, None].to(dtype)
+                grad = softmax.grad(labels, z_weight)
+                # A token without a label is left out where the products are narrow.
                 if grad_hidden is not None:
-                    grad_hidden[chunk] = (grad @ weight) * scale
+                    grad_hidden[chunk] = (grad @ weight) * real
                 if grad_weight is not None:
-                    _add_product_(grad_weight, grad.T, hidden[chunk] * scale)
-        ctx.save_for_backward(grad_hidden, grad_weight)
+                    _add_product_(grad_weight, grad.T, hidden[chunk] * real)
+        num_labels = (labels_T != IGNORE_INDEX).sum()
+        divisor = num_labels.clamp(min=1)
+        ctx.save_for_backward(grad_hidden, grad_weight, divisor)
         ctx.weight_dtype = weight_VD.dtype
-        cross_entropy, z = sums / num_labels.clamp(min=1)
-        total = cross_entropy + z_weight * z
+        cross_entropy, z = sums / divisor
         ctx.mark_non_differentiable(cross_entropy, z, num_labels)
-        return total, cross_entropy, z, num_labels
+        return cross_entropy + z_weight * z, cross_entropy, z, num_labels
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_hidden, grad_weight, divisor = ctx.saved_tensors
+        # A matrix of one element, since a scalar would be rounded to the dtype of what it multiplies.
+        scale = (grad_total / divisor).view(1, 1)
         if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_total
+            grad_hidden = (grad_hidden * scale).to(grad_hidden.dtype)
         if grad_weight is not None:
-            grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
+            grad_weight = (grad_weight * scale).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None, None
+
+
+class _ChunkSoftmax:
+    """Softmax over the vocabulary for one chunk of C tokens after another.
+
+    Its memory is taken once: fresh blocks of that size would be mapped and zeroed by the system per chunk.
+    """
+
+    def __init__(self, weight_VD: Tensor, chunk_size: int) -> None:
+        self._weight = weight_VD
+        self._logits = weight_VD.new_empty(chunk_size, weight_VD.shape[0])
+        self._log_probs = torch.empty_like(self._logits, dtype=torch.float32)
+
+    def terms(self, hidden_CD: Tensor, labels_C1: Tensor) -> Tensor:
+        """Cross-entropy and logsumexp^2 of each token, float32 [C, 2]."""
+        rows = hidden_CD.shape[0]
+        logits = torch.mm(hidden_CD, self._weight.T, out=self._logits[:rows])
+        log_probs = torch.log_softmax(logits.float(), -1, out=self._log_probs[:rows])
+        log_prob = log_probs.gather(-1, labels_C1)
+        self._logsumexp = logits.gather(-1, labels_C1).float() - log_prob
+        return torch.cat((-log_prob, self._logsumexp.square()), -1)
+
+    def grad(self, labels_C1: Tensor, z_weight: float) -> Tensor:
+        """Gradient of the latest terms' weighted sum with respect to the logits, [C, V] in weight's dtype.
+
+        d CE = probs - onehot and d logsumexp^2 = 2 logsumexp probs. Overwrites the log-probabilities.
+        """
+        grad = self._log_probs[: labels_C1.shape[0]].exp_()
+        if z_weight:
+            grad.mul_(1 + 2 * z_weight * self._logsumexp)
+        grad.scatter_add_(-1, labels_C1, grad.new_full(labels_C1.shape, -1.0))
+        return grad.to(self._weight.dtype)
 
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:

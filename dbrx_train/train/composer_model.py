@@ -13,7 +13,10 @@ Batch = dict[str, torch.Tensor]
 
 
 class CrossEntropy(MeanMetric):
-    """Mean next-token cross-entropy in nats, every loss token counted once."""
+    """Mean next-token cross-entropy in nats, every loss token counted once; NaN if any batch's is."""
+
+    def __init__(self) -> None:
+        super().__init__(nan_strategy="disable")
 
 
 class Perplexity(CrossEntropy):

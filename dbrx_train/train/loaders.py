@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 import torch
 from composer import DataSpec, Evaluator
@@ -13,7 +12,7 @@ from torch.utils.data import DataLoader, Subset
 from dbrx_train.config import ConfigError, RunConfig
 from dbrx_train.data.collate import build_loader, collate
 from dbrx_train.data.dataset import EvalDataset, ScheduledDataset
-from dbrx_train.data.manifest import check_dataset
+from dbrx_train.data.manifest import check_dataset, read_manifest
 from dbrx_train.data.shards import Source
 from dbrx_train.data.tokenizer import Tokenizer
 from dbrx_train.model.decoder import shift_labels
@@ -28,10 +27,18 @@ def check_sources(config: RunConfig, tokenizer: Tokenizer) -> None:
         ConfigError: one is not; the line names it.
     """
     for name, source in config.data.sources.items():
-        if source.remote is not None:
-            continue
+        check = partial(
+            check_dataset,
+            source.local,
+            config.data.seq_len,
+            tokenizer.fingerprint,
+            config.model.vocab_size,
+            remote=source.remote,
+        )
         try:
-            check_dataset(source.local, config.data.seq_len, tokenizer.fingerprint, config.model.vocab_size)
+            manifest = check()
+            if config.evaluation.max_samples and "val" in manifest.splits:
+                check(split="val")
         except ValueError as error:
             raise ConfigError(f"data.sources.{name}: {error}") from None
 
@@ -70,25 +77,27 @@ def train_data(config: RunConfig, tokenizer: Tokenizer) -> DataSpec:
 
 
 def evaluators(config: RunConfig, tokenizer: Tokenizer) -> list[Evaluator]:
-    """One per source that has a held-out split, labelled ``eval/<source>``."""
+    """One per source that has a held-out split, labelled ``eval/<source>``.
+
+    Every rank evaluates equally many samples, none twice: up to world size - 1 of the last are left out.
+    """
+    if config.evaluation.max_samples == 0:
+        return []
     result = []
     for name, source in config.data.sources.items():
-        if config.evaluation.max_samples == 0 or not (Path(source.local) / "val" / "index.json").exists():
+        if "val" not in read_manifest(source.local).splits:
             continue
-        dataset = EvalDataset(source.local, seq_len=config.data.seq_len, name=name)
-        # The same number on every rank, so that no sample has to be counted twice.
+        dataset = EvalDataset(source.local, seq_len=config.data.seq_len, name=name, remote=source.remote)
         size = min(len(dataset), config.evaluation.max_samples)
-        size -= size % dist.get_world_size()
-        if size == 0:
+        subset = Subset(dataset, range(size - size % dist.get_world_size()))
+        if not len(subset):
             continue
-        subset = Subset(dataset, range(size))
         loader: DataLoader[Batch] = DataLoader(
             subset,
             batch_size=config.evaluation.batch_size,
             sampler=dist.get_sampler(subset, shuffle=False),
             collate_fn=partial(collate, eos_id=tokenizer.eos_id),
         )
-        label = f"eval/{name}"
         interval = f"{config.clock.batches(config.evaluation.interval)}ba"
-        result.append(Evaluator(label=label, dataloader=loader, eval_interval=interval))
+        result.append(Evaluator(label=f"eval/{name}", dataloader=loader, eval_interval=interval))
     return result

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 from composer import Logger, State
 from composer.loggers import MLFlowLogger
 from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # its news would break up the progress bar
+
+STORE_ERRORS = (MlflowException, SQLAlchemyError, OSError)
+"""What a tracking store raises when it cannot be used."""
 
 _FLUSH_SECONDS = 5.0
 _LARGEST_BATCH = 1000  # MLflow's own limit per request
 
 
 class MLflowStore(MLFlowLogger):  # type: ignore[misc]
-    """Differs from its base in two ways.
+    """Keeps a run's record without getting in its way.
 
-    Metrics are written in batches every few seconds: a write per metric costs a small model a tenth of
-    its step, and the base's asynchronous mode drops all that follows a conflict. Parameters keep their
-    first value when a run is resumed with another one (MLflow refuses to change them); what changed is
-    in the run's configuration artifacts.
+    - Metrics are written in batches every few seconds: a write per metric costs a small model a tenth of its
+      step, and the base's asynchronous mode drops all that follows a conflict.
+    - A store that fails for a while (locked, full, out of reach) does not stop the run: its metrics wait.
+    - Parameters keep their first value when a run is resumed with another one, since MLflow refuses to change
+      them; what changed is in the run's configuration artifacts.
     """
 
     def __init__(self, *, uri: str, experiment: str, run_name: str, resume: bool) -> None:
@@ -56,11 +63,14 @@ class MLflowStore(MLFlowLogger):  # type: ignore[misc]
             self.flush()
 
     def flush(self) -> None:
-        """Write what is pending to the store."""
-        pending, self._pending = self._pending, []
-        for start in range(0, len(pending), _LARGEST_BATCH):
-            self._mlflow_client.log_batch(self._run_id, metrics=pending[start : start + _LARGEST_BATCH])
+        """Write what is pending to the store; what cannot be written stays pending."""
         self._flushed_at = time.monotonic()
+        try:
+            while self._pending:
+                self._mlflow_client.log_batch(self._run_id, metrics=self._pending[:_LARGEST_BATCH])
+                del self._pending[:_LARGEST_BATCH]
+        except STORE_ERRORS as error:
+            warnings.warn(f"MLflow: {len(self._pending)} metrics wait ({first_line(error)})", stacklevel=2)
 
     def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
         if not self._enabled:
@@ -90,8 +100,16 @@ class MLflowStore(MLFlowLogger):  # type: ignore[misc]
         self.flush()
 
     def post_close(self) -> None:
-        if self._enabled:
-            self.flush()
-        super().post_close()
-        if self._enabled:  # the base knows no interruption
+        if not self._enabled:
+            return
+        self.flush()
+        try:
+            super().post_close()
+            # The base knows no interruption.
             self._mlflow_client.set_terminated(self._run_id, status=self.end_status)
+        except STORE_ERRORS as error:
+            warnings.warn(f"MLflow: the run's end is not recorded ({first_line(error)})", stacklevel=2)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

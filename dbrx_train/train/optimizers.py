@@ -29,8 +29,11 @@ class LionW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        assert closure is None, "Lion evaluates the loss once a step"
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():  # type: ignore[no-untyped-call]
+                loss = closure()
         for group in self.param_groups:
             lr, (beta1, beta2) = group["lr"], group["betas"]
             for p in group["params"]:
@@ -43,6 +46,7 @@ class LionW(torch.optim.Optimizer):
                 p.mul_(1 - lr * group["weight_decay"])
                 p.add_(momentum.lerp(p.grad, 1 - beta1).sign_(), alpha=-lr)
                 momentum.lerp_(p.grad, 1 - beta2)
+        return loss
 
 
 def parameter_groups(model: Dbrx, config: OptimizerConfig) -> list[dict[str, Any]]:

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 
 from dbrx_train.train.mlflow_store import MLflowStore
 
+_MOST_LAYERS = 8
+
 
 def held_out_losses(store: MLflowStore) -> dict[str, list[tuple[int, float]]]:
     """Source -> (batch, cross-entropy in nats) of each evaluation, oldest first."""
@@ -25,6 +27,7 @@ def held_out_losses(store: MLflowStore) -> dict[str, list[tuple[int, float]]]:
 def draw(store: MLflowStore, tokens_per_batch: int, path: Path) -> None:
     """Write the picture as PNG: training and held-out loss above, each layer's expert shares below."""
     layers = sorted({n.split("/")[1] for n in store.metric_names() if n.startswith("experts/")})
+    layers = layers[:: -(-len(layers) // _MOST_LAYERS) or 1]
     figure = Figure(figsize=(9, 4 + 1.6 * len(layers)), layout="constrained")
     axes = figure.subplots(
         1 + len(layers), 1, sharex=True, squeeze=False, height_ratios=[3] + [1.2] * len(layers)
@@ -50,7 +53,7 @@ def _draw_loss(axis: Axes, store: MLflowStore, tokens_per_batch: int) -> None:
 def _draw_load(axis: Axes, store: MLflowStore, layer: str, tokens_per_batch: int) -> None:
     experts = [n for n in store.metric_names() if n.startswith(f"experts/{layer}/expert")]
     series = [dict(store.metric_history(name)) for name in experts]
-    steps = sorted(series[0])
+    steps = sorted(set.intersection(*map(set, series)))
     shares = np.array([[one[step] for step in steps] for one in series])
     axis.stackplot(np.array(steps) * tokens_per_batch, shares, colors=plt.get_cmap("tab20")(range(20)))
     axis.set_ylim(0, 1)

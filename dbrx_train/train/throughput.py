@@ -6,15 +6,18 @@ import time
 
 import torch
 
-# NVIDIA's data sheets, dense bfloat16, per device.
-_PUBLISHED = {"H200": 989.5e12, "H100": 989.5e12, "A100": 312e12, "B200": 2250e12}
+# NVIDIA's data sheets, dense bfloat16, per device, by what torch calls it.
+_PUBLISHED = {"H200": 989.5e12, "H100 80GB HBM3": 989.5e12, "A100": 312e12, "B200": 2250e12}
 
 
-def peak_flops(device: str, precision: str) -> tuple[float, str]:
+def peak_flops(device: str, precision: str, given: float | None) -> tuple[float, str]:
     """FLOP/s of one device in the run's precision, and where the figure is from.
 
-    A GPU's is its data sheet's where we know it; otherwise, and on a CPU, that of a measured matrix product.
+    The ``given`` one, if any; else a GPU's is its data sheet's where we know it. Otherwise, and on a CPU, it
+    is that of a measured matrix product.
     """
+    if given is not None:
+        return given, "from logging.peak_flops"
     if device == "gpu" and precision == "amp_bf16":
         name = torch.cuda.get_device_name()
         for known, flops in _PUBLISHED.items():

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
     Args:
         folder: where to; made if need be.
         interval: batches between saves; the end of the run is saved too.
-        keep: how many stay, newest first.
+        keep: how many stay, the newest.
         config: kept inside each checkpoint, so that one file is enough to rebuild the model.
     """
 
@@ -31,29 +29,51 @@ class Checkpoints(Callback):  # type: ignore[misc]
         self.due = create_interval_scheduler(f"{interval}ba")
         self.keep = keep
         self.config = config
+        self.newest: Path | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"config": self.config}
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        if dist.get_global_rank() == 0:
+            for torn in self.folder.glob("ba*.partial"):
+                torn.unlink()
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         if self.due(state, Event.BATCH_CHECKPOINT):
             self.save(state)
 
-    def save(self, state: State) -> Path:
+    def save(self, state: State) -> None:
         path = self.folder / f"ba{state.timestamp.batch.value}.pt"
         partial = path.with_suffix(".partial")
         try:
             save_checkpoint(state, str(partial))
-        except RuntimeError as error:
+            if dist.get_global_rank() == 0:
+                with open(partial, "rb") as file:
+                    os.fsync(file.fileno())
+                partial.replace(path)
+        except (RuntimeError, OSError) as error:
             partial.unlink(missing_ok=True)
-            if shutil.disk_usage(self.folder).free < 2**20 or "file write failed" in str(error):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
-            raise
+            cause = _disk_error(error)
+            if cause is None:
+                raise
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
+        self.newest = path
         if dist.get_global_rank() == 0:
-            with open(partial, "rb") as file:
-                os.fsync(file.fileno())
-            partial.replace(path)
-            for old in saved(self.folder)[self.keep :]:
-                old.unlink()
+            self._prune(path)
         dist.barrier()
-        return path
+
+    def _prune(self, path: Path) -> None:
+        # Files that claim to be newer are damaged ones, passed over on resuming: they do not count as kept.
+        found = saved(self.folder)
+        for old in found[found.index(path) + self.keep :]:
+            old.unlink()
+
+
+def _disk_error(error: BaseException | None) -> OSError | None:
+    """The OSError behind torch's report of a failed write, which names no cause itself."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error
+        error = error.__cause__ or error.__context__
+    return None

@@ -1,0 +1,65 @@
+"""The same numbers on every device: what the CPU computes in float32 is the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dbrx_train.model.config import DbrxConfig
+from dbrx_train.model.decoder import Dbrx, DbrxOutput
+from dbrx_train.model.generation import generate
+
+CUDA = pytest.param(
+    "cuda",
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")],
+)
+SHAPE = DbrxConfig(
+    d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_hidden_size=112, vocab_size=512, max_seq_len=128
+)
+
+
+def step(device: str, expert_impl: str, autocast: bool = False) -> tuple[DbrxOutput, dict[str, torch.Tensor]]:
+    """Loss and gradients of one batch of packed documents, brought to the CPU."""
+    config = DbrxConfig.from_dict(SHAPE.to_dict() | {"expert_impl": expert_impl})
+    model = Dbrx(config, seed=1).to(device)
+    ids = torch.randint(512, (2, 97), generator=torch.Generator().manual_seed(0)).to(device)
+    documents = (torch.arange(97, device=device) > 40).long().expand(2, -1)
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
+        output = model(ids, labels=ids, document_ids=documents)
+    assert output.loss is not None
+    output.loss.backward()
+    return output, {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("expert_impl", ["loop", "grouped"])
+def test_loss_and_every_gradient_equal_the_reference(device: str, expert_impl: str) -> None:
+    expected, expected_grads = step("cpu", "loop")
+    output, grads = step(device, expert_impl)
+    assert expected.loss is not None
+    assert output.loss is not None
+    torch.testing.assert_close(output.loss.cpu(), expected.loss, rtol=1e-5, atol=1e-5)
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in grads.items():
+        worst = (grad - expected_grads[name]).abs().max() / expected_grads[name].abs().max()
+        assert worst < (1e-5 if device == "cpu" else 1e-4), name
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_bfloat16_stays_near_float32(device: str) -> None:
+    expected, _ = step("cpu", "loop")
+    output, _ = step(device, "grouped", autocast=True)
+    assert expected.loss is not None
+    assert output.loss is not None
+    torch.testing.assert_close(output.loss.cpu(), expected.loss, rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_cached_generation_is_the_uncached(device: str) -> None:
+    model = Dbrx(SHAPE, seed=1).to(device).eval()
+    prompt = torch.arange(5, device=device)[None]
+    tokens = torch.stack(list(generate(model, prompt, 12, stop_ids=())), dim=1)
+    whole = torch.cat((prompt, tokens), dim=1)
+    with torch.no_grad():
+        logits = model(whole[:, :-1]).logits
+    assert torch.equal(logits[:, 4:].argmax(-1), tokens)
