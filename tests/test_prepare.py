@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstd
 
+from dbrx_train.cli import data_prepare
 from dbrx_train.data import documents, mds, sources, workers
 from dbrx_train.data.inspect import BOUNDARY, inspect
 from dbrx_train.data.longline import string_chunks
-from dbrx_train.cli import data_prepare
 from dbrx_train.data.manifest import check_dataset, read_manifest
 from dbrx_train.data.prepare import Summary, prepare
 from dbrx_train.data.tokenizer import load_tokenizer

@@ -358,7 +358,10 @@ def test_the_mix_can_be_looked_at_before_training(workplace: Path, in_tmp: Path)
 def test_global_batch_and_ranks(workplace: Path, in_tmp: Path) -> None:
     from dbrx_train.train.builder import check_world
 
-    config = load(run_yaml(workplace, in_tmp, "world"))
+    path = run_yaml(workplace, in_tmp, "world")
+    config = load(path, ["optimization.microbatch_size=1"])
     check_world(config, 4)
     with pytest.raises(ConfigError, match="4 does not split over 3 ranks; the nearest that does is 3"):
         check_world(config, 3)
+    with pytest.raises(ConfigError, match="microbatch_size: 2 does not divide a rank's 1 samples"):
+        check_world(load(path), 4)

@@ -105,6 +105,8 @@ class ScheduledDataset(IterableDataset[Sample]):
 
     def __iter__(self) -> Iterator[Sample]:
         """This worker's samples from ``position`` on, while a thread prepares the shards of those ahead."""
+        if self._cache is not None:
+            self._cache.shrink()  # an earlier run may have kept more
         worker = get_worker_info()
         addresses = self._addresses(*((worker.id, worker.num_workers) if worker else (0, 1)))
         stores = [self._stores[name] for name in self.schedule.sources]
@@ -127,7 +129,7 @@ class ScheduledDataset(IterableDataset[Sample]):
                 if not uses[source, shard]:
                     del uses[source, shard], ready[source, shard]
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
 
     def _prepare(self, store: ShardStore, shard: int) -> None:
         if store.prepare(shard) and self._cache is not None:

@@ -116,7 +116,8 @@ class ShardStore:
         try:
             if path := self._find(shard):
                 if self.source.remote is not None or path.is_relative_to(self._spare):
-                    os.utime(path)
+                    with suppress(FileNotFoundError):  # dropped just now; reading makes it anew
+                        os.utime(path)
                 return False
             lock = self._locks / f"{self._reader(shard).raw_data.basename}.lock"
             lock.parent.mkdir(parents=True, exist_ok=True)
@@ -195,13 +196,13 @@ class ShardStore:
         raise DataError(f"cache_limit: shards of {self.name} are dropped as fast as made ready; raise it")
 
     def evictable(self) -> Iterator[Path]:
-        """Local files that can be had again: all of a remote's, else unpacked ones beside packed ones."""
-        yield from _shard_files(self._spare)
-        if not os.access(self.folder, os.W_OK):
-            return
-        files = _shard_files(self.folder)
-        packed = {path.with_suffix("") for path in files if path.suffix != ".mds"}
-        yield from (path for path in files if self.source.remote is not None or path in packed)
+        """Unpacked shards that can be had again: from the remote, or from packed ones that lie here."""
+        yield from (path for path in _files(self._spare) if path.suffix == ".mds")
+        if os.access(self.folder, os.W_OK):
+            files = _files(self.folder)
+            packed = {path.with_suffix("") for path in files if path.suffix != ".mds"}
+            unpacked = (path for path in files if path.suffix == ".mds")
+            yield from (path for path in unpacked if self.source.remote is not None or path in packed)
 
     def _reader(self, shard: int) -> Any:
         if shard not in self._readers:
@@ -217,28 +218,35 @@ class ShardCache:
         self.stores, self.limit = stores, limit
 
     def shrink(self) -> None:
-        """Drop the files used least recently until the limit holds."""
+        """Drop the files used least recently until the limit holds. Raises DataError if they cannot be."""
         for_all = _temporary_folder()
-        for_all.mkdir(parents=True, exist_ok=True)
-        with FileLock(for_all / "cache.lock"):
-            found = []
-            for path in (path for store in self.stores for path in store.evictable()):
-                with suppress(FileNotFoundError):  # another process unpacked and dropped it just now
-                    found.append((path, path.stat()))
-            total = sum(stat.st_size for _, stat in found)
-            for path, stat in sorted(found, key=lambda pair: pair[1].st_mtime):
-                if total <= self.limit:
-                    return
-                path.unlink(missing_ok=True)
-                total -= stat.st_size
+        try:
+            for_all.mkdir(parents=True, exist_ok=True)
+            with FileLock(for_all / "cache.lock"):
+                self._shrink()
+        except OSError as error:
+            raise DataError(f"cache_limit: files cannot be dropped ({_line(error)}); leave it out") from error
+
+    def _shrink(self) -> None:
+        found = []
+        for path in (path for store in self.stores for path in store.evictable()):
+            with suppress(FileNotFoundError):  # another process unpacked and dropped it just now
+                found.append((path, path.stat()))
+        total = sum(stat.st_size for _, stat in found)
+        for path, stat in sorted(found, key=lambda pair: pair[1].st_mtime):
+            if total <= self.limit:
+                return
+            path.unlink(missing_ok=True)
+            total -= stat.st_size
 
 
 def _temporary_folder() -> Path:
     return Path(tempfile.gettempdir(), f"dbrx-train-{os.getuid()}")
 
 
-def _shard_files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*.mds*") if path.suffix != ".tmp" and path.is_file()]
+def _files(folder: Path) -> set[Path]:
+    # Unlike rglob, walk bears with folders that vanish
+    return {Path(where, name) for where, _, names in os.walk(folder) for name in names}
 
 
 def _line(error: Exception) -> str:
