@@ -99,8 +99,9 @@ def test_documents_do_not_see_one_another(mask_documents: bool) -> None:
     changed = tokens.clone()
     changed[0, :5] = tokens_of(5, seed=7)
     before, after = (model(t, document_ids=document_ids).logits[0] for t in (tokens, changed))
-    assert torch.equal(before[5:14], after[5:14]) == mask_documents
-    assert not torch.equal(before[:5], after[:5])
+    # Not to the bit: other tokens make other expert batches, and with them other orders of summation.
+    assert torch.allclose(before[5:14], after[5:14], rtol=0, atol=1e-5) == mask_documents
+    assert not torch.allclose(before[:5], after[:5], rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -142,7 +143,9 @@ def test_the_future_is_not_seen() -> None:
     tokens = tokens_of(1, 12)
     changed = tokens.clone()
     changed[0, 7:] = tokens_of(5, seed=3)
-    assert torch.equal(model(tokens).logits[0, :7], model(changed).logits[0, :7])
+    before, after = model(tokens).logits[0], model(changed).logits[0]
+    torch.testing.assert_close(before[:7], after[:7], rtol=0, atol=1e-5)
+    assert not torch.allclose(before[7:], after[7:], rtol=0, atol=1e-3)
 
 
 # ---------------------------------------------------------------- output and input
