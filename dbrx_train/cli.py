@@ -121,11 +121,10 @@ def data_mix(
 
     run = load(config, overrides or [])
     sizes = {name: read_manifest(s.local).splits["train"].samples for name, s in run.data.sources.items()}
-    samples = run.clock.total_batches * run.optimization.global_batch_size
-    mix, ticks = run.mix_schedule(), samples // run.data.canonical_nodes
-    mix.repetition(sizes, ticks, {n: s.max_epochs for n, s in run.data.sources.items() if s.max_epochs})
-    print(timeline.table(mix, sizes, ticks, run.data.seq_len))
-    timeline.draw(mix, sizes, ticks, run.data.seq_len, picture)
+    mix = run.mix_schedule()
+    run.check_repetition(mix, sizes)
+    print(timeline.table(mix, sizes, run.mix_ticks, run.data.seq_len))
+    timeline.draw(mix, sizes, run.mix_ticks, run.data.seq_len, picture)
     off = f"{mix.max_deviation:.2f} samples per canonical node"
     print(f"a source is never further than {off} from its weight's integral; picture: {picture}")
 

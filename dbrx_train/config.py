@@ -7,7 +7,7 @@ Nothing heavy is imported, so that a wrong file is refused within a fraction of 
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from operator import attrgetter
@@ -283,6 +283,20 @@ class RunConfig:
             global_batch_size=self.optimization.global_batch_size,
         )
 
+    @property
+    def mix_ticks(self) -> int:
+        """Length of the run in the mix's unit of time, a sample on every canonical node."""
+        return self.clock.total_batches * self.optimization.global_batch_size // self.data.canonical_nodes
+
+    def check_repetition(self, mix: MixSchedule, sizes: Mapping[str, int]) -> None:
+        """Hold the run's ``mix`` over sources of ``sizes`` samples against their ``max_epochs``.
+
+        Raises:
+            ValueError: a source is read more often.
+        """
+        limits = {name: s.max_epochs for name, s in self.data.sources.items() if s.max_epochs is not None}
+        mix.repetition(sizes, self.mix_ticks, limits)
+
     def mix_schedule(self) -> MixSchedule:
         """The data mix over this run: as given, or all sources alike."""
         alike = MixPointConfig(at="0tok", weights=dict.fromkeys(self.data.sources, 1.0))
@@ -310,7 +324,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         resolved = OmegaConf.to_container(given, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {_first_line(error)}") from None
+        raise ConfigError(f"{path}: {first_line(error)}") from None
     assert isinstance(resolved, dict)
     resolved.pop("variables", None)
     for key, nearest in _unknown_keys(resolved, RunConfig):
@@ -318,10 +332,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), resolved))
     except (OmegaConfBaseException, TypeError) as error:
-        where, line = str(getattr(error, "full_key", None) or ""), _first_line(error)
+        where, line = str(getattr(error, "full_key", None) or ""), first_line(error)
         raise ConfigError(f"{path}: {line if where in line else f'{where}: {line}'}") from None
     except ValueError as error:  # DbrxConfig checks itself when it is made
-        raise ConfigError(f"{path}: model.{_first_line(error)}") from None
+        raise ConfigError(f"{path}: model.{first_line(error)}") from None
     assert isinstance(config, RunConfig)
     try:
         config.check()
@@ -355,11 +369,11 @@ def _read_yaml(path: Path) -> DictConfig:
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({_first_line(error)})") from None
+        raise ConfigError(f"{path}: cannot be read ({first_line(error)})") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or _first_line(error)
+        problem = getattr(error, "problem", None) or first_line(error)
         raise ConfigError(f"{path}{line}: not valid YAML: {problem}") from None
     if not isinstance(given, DictConfig):
         raise ConfigError(f"{path}: a run is a mapping of keys, such as run_name and model")
@@ -372,7 +386,7 @@ def _override(given: DictConfig, override: str) -> DictConfig:
     try:
         merged = OmegaConf.merge(given, OmegaConf.from_dotlist([override]))
     except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
-        raise ConfigError(f"{override!r}: {_first_line(error)}") from None
+        raise ConfigError(f"{override!r}: {first_line(error)}") from None
     assert isinstance(merged, DictConfig)
     return merged
 
@@ -404,5 +418,6 @@ def _nearest(name: str, known: Any) -> str:
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(map(str, known))}"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """An error's message, or its name where it has none, cut to one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -308,7 +308,7 @@ finally:
 
 @pytest.mark.slow
 def test_a_damaged_file_that_claims_to_be_newer_is_never_kept_in_place_of_a_good_one(
-    workplace: Path, in_tmp: Path
+    workplace: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = run_yaml(workplace, in_tmp, "prune")
     fixed = ["evaluation.max_samples=0", "data.mix=[{at: 0tok, weights: {web: 1, code: 1}}]"]
@@ -319,6 +319,7 @@ def test_a_damaged_file_that_claims_to_be_newer_is_never_kept_in_place_of_a_good
     (folder / "ba8.partial").write_bytes(b"torn")
     run(load(path, [*fixed, "max_duration=4ba"]))
     assert sorted(p.name for p in folder.iterdir()) == ["ba4.pt", "ba9.pt"]
+    assert f"checkpoint: {folder}/ba4.pt" in capsys.readouterr().out
     assert files.read(folder / "ba4.pt")
 
 

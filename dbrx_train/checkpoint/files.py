@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dbrx_train.config import first_line
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.decoder import Dbrx
 
@@ -58,8 +59,7 @@ def read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except Exception as error:  # torch raises a different one for each kind of damage
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: not a whole checkpoint ({line})") from None
+        raise ValueError(f"{path}: not a whole checkpoint ({first_line(error)})") from None
     assert isinstance(content, dict)
     return content
 

@@ -12,7 +12,7 @@ from composer.callbacks import MemoryMonitor, SpeedMonitor
 from composer.utils import dist, get_device
 
 from dbrx_train.checkpoint import files
-from dbrx_train.config import ConfigError, RunConfig, flatten, to_dict, to_yaml
+from dbrx_train.config import ConfigError, RunConfig, first_line, flatten, to_dict, to_yaml
 from dbrx_train.data.tokenizer import Tokenizer, load_tokenizer
 from dbrx_train.train import environment, report
 from dbrx_train.train.callbacks.checkpoints import Checkpoints
@@ -24,7 +24,7 @@ from dbrx_train.train.callbacks.mix import MixServed
 from dbrx_train.train.callbacks.progress import Progress
 from dbrx_train.train.composer_model import ComposerDbrx
 from dbrx_train.train.loaders import check_sources, evaluators, train_data, train_dataset
-from dbrx_train.train.mlflow_store import STORE_ERRORS, MLflowStore, first_line
+from dbrx_train.train.mlflow_store import STORE_ERRORS, MLflowStore
 from dbrx_train.train.optimizers import build_optimizer
 from dbrx_train.train.throughput import peak_flops
 
@@ -71,7 +71,7 @@ def run(config: RunConfig) -> None:
             trainer.eval()
         trainer.fit()
         if dist.get_global_rank() == 0:
-            _report(config, store)
+            _report(config, store, trainer.state.timestamp.batch.value)
     except BaseException as error:
         # Composer turns SIGINT and SIGTERM into SystemExit.
         stopped = isinstance(error, KeyboardInterrupt | SystemExit)
@@ -180,9 +180,7 @@ def _check_mix(config: RunConfig, saved: dict[str, Any] | None) -> None:
     dataset = train_dataset(config)
     if saved:
         dataset.load_state_dict(saved["state"]["dataset_state"]["train"])
-    limits = {n: s.max_epochs for n, s in config.data.sources.items() if s.max_epochs is not None}
-    samples = config.clock.total_batches * config.optimization.global_batch_size
-    dataset.schedule.repetition(dataset.sizes, samples // config.data.canonical_nodes, limits)
+    config.check_repetition(dataset.schedule, dataset.sizes)
 
 
 def _device(config: RunConfig) -> str:
@@ -221,19 +219,19 @@ def _record(config: RunConfig, store: MLflowStore, peak: str) -> None:
     store.log_artifact(path)
 
 
-def _report(config: RunConfig, store: MLflowStore) -> None:
-    """Draw the run, and say how it went and where it is."""
+def _report(config: RunConfig, store: MLflowStore, batch: int) -> None:
+    """Draw the run, and say how it went and where it is; it ended, and was saved, at step ``batch``."""
     try:
         picture = Path(config.folder) / "training.png"
         report.draw(store, config.clock.tokens_per_batch, picture)
         store.log_artifact(picture)
         for source, points in report.held_out_losses(store).items():
-            (_, first), (batch, last) = points[0], points[-1]
-            tokens = batch * config.clock.tokens_per_batch
+            (_, first), (step, last) = points[0], points[-1]
+            tokens = step * config.clock.tokens_per_batch
             _say(f"held-out {source}: loss {first:.3f} at the start, {last:.3f} after {tokens:,} tokens")
     except STORE_ERRORS as error:
         _say(f"no picture of the run: MLflow cannot be read ({first_line(error)})")
-    _say(f"checkpoint: {files.saved(checkpoint_folder(config))[0]}")
+    _say(f"checkpoint: {checkpoint_folder(config)}/ba{batch}.pt")
     uri = config.logging.mlflow_uri
     page = f"#/experiments/{store.experiment_id}/runs/{store.run_id}"
     if uri.startswith(("http://", "https://")):

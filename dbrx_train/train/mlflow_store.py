@@ -14,6 +14,8 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
+from dbrx_train.config import first_line
+
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # its news would break up the progress bar
 
 STORE_ERRORS = (MlflowException, SQLAlchemyError, OSError)
@@ -109,7 +111,3 @@ class MLflowStore(MLFlowLogger):  # type: ignore[misc]
             self._mlflow_client.set_terminated(self._run_id, status=self.end_status)
         except STORE_ERRORS as error:
             warnings.warn(f"MLflow: the run's end is not recorded ({first_line(error)})", stacklevel=2)
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

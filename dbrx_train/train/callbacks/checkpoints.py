@@ -29,7 +29,6 @@ class Checkpoints(Callback):  # type: ignore[misc]
         self.due = create_interval_scheduler(f"{interval}ba")
         self.keep = keep
         self.config = config
-        self.newest: Path | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"config": self.config}
@@ -58,7 +57,6 @@ class Checkpoints(Callback):  # type: ignore[misc]
             if cause is None:
                 raise
             raise OSError(cause.errno, cause.strerror, str(path)) from error
-        self.newest = path
         if dist.get_global_rank() == 0:
             self._prune(path)
         dist.barrier()
