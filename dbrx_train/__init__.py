@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dbrx_train.data.mix import MixSchedule
+    from dbrx_train.duration import Clock
     from dbrx_train.model.config import DbrxConfig
     from dbrx_train.model.decoder import Dbrx
     from dbrx_train.model.moe import MoE
 
 __version__ = "0.1.0"
-__all__ = ["Dbrx", "DbrxConfig", "MixSchedule", "MoE"]
+__all__ = ["Clock", "Dbrx", "DbrxConfig", "MixSchedule", "MoE"]
 
 _HOME = {
+    "Clock": "dbrx_train.duration",
     "Dbrx": "dbrx_train.model.decoder",
     "DbrxConfig": "dbrx_train.model.config",
     "MixSchedule": "dbrx_train.data.mix",

@@ -123,8 +123,8 @@ def data_mix(
     sizes = {name: read_manifest(s.local).splits["train"].samples for name, s in run.data.sources.items()}
     mix = run.mix_schedule()
     run.check_repetition(mix, sizes)
-    print(timeline.table(mix, sizes, run.mix_ticks, run.data.seq_len))
-    timeline.draw(mix, sizes, run.mix_ticks, run.data.seq_len, picture)
+    print(timeline.table(mix, sizes, run.clock))
+    timeline.draw(mix, sizes, run.clock, picture)
     off = f"{mix.max_deviation:.2f} samples per canonical node"
     print(f"a source is never further than {off} from its weight's integral; picture: {picture}")
 

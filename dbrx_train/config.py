@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import inf
 from operator import attrgetter
@@ -38,6 +39,15 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+@contextmanager
+def _naming(prefix: str) -> Iterator[None]:
+    """A ValueError of another room, with its key put in front."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"{prefix}{error}") from None
+
+
 def _one_of(key: str, value: str, allowed: Sequence[str]) -> None:
     _require(value in allowed, f"{key}: {value!r} is not one of {', '.join(allowed)}")
 
@@ -64,13 +74,18 @@ class MixPointConfig:
         "share of each source; need not sum to 1; a source left out gets 0", dict
     )
     reach: str = _doc("`step`: jump here; `linear`: ramp from the point before", "step")
+    seq_len: int | None = _doc(
+        "tokens per sample from here on, of sources prepared at that length; a step keeps its tokens", None
+    )
 
 
 @dataclass
 class DataConfig:
     sources: dict[str, SourceConfig] = _doc("name -> where its shards are", dict)
     mix: list[MixPointConfig] = _doc("the data mix over the run; default: one point, equal weights", list)
-    seq_len: int = _doc("tokens per sample; must be that of the prepared shards", 2048)
+    seq_len: int = _doc(
+        "tokens per sample; must be that of the prepared shards (`mix` may change it later)", 2048
+    )
     shuffle: bool = _doc("shuffle within and across shards", True)
     shuffle_seed: int = _doc("seed of the shuffle", 9176)
     canonical_nodes: int = _doc("parts that each source is cut into; must divide `global_batch_size`", 1)
@@ -151,10 +166,19 @@ class LearningRateConfig:
 
 
 @dataclass
+class BatchSizeConfig:
+    until: str = _doc("when the next size takes over: `2B tok` or `500ba`")
+    global_batch_size: int = _doc("samples per optimizer step until then")
+
+
+@dataclass
 class OptimizationConfig:
-    global_batch_size: int = _doc("samples per optimizer step, over all ranks", 8)
+    global_batch_size: int = _doc("samples (of `data.seq_len` tokens) per optimizer step, over all ranks", 8)
+    batch_size_warmup: list[BatchSizeConfig] = _doc(
+        "smaller global batches at first, in the order of time; then `global_batch_size`", list
+    )
     microbatch_size: int | None = _doc(
-        "samples per forward pass and rank; default: the rank's whole batch", None
+        "samples (of `data.seq_len` tokens) per forward pass and rank; default: the rank's whole batch", None
     )
     clip_grad_norm: float | None = _doc("largest global gradient norm; null: no clipping", 1.0)
     optimizer: OptimizerConfig = _doc("the optimizer", OptimizerConfig)
@@ -163,6 +187,10 @@ class OptimizationConfig:
     def check(self) -> None:
         batch, micro = self.global_batch_size, self.microbatch_size
         _require(batch >= 1, f"optimization.global_batch_size: must be positive, not {batch}")
+        for i, stage in enumerate(self.batch_size_warmup):
+            size = stage.global_batch_size
+            key = f"optimization.batch_size_warmup[{i}].global_batch_size"
+            _require(size >= 1, f"{key}: must be positive, not {size}")
         if micro is not None:
             _require(micro >= 1, f"optimization.microbatch_size: must be positive, not {micro}")
         clip = self.clip_grad_norm
@@ -250,16 +278,16 @@ class RunConfig:
         _one_of("precision", self.precision, ("fp32", "amp_bf16"))
         _require(bool(self.run_name.strip()), "run_name: must not be empty")
         _require(0 <= self.seed < 2**32, f"seed: must be at least 0 and below 2**32, not {self.seed}")
-        _require(
-            self.data.seq_len <= self.model.max_seq_len,
-            f"data.seq_len: {self.data.seq_len} is longer than model.max_seq_len {self.model.max_seq_len}",
-        )
-        nodes, batch = self.data.canonical_nodes, self.optimization.global_batch_size
-        _require(
-            batch % nodes == 0,
-            f"data.canonical_nodes: {nodes} does not divide optimization.global_batch_size {batch}",
-        )
-        clock = self.clock
+        clock, nodes = self.clock, self.data.canonical_nodes
+        for stage in clock.stages:
+            _require(
+                stage.seq_len <= self.model.max_seq_len,
+                f"data.seq_len: {stage.seq_len} is longer than model.max_seq_len {self.model.max_seq_len}",
+            )
+            _require(
+                stage.global_batch_size % nodes == 0,
+                f"data.canonical_nodes: {nodes} does not divide {stage}",
+            )
         for key in (
             "optimization.learning_rate.warmup",
             "optimization.learning_rate.decay",
@@ -269,24 +297,41 @@ class RunConfig:
         ):
             length = clock.tokens(attrgetter(key)(self), key)
             _require(length > 0 or key.endswith(("warmup", "decay")), f"{key}: must be longer than nothing")
-        try:
-            self.mix_schedule()
-        except ValueError as error:
-            raise ConfigError(f"data.{error}") from None
+        with _naming("data."):
+            self.mix_schedule().sample_lengths(clock)
 
     @property
     def clock(self) -> Clock:
-        """Converts the run's durations to tokens."""
-        return Clock.of(
-            self.max_duration,
-            seq_len=self.data.seq_len,
-            global_batch_size=self.optimization.global_batch_size,
-        )
+        """The sizes of the run's steps, and what they make of its durations.
+
+        Raises:
+            ConfigError: they do not fit together.
+        """
+        optimization = self.optimization
+        sizes = [s.global_batch_size for s in optimization.batch_size_warmup]
+        sizes.append(optimization.global_batch_size)
+        clock = Clock.of(self.max_duration, seq_len=self.data.seq_len, global_batch_size=sizes[0])
+        for i, (stage, size) in enumerate(zip(optimization.batch_size_warmup, sizes[1:], strict=True)):
+            with _naming(f"optimization.batch_size_warmup[{i}]."):
+                clock = clock.with_batch_size(stage.until, size)
+        for i, point in enumerate(self.data.mix):
+            if point.seq_len is not None:
+                _require(
+                    point.seq_len >= 2, f"data.mix[{i}].seq_len: must be at least 2, not {point.seq_len}"
+                )
+                with _naming(f"data.mix[{i}]."):
+                    clock = clock.with_seq_len(point.at, point.seq_len)
+        return clock
 
     @property
     def mix_ticks(self) -> int:
         """Length of the run in the mix's unit of time, a sample on every canonical node."""
-        return self.clock.total_batches * self.optimization.global_batch_size // self.data.canonical_nodes
+        return self.clock.total_samples // self.data.canonical_nodes
+
+    @property
+    def sample_lengths(self) -> dict[str, int]:
+        """Tokens of a sample of each source."""
+        return self.mix_schedule().sample_lengths(self.clock)
 
     def check_repetition(self, mix: MixSchedule, sizes: Mapping[str, int]) -> None:
         """Hold the run's ``mix`` over sources of ``sizes`` samples against their ``max_epochs``.
@@ -302,9 +347,7 @@ class RunConfig:
         alike = MixPointConfig(at="0tok", weights=dict.fromkeys(self.data.sources, 1.0))
         return MixSchedule.from_config(
             [dataclasses.asdict(point) for point in self.data.mix or [alike]],
-            seq_len=self.data.seq_len,
-            batch_size=self.optimization.global_batch_size,
-            duration=f"{self.clock.total_tokens}tok",
+            self.clock,
             sources=list(self.data.sources),
             canonical_nodes=self.data.canonical_nodes,
         )

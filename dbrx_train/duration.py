@@ -1,17 +1,29 @@
-"""Lengths of training as text (Composer's time strings) and their conversion to tokens."""
+"""Time in a run: durations as text (Composer's time strings), and the clock that relates their units.
+
+Optimizer steps need not be alike. The global batch may grow, and the samples may become longer while a step
+keeps its tokens. A run is therefore a row of stages of equal steps, and tokens, samples and steps are
+piecewise linear functions of one another. They follow from the configuration alone, never from what a run
+has done so far.
+"""
 
 from __future__ import annotations
 
+import bisect
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
+from typing import Literal, TypeAlias, cast
+
+Unit: TypeAlias = Literal["tok", "sp", "ba"]
+"""Tokens, samples, batches (optimizer steps)."""
 
 _TIME = re.compile(r"\s*(\d[\d_]*(?:\.\d+)?(?:e\d+)?)\s*([KMBT]?)\s*(tok|sp|ba|dur)\s*")
 _MAGNITUDE = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
-def parse_time(text: str | int, field: str) -> tuple[Fraction, str]:
+def parse_time(text: str | int, field: str) -> tuple[Fraction, Unit | Literal["dur"]]:
     """Read ``"2_000_000tok"``, ``"2B tok"``, ``"100sp"``, ``"10ba"`` or ``"0.7dur"``: a number and its unit.
 
     Units are tokens, samples, batches (optimizer steps) and the run's duration.
@@ -25,46 +37,171 @@ def parse_time(text: str | int, field: str) -> tuple[Fraction, str]:
             f"{field}: {text!r} is not a time; write it like 2B tok, 1_000_000tok, 0.7dur or 10ba"
         )
     number, magnitude, unit = match.groups()
-    return Fraction(number.replace("_", "")) * _MAGNITUDE[magnitude], unit
+    return Fraction(number.replace("_", "")) * _MAGNITUDE[magnitude], cast(Unit, unit)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Optimizer steps that are alike, up to the next stage.
+
+    Attributes:
+        token, sample, batch: what the run has seen when the stage begins.
+        tokens_per_batch: tokens of a step, over all ranks.
+        seq_len: tokens per sample.
+    """
+
+    token: int
+    sample: int
+    batch: int
+    tokens_per_batch: int
+    seq_len: int
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples of a step, over all ranks."""
+        return self.tokens_per_batch // self.seq_len
+
+    def __str__(self) -> str:
+        return f"a step of {self.global_batch_size} samples of {self.seq_len} tokens"
+
+    def begin(self, unit: Unit) -> int:
+        """What the run has seen when the stage begins."""
+        return {"tok": self.token, "sp": self.sample, "ba": self.batch}[unit]
+
+    def per_batch(self, unit: Unit) -> int:
+        return {"tok": self.tokens_per_batch, "sp": self.global_batch_size, "ba": 1}[unit]
+
+    def at_batch(self, batch: int) -> Stage:
+        """The same, begun when the run had done ``batch`` steps."""
+        more = batch - self.batch
+        return replace(
+            self,
+            token=self.token + more * self.tokens_per_batch,
+            sample=self.sample + more * self.global_batch_size,
+            batch=batch,
+        )
 
 
 @dataclass(frozen=True)
 class Clock:
-    """Converts durations to tokens, for a run of known length and batch size.
+    """Relates tokens, samples and optimizer steps of a run.
+
+    >>> clock = Clock.of("100ba", seq_len=512, global_batch_size=8).with_seq_len("0.9dur", 4096)
+    >>> [(stage.batch, stage.global_batch_size, stage.seq_len) for stage in clock.stages]
+    [(0, 8, 512), (90, 1, 4096)]
 
     Attributes:
-        seq_len: tokens per sample.
-        global_batch_size: samples per optimizer step, over all ranks.
-        total_batches: optimizer steps of the run; its last step is whole.
+        stages: from the run's beginning on; the last has no end, so that a run may be prolonged.
+        end: the run's length as given, in ``tok`` or ``ba``; its last step is whole.
     """
 
-    seq_len: int
-    global_batch_size: int
-    total_batches: int
+    stages: tuple[Stage, ...]
+    end: tuple[Fraction, Unit]
 
     @classmethod
     def of(cls, max_duration: str, *, seq_len: int, global_batch_size: int) -> Clock:
-        """The clock of a run as long as ``max_duration``, which is in tok, sp or ba."""
+        """The clock of a run of equal steps, as long as ``max_duration``, which is in tok, sp or ba.
+
+        Raises:
+            ValueError: it is not, or is nothing.
+        """
         number, unit = parse_time(max_duration, "max_duration")
         if unit == "dur" or number <= 0:
             raise ValueError(f"max_duration: {max_duration!r} is no length of its own; give it in tok or ba")
-        per_unit = {"tok": Fraction(1, seq_len * global_batch_size), "sp": Fraction(1, global_batch_size)}
-        return cls(seq_len, global_batch_size, math.ceil(number * per_unit.get(unit, Fraction(1))))
+        if unit == "sp":
+            number, unit = number * seq_len, "tok"
+        return cls((Stage(0, 0, 0, global_batch_size * seq_len, seq_len),), (number, unit))
 
-    @property
-    def tokens_per_batch(self) -> int:
-        return self.global_batch_size * self.seq_len
+    def with_batch_size(self, at: str, global_batch_size: int) -> Clock:
+        """The clock with that many samples a step, from the first step that begins at ``at`` or later.
 
-    @property
+        To be called in the order of time, and before ``with_seq_len``.
+
+        Raises:
+            ValueError: beginning with ``until``: it is out of order, or relative to the run, whose length
+                depends on it.
+        """
+        if parse_time(at, "until")[1] == "dur":
+            raise ValueError(f"until: {at!r} is relative to the run's length; give it in tok or ba")
+        edge = self.first_step(at)
+        if edge.batch <= self.stages[-1].batch:
+            raise ValueError(f"until: {at!r} leaves no step for this size; order the sizes by time")
+        grown = replace(edge, tokens_per_batch=global_batch_size * edge.seq_len)
+        return replace(self, stages=(*self.stages, grown))
+
+    def with_seq_len(self, at: str, seq_len: int) -> Clock:
+        """The clock with samples of ``seq_len`` tokens, from the first step that begins at ``at`` or later.
+
+        Steps keep their tokens.
+
+        Raises:
+            ValueError: beginning with ``seq_len``: it does not divide them.
+        """
+        edge = self.first_step(at)
+        stages = [stage for stage in self.stages if stage.batch < edge.batch]
+        following = edge
+        for stage in (edge, *(stage for stage in self.stages if stage.batch > edge.batch)):
+            if stage.tokens_per_batch % seq_len:
+                raise ValueError(f"seq_len: {stage} does not split into samples of {seq_len}")
+            following = replace(
+                following.at_batch(stage.batch), tokens_per_batch=stage.tokens_per_batch, seq_len=seq_len
+            )
+            stages.append(following)
+        return replace(self, stages=tuple(stages))
+
+    @cached_property
+    def total_batches(self) -> int:
+        """Optimizer steps of the run."""
+        number, unit = self.end
+        return math.ceil(self.convert(number, unit, "ba"))
+
+    @cached_property
     def total_tokens(self) -> int:
-        return self.total_batches * self.tokens_per_batch
+        return int(self.convert(self.total_batches, "ba", "tok"))
+
+    @cached_property
+    def total_samples(self) -> int:
+        return int(self.convert(self.total_batches, "ba", "sp"))
+
+    def stage(self, number: Fraction | int, unit: Unit) -> Stage:
+        """The stage of the step that comes after ``number`` tokens, samples or batches."""
+        after = bisect.bisect_right(self.stages, number, key=lambda stage: stage.begin(unit))
+        return self.stages[after - 1]
+
+    def convert(self, number: Fraction | int, unit: Unit, to: Unit) -> Fraction:
+        """A moment, given by what the run has seen in one unit, in another."""
+        stage = self.stage(number, unit)
+        batches = Fraction(number - stage.begin(unit)) / stage.per_batch(unit)
+        return stage.begin(to) + batches * stage.per_batch(to)
 
     def tokens(self, text: str, field: str = "duration") -> int:
-        """``text`` in tokens; ValueError, beginning with ``field``, if it is no time."""
-        number, unit = parse_time(text, field)
-        sizes = {"tok": 1, "sp": self.seq_len, "ba": self.tokens_per_batch, "dur": self.total_tokens}
-        return round(number * sizes[unit])
+        """Tokens seen at the moment ``text``; ValueError, beginning with ``field``, if it is no time."""
+        return round(self._moment(text, field))
 
-    def batches(self, text: str) -> int:
-        """``text`` as whole optimizer steps, at least one."""
-        return max(1, math.ceil(self.tokens(text) / self.tokens_per_batch))
+    def samples(self, text: str, field: str = "duration") -> Fraction:
+        """Samples seen at the moment ``text``, as for ``tokens``."""
+        return self.convert(self._moment(text, field), "tok", "sp")
+
+    def first_step(self, text: str, field: str = "at") -> Stage:
+        """The stage of the first step that begins at the moment ``text`` or later, begun there."""
+        batch = math.ceil(self.convert(self._moment(text, field), "tok", "ba"))
+        return self.stage(batch, "ba").at_batch(batch)
+
+    def before_end(self, text: str, field: str = "duration") -> int:
+        """Tokens seen when so much of the run is left."""
+        number, unit = parse_time(text, field)
+        if unit == "dur":
+            return round(self.total_tokens * max(Fraction(0), 1 - number))
+        whole = {"tok": self.total_tokens, "sp": self.total_samples, "ba": self.total_batches}[unit]
+        return round(self.convert(max(Fraction(0), whole - number), unit, "tok"))
+
+    def interval(self, text: str) -> str:
+        """How often, as Composer takes it: in whole tokens, samples or batches, at least one."""
+        number, unit = parse_time(text, "interval")
+        if unit == "dur":
+            number, unit = number * self.total_tokens, "tok"
+        return f"{max(1, math.ceil(number))}{unit}"
+
+    def _moment(self, text: str, field: str) -> Fraction:
+        number, unit = parse_time(text, field)
+        return number * self.total_tokens if unit == "dur" else self.convert(number, unit, "tok")

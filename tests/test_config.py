@@ -66,6 +66,42 @@ def test_variables_interpolate_and_are_no_part_of_the_run(tmp_path: Path) -> Non
         ("optimization.optimizer.eps=-1", "optimization.optimizer.eps: must be positive"),
         ("optimization.optimizer.router_lr_scale=-1", "router_lr_scale: must not be negative"),
         ("optimization.microbatch_size=0", "optimization.microbatch_size: must be positive"),
+        (
+            "optimization.batch_size_warmup=[{until: 0.5dur, global_batch_size: 4}]",
+            "optimization.batch_size_warmup[0].until: '0.5dur' is relative to the run's length; give it",
+        ),
+        (
+            (
+                "optimization.batch_size_warmup="
+                "[{until: 4ba, global_batch_size: 2}, {until: 3ba, global_batch_size: 4}]"
+            ),
+            "optimization.batch_size_warmup[1].until: '3ba' leaves no step for this size",
+        ),
+        (
+            "optimization.batch_size_warmup=[{until: 2ba, global_batch_size: 0}]",
+            "optimization.batch_size_warmup[0].global_batch_size: must be positive",
+        ),
+        (
+            "optimization.batch_size_warmup=[{until: 2ba, samples: 4}]",
+            "unknown key optimization.batch_size_warmup[0].samples",
+        ),
+        (
+            "data.mix=[{at: 0tok, weights: {web: 1}}, {at: 0.5dur, weights: {web: 1}, seq_len: 100}]",
+            "data.mix[1].seq_len: a step of 8 samples of 64 tokens does not split into samples of 100",
+        ),
+        (
+            "data.mix=[{at: 0tok, weights: {web: 1}}, {at: 0.5dur, weights: {web: 1}, seq_len: 256}]",
+            "data.seq_len: 256 is longer than model.max_seq_len 128",
+        ),
+        (
+            "data.mix=[{at: 0tok, weights: {web: 1}}, {at: 0.5dur, weights: {web: 1}, seq_len: 128}]",
+            "data.mix: web has weight where samples have 64 tokens and where they have 128 (seq_len)",
+        ),
+        ("data.mix=[{at: 0tok, weights: {web: 1}, seq_len: 0}]", "data.mix[0].seq_len: must be at least 2"),
+        (
+            "data.canonical_nodes=3",
+            "data.canonical_nodes: 3 does not divide a step of 8 samples of 64 tokens",
+        ),
         ("seed=-1", "seed: must be at least 0"),
         ("data.predownload=-1", "data.predownload: must not be negative"),
         ("data.sources.web.max_epochs=-1", "data.sources.web.max_epochs: must be positive"),

@@ -23,6 +23,7 @@ from dbrx_train.data.dataset import EvalDataset, ScheduledDataset
 from dbrx_train.data.mix import MixPoint, MixSchedule
 from dbrx_train.data.shards import Source
 from dbrx_train.data.shuffle import SourceOrder
+from dbrx_train.duration import Clock
 
 SEQ_LEN = 8
 POINTS = [
@@ -60,7 +61,12 @@ def dataset(root: Path, *, nodes: int = 2, batch: int = 8, **options: Any) -> Sc
     schedule = options.pop("schedule", None) or MixSchedule(
         POINTS, sources=list(sources), canonical_nodes=nodes
     )
-    return ScheduledDataset(sources, schedule, seq_len=SEQ_LEN, global_batch_size=batch, **options)
+    clock = options.pop("clock", None) or equal_steps(batch)
+    return ScheduledDataset(sources, schedule, clock, **options)
+
+
+def equal_steps(global_batch_size: int = 8) -> Clock:
+    return Clock.of("1000ba", seq_len=SEQ_LEN, global_batch_size=global_batch_size)
 
 
 def steps(data: ScheduledDataset, count: int, workers: int = 0) -> list[list[tuple[int, int]]]:
@@ -192,9 +198,7 @@ def test_packed_and_unpacked_and_remote_shards_read_alike(corpora: Path, tmp_pat
     sources = {n: Source(str(tmp_path / "cache" / n), remote=str(corpora / n)) for n in "abc"}
     schedule = MixSchedule(POINTS, canonical_nodes=2)
     limit = 3000
-    data = ScheduledDataset(
-        sources, schedule, seq_len=SEQ_LEN, global_batch_size=8, cache_limit=limit, predownload=4
-    )
+    data = ScheduledDataset(sources, schedule, equal_steps(), cache_limit=limit, predownload=4)
     assert steps(data, 20) == expected
     kept = [path for path in (tmp_path / "cache").rglob("*.mds*") if path.is_file()]
     assert sum(path.stat().st_size for path in kept) <= limit + 2000
@@ -283,18 +287,20 @@ def test_an_evicting_run_that_keeps_nothing_still_reads(packed: Path, corpora: P
 def test_an_eos_belongs_to_the_document_that_it_ends() -> None:
     tokens = torch.tensor([[5, 9, 9, 6, 7, 9], [1, 2, 3, 4, 5, 6]])
     assert document_ids(tokens, 9).tolist() == [[0, 0, 1, 2, 2, 2], [0] * 6]
-    batch = collate([{"tokens": row.numpy(), "source": i} for i, row in enumerate(tokens)], eos_id=9)
+    samples = [{"tokens": row.numpy(), "source": i, "sample_id": 7} for i, row in enumerate(tokens)]
+    batch = collate(samples, eos_id=9)
     assert {key: (value.dtype, tuple(value.shape)) for key, value in batch.items()} == {
         "input_ids": (torch.int64, (2, 6)),
         "labels": (torch.int64, (2, 6)),
         "document_ids": (torch.int64, (2, 6)),
         "source": (torch.int64, (2,)),
+        "sample_id": (torch.int64, (2,)),
     }
     assert batch["labels"].data_ptr() != batch["input_ids"].data_ptr()
 
 
 def test_samples_are_writable_copies(corpora: Path) -> None:
-    sample = next(iter(dataset(corpora)))
+    sample = next(iter(dataset(corpora)))[0]
     sample["tokens"] += 1
     assert sample["tokens"].dtype == np.int64
 
@@ -366,8 +372,7 @@ def test_bad_options_are_refused(corpora: Path, options: dict[str, Any], message
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_another_sequence_length_is_refused(corpora: Path, workers: int) -> None:
-    data = dataset(corpora)
-    data.seq_len = 16
+    data = dataset(corpora, clock=Clock.of("9ba", seq_len=16, global_batch_size=8))
     message = r"^sources.\w: has samples of 8 tokens, not seq_len 16; set seq_len to 8 or prepare it again"
     with pytest.raises(ValueError, match=message) as caught:
         next(iter(build_loader(data, eos_id=0, num_workers=workers)))

@@ -6,14 +6,14 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_dataset import POINTS, SEQ_LEN, all_ranks, corpora, dataset, steps, write_source
+from conftest import free_port
+from test_dataset import POINTS, SEQ_LEN, all_ranks, corpora, dataset, equal_steps, steps, write_source
 
 from dbrx_train.data.dataset import ScheduledDataset
 from dbrx_train.data.mix import MixPoint, MixSchedule
@@ -49,10 +49,23 @@ def test_a_resumed_run_can_be_resumed_and_counts_from_its_own_beginning(corpora:
     assert all_ranks(corpora, 1, 15, state) == whole[15:]
 
 
-def test_another_global_batch_goes_on_with_the_same_samples(corpora: Path) -> None:
+def test_another_global_batch_from_here_on_goes_on_with_the_same_samples(corpora: Path) -> None:
     state = dataset(corpora).state_dict(10 * 8, True)
-    small = {sample for batch in all_ranks(corpora, 1, 20, state, batch=4) for sample in batch}
-    assert small == {sample for batch in all_ranks(corpora, 1, 20)[10:] for sample in batch}
+    with pytest.raises(ValueError, match=PAST_SIZE) as caught:
+        dataset(corpora, batch=4).load_state_dict(state)
+    assert "\n" not in str(caught.value)
+    clock = equal_steps(8).with_batch_size(f"{10 * 8 * SEQ_LEN}tok", 4)
+    small = all_ranks(corpora, 1, 20, state, clock=clock)
+    assert {len(batch) for batch in small} == {4}
+    whole = all_ranks(corpora, 1, 20)[10:]
+    assert {sample for batch in small for sample in batch} == {s for batch in whole for s in batch}
+
+
+PAST_SIZE = (
+    r"^global_batch_size: the past cannot change: from sample 0 on, a step had 8 samples of 8 tokens, and "
+    r"now it has 4 of 8; edit only what follows 640 tokens \(batch_size_warmup: \[\{until: 640tok, "
+    r"global_batch_size: 8\}\] keeps"
+)
 
 
 def test_an_edited_future_keeps_the_past_and_repeats_nothing(corpora: Path, tmp_path: Path) -> None:
@@ -150,12 +163,9 @@ os._exit(0)  # gloo's own farewell hangs now and then
 
 
 def run_ranks(root: Path, ranks: int, *state: str) -> Any:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     world = {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
+        "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(ranks),
         "OMP_NUM_THREADS": "1",
     }
@@ -188,14 +198,14 @@ def test_real_processes_see_the_same_and_resume_alike(corpora: Path) -> None:
 KILLED = """
 import sys
 sys.path.insert(0, {tests!r})
-from test_dataset import SEQ_LEN, POINTS
+from test_dataset import POINTS, equal_steps
 from dbrx_train.data.collate import build_loader
 from dbrx_train.data.dataset import ScheduledDataset
 from dbrx_train.data.mix import MixSchedule
 from dbrx_train.data.shards import Source
 cache, remote = sys.argv[1:]
 sources = {{n: Source(f"{{cache}}/{{n}}", remote=f"{{remote}}/{{n}}") for n in "abc"}}
-data = ScheduledDataset(sources, MixSchedule(POINTS, canonical_nodes=2), seq_len=SEQ_LEN, global_batch_size=8)
+data = ScheduledDataset(sources, MixSchedule(POINTS, canonical_nodes=2), equal_steps())
 for number, _ in enumerate(build_loader(data, eos_id=0, num_workers=2)):
     print(number, flush=True)
 """
@@ -218,5 +228,5 @@ def test_after_sigkill_it_starts_again_without_cleaning(corpora: Path, tmp_path:
         process.wait(timeout=30)
     sources = {name: Source(str(tmp_path / name), remote=str(corpora / name)) for name in "abc"}
     schedule = MixSchedule(POINTS, canonical_nodes=2)
-    again = ScheduledDataset(sources, schedule, seq_len=SEQ_LEN, global_batch_size=8)
+    again = ScheduledDataset(sources, schedule, equal_steps())
     assert steps(again, 20) == all_ranks(corpora, 1, 20)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import write_corpus
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -42,6 +43,22 @@ def test_the_custom_trainer_of_the_docs_runs_without_composer(tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     losses = [float(x) for x in re.findall(r"loss ([0-9.]+)", done.stdout)]
     assert losses[-1] < losses[0] - 1
+
+
+def test_the_data_mix_of_the_docs_is_read_in_ones_own_loop(tmp_path: Path) -> None:
+    from dbrx_train.data.prepare import prepare
+
+    for seed, name in enumerate(("prose", "code")):
+        text = write_corpus(tmp_path / "text" / name, seed, documents=150)
+        prepare(
+            [str(text)], str(tmp_path / "data/quickstart" / name), seq_len=512, processes=1, progress=False
+        )
+    page = (ROOT / "docs" / "custom-trainer.md").read_text(encoding="utf-8")
+    code = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)[1]
+    code += "\nimport json\njson.dumps(state)\nprint(batch['input_ids'].shape, len(batch['source']))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "torch.Size([8, 512]) 8", done.stderr
 
 
 @pytest.mark.parametrize("command", [0, 1])

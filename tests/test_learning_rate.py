@@ -33,14 +33,9 @@ def test_decays() -> None:
     assert factor(90, schedule="wsd", decay="0.2dur", final=0.0) == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("text", ["", "10", "ba", "-1ba", "1ep", "0.5", "ten ba"])
-def test_what_is_no_duration_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"^warmup: .* is not a time"):
-        CLOCK.tokens(text, "warmup")
-
-
-def test_the_last_batch_is_whole() -> None:
-    clock = Clock.of("1001tok", seq_len=50, global_batch_size=2)
-    assert (clock.total_batches, clock.total_tokens) == (11, 1100)
-    assert clock.tokens("0.5dur") == 550
-    assert clock.batches("101tok") == 2
+def test_warmup_follows_steps_that_grow() -> None:
+    clock = CLOCK.with_batch_size("4ba", 4)
+    config = LearningRateConfig(schedule="constant", warmup="6ba")
+    seen = [0, 10, 20, 30, 40, 60, 80]
+    factors = [learning_rate_factor(config, clock, tokens) for tokens in seen]
+    assert factors == pytest.approx([10 / 80, 20 / 80, 30 / 80, 40 / 80, 60 / 80, 1.0, 1.0])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from typing import Any
 import mlflow
 import pytest
 import torch
-from conftest import run_yaml
+from conftest import free_port, run_yaml
 
 from dbrx_train.checkpoint import files
 from dbrx_train.config import ConfigError, load
@@ -137,9 +136,7 @@ def test_two_ranks_train_what_one_does_and_one_goes_on_from_there(
 ) -> None:
     run(load(run_yaml(workplace, in_tmp, f"one-{launcher}")))
     path = run_yaml(workplace, in_tmp, f"two-{launcher}")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = {
         "torchrun": ["torchrun", "--nproc-per-node=2", f"--master-port={port}"],
         "composer": ["composer", "-n", "2", "--master_port", str(port)],
@@ -374,5 +371,26 @@ def test_global_batch_and_ranks(workplace: Path, in_tmp: Path) -> None:
     check_world(config, 4)
     with pytest.raises(ConfigError, match="4 does not split over 3 ranks; the nearest that does is 3"):
         check_world(config, 3)
-    with pytest.raises(ConfigError, match="microbatch_size: 2 does not divide a rank's 1 samples"):
-        check_world(load(path), 4)
+    check_world(load(path), 4)  # microbatches of 2, but each rank has only one sample
+    with pytest.raises(ConfigError, match="microbatch_size: 3 does not divide a rank's 4 samples"):
+        check_world(load(path, ["optimization.microbatch_size=3"]), 1)
+    growing = "optimization.batch_size_warmup=[{until: 2ba, global_batch_size: 1}]"
+    with pytest.raises(ConfigError, match="global_batch_size: 1 does not split over 2 ranks"):
+        check_world(load(path, [growing]), 2)
+
+
+def test_microbatches_keep_their_tokens_when_samples_grow_longer() -> None:
+    from dbrx_train.train.loaders import split_batch
+
+    def sizes(samples: int, length: int) -> list[int]:
+        batch = {"input_ids": torch.arange(samples * length).view(samples, length)}
+        batch["source"] = batch["input_ids"][:, 0]
+        parts = split_batch(batch, 4, seq_len=32)
+        for name, whole in batch.items():
+            assert torch.equal(torch.cat([part[name] for part in parts]), whole)
+        return [len(part["input_ids"]) for part in parts]
+
+    assert sizes(8, 32) == [4, 4]
+    assert sizes(4, 64) == [2, 2]
+    assert sizes(2, 256) == [1, 1]
+    assert sizes(3, 32) == [3]

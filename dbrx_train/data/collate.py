@@ -25,9 +25,10 @@ def document_ids(tokens: Tensor, eos_id: int) -> Tensor:
 
 
 def collate(samples: Sequence[dict[str, Any]], *, eos_id: int) -> dict[str, Tensor]:
-    """Batch samples: ``input_ids``, ``labels``, ``document_ids`` int64 [batch, sequence], ``source`` [batch].
+    """Batch samples: ``input_ids``, ``labels`` and ``document_ids``, int64 [batch, sequence].
 
-    The labels are the inputs themselves: the loss shifts them.
+    ``source`` and ``sample_id`` [batch] say where each is from. The labels are the inputs: the loss
+    shifts them.
     """
     tokens = torch.stack([torch.as_tensor(sample["tokens"]) for sample in samples])
     return {
@@ -35,16 +36,17 @@ def collate(samples: Sequence[dict[str, Any]], *, eos_id: int) -> dict[str, Tens
         "labels": tokens.clone(),
         "document_ids": document_ids(tokens, eos_id),
         "source": torch.tensor([sample["source"] for sample in samples]),
+        "sample_id": torch.tensor([sample["sample_id"] for sample in samples]),
     }
 
 
 def build_loader(
     dataset: ScheduledDataset, *, eos_id: int, num_workers: int = 0, pin_memory: bool = False
-) -> DataLoader[dict[str, Any]]:
-    """A DataLoader of this rank's batches, which must be whole for workers to keep the order."""
+) -> DataLoader[list[dict[str, Any]]]:
+    """A DataLoader of this rank's batches; the dataset makes them, as they need not be of one size."""
     return DataLoader(
         dataset,
-        batch_size=dataset.rank_batch_size,
+        batch_size=None,
         num_workers=num_workers,
         collate_fn=partial(collate, eos_id=eos_id),
         pin_memory=pin_memory,

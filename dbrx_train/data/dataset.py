@@ -3,10 +3,12 @@
 **Layout.** The global batch of a step is C = ``canonical_nodes`` slices of equal size. Canonical node c runs
 the schedule on its own part of every source and fills slice c, so the samples of a step depend on the step
 alone, never on the number of ranks. Rank r of R takes the r-th of R equal slices of each global batch, and
-worker w of W every W-th batch of its rank (which is how a DataLoader collects them).
+worker w of W every W-th batch of its rank (which is how a DataLoader collects them). How many samples a step
+has, and how long they are, is the clock's to say.
 
 **State.** A position, counted in samples of the whole run, says all about progress. The state adds what has
-to be the same for it to mean the same: the schedule followed so far, the seed, the data's fingerprints.
+to be the same for it to mean the same: the schedule and the steps' sizes so far, the seed, the data's
+fingerprints.
 
 The dataset has no end and so no length: past its last point the schedule holds its weights. A run is one
 epoch for the trainer, however often it goes through its sources.
@@ -15,6 +17,7 @@ epoch for the trainer, however often it goes through its sources.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,29 +31,31 @@ from dbrx_train.data.apportion import Ints
 from dbrx_train.data.mix import MixSchedule
 from dbrx_train.data.shards import DataError, ShardCache, ShardStore, Source
 from dbrx_train.data.shuffle import SourceOrder
+from dbrx_train.duration import Clock
 
 __all__ = ["EvalDataset", "ScheduledDataset"]
 
 Sample = dict[str, Any]
+Address = tuple[int, int, int]
+"""Source, shard, index in the shard."""
 
 _WINDOW = 8192
 """Samples of a canonical node that are planned at a time."""
 
 
-class ScheduledDataset(IterableDataset[Sample]):
-    """Samples ``{"tokens": int64 [seq_len], "source": int, "sample_id": int}`` in the schedule's order.
+class ScheduledDataset(IterableDataset[list[Sample]]):
+    """This rank's samples of every step, in the schedule's order; ``build_loader`` makes batches of them.
 
-    ``source`` counts in ``schedule.sources``; ``sample_id`` is the sample's number within its source. Wrap it
-    in a DataLoader with ``batch_size=dataset.rank_batch_size``.
+    A sample is ``{"tokens": int64 [sequence], "source": int, "sample_id": int}``: ``source`` counts in
+    ``schedule.sources``, ``sample_id`` is the sample's number within its source.
     """
 
     def __init__(
         self,
         sources: Mapping[str, Source],
         schedule: MixSchedule,
+        clock: Clock,
         *,
-        seq_len: int,
-        global_batch_size: int,
         shuffle: bool = True,
         shuffle_seed: int = 0,
         shuffle_block_size: int = 1 << 18,
@@ -62,27 +67,27 @@ class ScheduledDataset(IterableDataset[Sample]):
         """Read the sources' indexes; no sample is read yet.
 
         ``predownload`` is how many samples ahead of the one in use a worker has shards made ready (default:
-        eight batches); ``cache_limit`` bounds in bytes what the sources keep locally that can be had again
-        (None: no bound). Raises ValueError for a source that is unknown, missing or too small, or sizes that
-        are negative or do not divide. Iterating raises DataError, a ValueError of one line, for bad data.
+        eight of the largest batches); ``cache_limit`` bounds in bytes what the sources keep locally that can
+        be had again (None: no bound). Raises ValueError for a source that is unknown, missing or too small,
+        or sizes that are negative or do not divide. Iterating raises DataError, a ValueError of one line, for
+        bad data.
         """
         self.rank = get_rank() if rank is None else rank
         self.world_size = get_world_size() if world_size is None else world_size
+        sizes = [stage.global_batch_size for stage in clock.stages]
         for parts, what in ((self.world_size, "ranks"), (schedule.canonical_nodes, "canonical nodes")):
-            if global_batch_size < 1 or global_batch_size % parts:
-                raise ValueError(
-                    f"global_batch_size: {global_batch_size} is no multiple of the {parts} {what}"
-                )
+            for size in sizes:
+                if size < 1 or size % parts:
+                    raise ValueError(f"global_batch_size: {size} is no multiple of the {parts} {what}")
         for field, value in (("predownload", predownload), ("cache_limit", cache_limit)):
             if value is not None and value < 0:
                 raise ValueError(f"{field}: {value} is negative; use 0 or more, or leave it out")
         if missing := set(schedule.sources) - set(sources):
             raise ValueError(f"mix: {min(missing)} is no source; use {', '.join(sources)}")
         self.schedule = self._asked = schedule
-        self.seq_len = seq_len
-        self.global_batch_size = global_batch_size
-        self.rank_batch_size = global_batch_size // self.world_size
-        self.predownload = 8 * self.rank_batch_size if predownload is None else predownload
+        self.clock = clock
+        self.sample_lengths = schedule.sample_lengths(clock)
+        self.predownload = 8 * max(sizes) // self.world_size if predownload is None else predownload
         self.position = 0
         self._shuffling: dict[str, Any] = {
             "shuffle": shuffle,
@@ -103,31 +108,33 @@ class ScheduledDataset(IterableDataset[Sample]):
         """Samples in each source."""
         return {name: int(store.samples_per_shard.sum()) for name, store in self._stores.items()}
 
-    def __iter__(self) -> Iterator[Sample]:
-        """This worker's samples from ``position`` on, while a thread prepares the shards of those ahead."""
+    def __iter__(self) -> Iterator[list[Sample]]:
+        """This worker's batches from ``position`` on, while a thread prepares the shards of those ahead."""
         if self._cache is not None:
             self._cache.shrink()  # an earlier run may have kept more
         worker = get_worker_info()
-        addresses = self._addresses(*((worker.id, worker.num_workers) if worker else (0, 1)))
+        batches = self._addresses(*((worker.id, worker.num_workers) if worker else (0, 1)))
         stores = [self._stores[name] for name in self.schedule.sources]
-        ahead: deque[tuple[int, int, int]] = deque()
+        ahead: deque[list[Address]] = deque()
         ready: dict[tuple[int, int], Future[None]] = {}
         uses: Counter[tuple[int, int]] = Counter()
         pool = ThreadPoolExecutor(1, "prefetch")
         try:
             while True:
-                while len(ahead) <= self.predownload:
-                    source, shard, index = next(addresses)
-                    ahead.append((source, shard, index))
-                    uses[source, shard] += 1
-                    if (source, shard) not in ready:
-                        ready[source, shard] = pool.submit(self._prepare, stores[source], shard)
-                source, shard, index = ahead.popleft()
-                ready[source, shard].result()
-                yield self._read(stores[source], source, shard, index)
-                uses[source, shard] -= 1
-                if not uses[source, shard]:
-                    del uses[source, shard], ready[source, shard]
+                while uses.total() <= self.predownload:
+                    ahead.append(next(batches))
+                    for source, shard, _ in ahead[-1]:
+                        uses[source, shard] += 1
+                        if (source, shard) not in ready:
+                            ready[source, shard] = pool.submit(self._prepare, stores[source], shard)
+                batch = []
+                for source, shard, index in ahead.popleft():
+                    ready[source, shard].result()
+                    batch.append(self._read(stores[source], source, shard, index))
+                    uses[source, shard] -= 1
+                    if not uses[source, shard]:
+                        del uses[source, shard], ready[source, shard]
+                yield batch
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -136,42 +143,58 @@ class ScheduledDataset(IterableDataset[Sample]):
             self._cache.shrink()
 
     def _read(self, store: ShardStore, source: int, shard: int, index: int) -> Sample:
-        tokens = store.read(shard, index)
-        if len(tokens) != self.seq_len:
+        tokens, seq_len = store.read(shard, index), self.sample_lengths[store.name]
+        if len(tokens) != seq_len:
             raise DataError(
-                f"sources.{store.name}: has samples of {len(tokens)} tokens, not seq_len {self.seq_len}; "
+                f"sources.{store.name}: has samples of {len(tokens)} tokens, not seq_len {seq_len}; "
                 f"set seq_len to {len(tokens)} or prepare it again"
             )
         return {"tokens": tokens, "source": source, "sample_id": int(store.first_sample[shard]) + index}
 
-    def _addresses(self, worker: int, workers: int) -> Iterator[tuple[int, int, int]]:
-        """Source, shard and index in the shard of every sample of the batches that fall to a worker."""
-        ticks = self.global_batch_size // self.schedule.canonical_nodes
-        start = self.position // self.schedule.canonical_nodes
-        for first, window in _windows(max(1, _WINDOW // ticks)):
-            batches = [b for b in range(first, first + window) if b % workers == worker]
-            if batches:
-                rows = np.array(batches) - first
-                span = start + first * ticks, start + (first + window) * ticks
-                slices = [self._slice(span, rows, node) for node in self._nodes()]
-                yield from map(tuple, np.concatenate(slices, 1).reshape(-1, 3).tolist())
+    def _addresses(self, worker: int, workers: int) -> Iterator[list[Address]]:
+        """The addresses of this rank's samples in every batch that falls to a worker."""
+        passed = 0
+        for start, size, batches in self._windows():
+            rows = np.arange(batches)
+            rows = rows[(rows + passed) % workers == worker]
+            passed += batches
+            if len(rows):
+                slices = [self._slice(start, size, batches, rows, node) for node in self._nodes(size)]
+                yield from ([*map(tuple, batch)] for batch in np.concatenate(slices, 1).tolist())
 
-    def _nodes(self) -> range:
-        """The canonical nodes that this rank's slice of the batch touches."""
-        nodes, rank_batch = self.schedule.canonical_nodes, self.rank_batch_size
-        size = self.global_batch_size // nodes
-        return range(self.rank * rank_batch // size, ((self.rank + 1) * rank_batch - 1) // size + 1)
+    def _windows(self) -> Iterator[tuple[int, int, int]]:
+        """Equal steps in a row, from ``position`` on: their first sample, their size, and how many they are.
 
-    def _slice(self, span: tuple[int, int], rows: Ints, node: int) -> Ints:
-        """This rank's addresses in a node's slice of the batches ``rows`` of a span: [rows, samples, 3]."""
-        size = self.global_batch_size // self.schedule.canonical_nodes
-        first = self.rank * self.rank_batch_size - node * size
-        columns = slice(max(first, 0), min(first + self.rank_batch_size, size))
-        source, ordinal = (part.reshape(-1, size)[rows, columns] for part in self.schedule.order(*span, node))
+        The first are few, so that the first batch comes soon.
+        """
+        start, most = self.position, 1
+        while True:
+            size = self.clock.stage(start, "sp").global_batch_size
+            ends = (stage.sample for stage in self.clock.stages if stage.sample > start)
+            batches = min(most, (next(ends, sys.maxsize) - start) // size)
+            yield start, size, batches
+            start += batches * size
+            most = max(1, min(2 * most, _WINDOW * self.schedule.canonical_nodes // size))
+
+    def _nodes(self, size: int) -> range:
+        """The canonical nodes that this rank's slice of a batch of ``size`` samples touches."""
+        mine, part = size // self.world_size, size // self.schedule.canonical_nodes
+        return range(self.rank * mine // part, ((self.rank + 1) * mine - 1) // part + 1)
+
+    def _slice(self, start: int, size: int, batches: int, rows: Ints, node: int) -> Ints:
+        """This rank's addresses in a node's slice of the batches ``rows`` of a window: [rows, samples, 3]."""
+        nodes, mine = self.schedule.canonical_nodes, size // self.world_size
+        part = size // nodes
+        first = self.rank * mine - node * part
+        columns = slice(max(first, 0), min(first + mine, part))
+        ticks = start // nodes, start // nodes + batches * part
+        source, ordinal = (
+            each.reshape(-1, part)[rows, columns] for each in self.schedule.order(*ticks, node)
+        )
         address: Ints = np.stack([source, ordinal, ordinal], -1)
         for number, name in enumerate(self.schedule.sources):
-            mine = source == number
-            address[mine, 1], address[mine, 2] = self._orders[name].locate(node, ordinal[mine])
+            found = source == number
+            address[found, 1], address[found, 2] = self._orders[name].locate(node, ordinal[found])
         return address
 
     def state_dict(self, num_samples: int, from_beginning: bool = True) -> dict[str, Any]:
@@ -188,7 +211,7 @@ class ScheduledDataset(IterableDataset[Sample]):
             sources[name] = order.to_dict() | {"fingerprints": prints}
         return {
             "samples": samples,
-            "seq_len": self.seq_len,
+            "steps": self._steps_before(samples),
             **self._shuffling,
             "schedule": self.schedule.to_dict(),
             "sources": sources,
@@ -200,9 +223,10 @@ class ScheduledDataset(IterableDataset[Sample]):
         The schedule may ask for another future, sources may be new, and shards may have been appended.
         Raises ValueError, showing the difference, if the past or the data in it is not what it was.
         """
-        for field, value in ({"seq_len": self.seq_len} | self._shuffling).items():
+        for field, value in self._shuffling.items():
             if state[field] != value:
                 raise ValueError(f"{field}: is {value}, but the run began with {state[field]}")
+        self._check_steps(state["steps"], state["samples"])
         old = MixSchedule.from_dict(state["schedule"])
         tick, rest = divmod(state["samples"], old.canonical_nodes)
         assert not rest, "a global batch is a multiple of the canonical nodes"
@@ -213,6 +237,28 @@ class ScheduledDataset(IterableDataset[Sample]):
         for number, name in enumerate(old.sources):
             self._orders[name].load(state["sources"][name], served[:, number])
         self.schedule, self.position = schedule, state["samples"]
+
+    def _steps_before(self, samples: int) -> list[list[int]]:
+        """The stages that have begun: first sample, samples of a step, tokens of a sample."""
+        begun = (stage for stage in self.clock.stages if stage.sample < samples or not stage.sample)
+        return [[stage.sample, stage.global_batch_size, stage.seq_len] for stage in begun]
+
+    def _check_steps(self, past: list[list[int]], samples: int) -> None:
+        now = self._steps_before(samples)
+        edges = sorted({begin for begin, _, _ in past + now})
+        for begin in edges:
+            was, wanted = (max(s for s in stages if s[0] <= begin)[1:] for stages in (past, now))
+            if was != wanted:
+                ends = [*(begin for begin, _, _ in past[1:]), samples]
+                tokens = sum(
+                    (end - first) * length for (first, _, length), end in zip(past, ends, strict=True)
+                )
+                keep = f"batch_size_warmup: [{{until: {tokens}tok, global_batch_size: {past[-1][1]}}}]"
+                raise ValueError(
+                    f"global_batch_size: the past cannot change: from sample {begin:,} on, a step had "
+                    f"{was[0]} samples of {was[1]} tokens, and now it has {wanted[0]} of {wanted[1]}; edit "
+                    f"only what follows {tokens:,} tokens ({keep} keeps the size until then)"
+                )
 
     def _check_data(self, name: str, saved: Mapping[str, Any]) -> None:
         store, ends = self._stores[name], saved["generations"]
@@ -225,14 +271,6 @@ class ScheduledDataset(IterableDataset[Sample]):
                     f"sources.{name}: shards {begin} to {end - 1} have fingerprint {now[:12]}, and the run "
                     f"began with {known[:12]}; restore them, and append new data as further shards"
                 )
-
-
-def _windows(largest: int) -> Iterator[tuple[int, int]]:
-    """Starts and lengths of windows in a row; the first are small, so that the first batch comes soon."""
-    first, length = 0, 1
-    while True:
-        yield first, length
-        first, length = first + length, min(2 * length, largest)
 
 
 class EvalDataset(Dataset[Sample]):

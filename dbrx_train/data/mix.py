@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dbrx_train.data.apportion import DENOMINATOR, Apportionment, Floats, Ints, integer_weights
-from dbrx_train.duration import parse_time
+from dbrx_train.duration import Clock
 
 __all__ = ["MixPoint", "MixSchedule"]
 
@@ -117,7 +117,7 @@ class MixSchedule:
     >>> mix = MixSchedule.from_config(
     ...     [{"at": "0tok", "weights": {"web": 0.8, "code": 0.2}},
     ...      {"at": "0.5dur", "weights": {"web": 0.4, "code": 0.6}}],
-    ...     seq_len=2048, batch_size=8, duration="100ba")
+    ...     Clock.of("100ba", seq_len=2048, global_batch_size=8))
     >>> mix.sources, mix.counts(400).tolist(), mix.counts(800).tolist()
     (('web', 'code'), [320, 80], [480, 320])
     """
@@ -172,34 +172,55 @@ class MixSchedule:
     def from_config(
         cls,
         points: Iterable[Mapping[str, Any]],
+        clock: Clock,
         *,
-        seq_len: int,
-        batch_size: int = 1,
-        duration: str | int | None = None,
         sources: Sequence[str] | None = None,
         canonical_nodes: int = 1,
     ) -> MixSchedule:
-        """Resolve points ``{at, weights, reach}``, whose ``at`` are as in ``dbrx_train.duration``.
+        """Resolve points ``{at, weights, reach, seq_len}``, whose ``at`` are as in ``dbrx_train.duration``.
 
-        ``seq_len`` is the tokens of a sample, ``batch_size`` the samples of a global batch (for ``ba``), and
-        ``duration`` the length of the run (for ``dur``). Times are rounded to whole ticks.
+        Times are rounded to whole ticks. A point with a ``seq_len`` begins with the clock's step of that
+        length, which has to be there (``Clock.with_seq_len``).
         """
         resolved = []
         for i, point in enumerate(points):
             field = f"mix[{i}]"
-            if unknown := set(point) - {"at", "weights", "reach"}:
+            if unknown := set(point) - {"at", "weights", "reach", "seq_len"}:
                 raise ValueError(f"{field}.{min(unknown)}: unknown key; a point has at, weights and reach")
             if missing := {"at", "weights"} - set(point):
                 raise ValueError(f"{field}.{min(missing)}: is missing")
-            samples = _samples(point["at"], f"{field}.at", seq_len, batch_size, duration)
+            samples, reach = clock.samples(point["at"], f"{field}.at"), point.get("reach", "step")
+            if (seq_len := point.get("seq_len")) is not None:
+                step = clock.first_step(point["at"])
+                samples = Fraction(step.sample)
+                if step.seq_len != seq_len:
+                    raise ValueError(f"{field}.seq_len: is {seq_len}, but the clock has {step.seq_len} there")
+                if reach == "linear" and clock.stage(max(0, step.batch - 1), "ba").seq_len != seq_len:
+                    raise ValueError(
+                        f"{field}.reach: no ramp leads to samples of another length (seq_len); use step"
+                    )
             try:
                 weights = {str(name): float(weight) for name, weight in point["weights"].items()}
-                resolved.append(
-                    MixPoint(round(samples / canonical_nodes), weights, point.get("reach", "step"))
-                )
+                resolved.append(MixPoint(round(samples / canonical_nodes), weights, reach))
             except ValueError as error:
                 raise ValueError(f"{field}.{error}") from None
         return cls(resolved, sources=sources, canonical_nodes=canonical_nodes)
+
+    def sample_lengths(self, clock: Clock) -> dict[str, int]:
+        """Tokens of a sample of each source: the clock's sequence length wherever the source has weight.
+
+        Raises ValueError naming a source that has weight at two lengths.
+        """
+        lengths = dict[str, int]()
+        for point in self._chapters[-1].points:
+            here = clock.stage(point.at * self.canonical_nodes, "sp").seq_len
+            for name in (name for name, weight in point.weights.items() if weight):
+                if lengths.setdefault(name, here) != here:
+                    raise ValueError(
+                        f"mix: {name} has weight where samples have {lengths[name]} tokens and where they "
+                        f"have {here} (seq_len); prepare it at both lengths, as two sources"
+                    )
+        return {name: lengths.get(name, clock.stages[0].seq_len) for name in self.sources}
 
     @property
     def max_deviation(self) -> float:
@@ -365,20 +386,6 @@ class MixSchedule:
             for c in state["chapters"]
         ]
         return cls._of(chapters, state["canonical_nodes"])
-
-
-def _samples(
-    at: str | int, field: str, seq_len: int, batch_size: int, duration: str | int | None
-) -> Fraction:
-    """A time string in samples."""
-    number, unit = parse_time(at, field)
-    if unit == "dur":
-        if duration is None:
-            raise ValueError(f"{field}: {at!r} needs the run's duration; give it in tok, sp or ba")
-        if str(duration).strip().endswith("dur"):
-            raise ValueError(f"duration: {duration!r} is relative to itself; give it in tok, sp or ba")
-        return number * _samples(duration, "duration", seq_len, batch_size, None)
-    return number * {"tok": Fraction(1, seq_len), "sp": Fraction(1), "ba": Fraction(batch_size)}[unit]
 
 
 def _show(weights: Mapping[str, float]) -> str:

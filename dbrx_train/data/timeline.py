@@ -8,48 +8,58 @@ from pathlib import Path
 import numpy as np
 
 from dbrx_train.data.mix import MixSchedule
+from dbrx_train.duration import Clock
 
 __all__ = ["draw", "table"]
 
 
-def table(mix: MixSchedule, sizes: Mapping[str, int], ticks: int, seq_len: int, rows: int = 10) -> str:
-    """Tokens seen, and for each source its weight, its tokens and its epochs so far, at even intervals.
+def table(mix: MixSchedule, sizes: Mapping[str, int], clock: Clock, rows: int = 10) -> str:
+    """What a run has seen, and for each source its weight, its tokens and its epochs so far, evenly spaced.
 
-    ``sizes`` are samples per source, ``ticks`` the run's length (see ``MixSchedule``), ``seq_len`` the
-    tokens of a sample.
+    ``sizes`` are samples per source. A step is given as samples x tokens of each.
     """
+    lengths = mix.sample_lengths(clock)
     width = max(28, *(len(name) + 2 for name in mix.sources))
-    head = f"{'tokens':>18}" + "".join(f"{name:>{width}}" for name in mix.sources)
-    lines = [head, " " * 18 + f"{'weight     tokens   epochs':>{width}}" * len(mix.sources)]
-    for tick in np.linspace(0, ticks, rows + 1).round().astype(int).tolist():
+    head = f"{'tokens':>18}{'step':>14}" + "".join(f"{name:>{width}}" for name in mix.sources)
+    lines = [head, " " * 32 + f"{'weight     tokens   epochs':>{width}}" * len(mix.sources)]
+    for tick in _ticks(mix, clock, rows + 1):
+        sample = tick * mix.canonical_nodes
+        step = clock.stage(max(0, sample - 1), "sp")
         weights = mix.weights_at(tick, "left" if tick else "right")
         cells = []
         for name, total in zip(mix.sources, mix.totals(tick).tolist(), strict=True):
-            epochs = total / sizes[name]
-            cells.append(f"{f'{weights[name]:6.3f} {total * seq_len:10.3g} {epochs:8.2f}':>{width}}")
-        lines.append(f"{tick * mix.canonical_nodes * seq_len:18,}" + "".join(cells))
+            tokens, epochs = total * lengths[name], total / sizes[name]
+            cells.append(f"{f'{weights[name]:6.3f} {tokens:10.3g} {epochs:8.2f}':>{width}}")
+        seen = f"{int(clock.convert(sample, 'sp', 'tok')):18,}"
+        lines.append(f"{seen}{f'{step.global_batch_size} x {step.seq_len}':>14}" + "".join(cells))
     return "\n".join(lines)
 
 
-def draw(mix: MixSchedule, sizes: Mapping[str, int], ticks: int, seq_len: int, path: Path) -> None:
+def draw(mix: MixSchedule, sizes: Mapping[str, int], clock: Clock, path: Path) -> None:
     """Write a picture (any format of matplotlib's): stacked weights above, epochs per source below."""
     from matplotlib.figure import Figure
 
     # A step is an edge: the weights just before and just after each moment.
-    moments = np.linspace(0, ticks, 401).round().astype(int).tolist()
-    edges = [(tick, side) for tick in moments for side in ("left", "right")]
-    tokens = np.array([tick for tick, _ in edges]) * mix.canonical_nodes * seq_len
-    weights = np.array([[mix.weights_at(t, s)[name] for t, s in edges] for name in mix.sources])  # type: ignore[arg-type]
+    moments = _ticks(mix, clock, 401)
+    tokens = [float(clock.convert(tick * mix.canonical_nodes, "sp", "tok")) for tick in moments]
+    sides: list[list[dict[str, float]]] = [[mix.weights_at(t, s) for s in ("left", "right")] for t in moments]
+    weights = np.array([[side[name] for both in sides for side in both] for name in mix.sources])
     epochs = mix.totals(moments) / np.array([sizes[name] for name in mix.sources])
     figure = Figure(figsize=(9, 6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
-    above.stackplot(tokens, weights, labels=mix.sources)
+    above.stackplot(np.repeat(tokens, 2), weights, labels=mix.sources)
     above.set_ylabel("share of the samples")
     above.set_ylim(0, 1)
     above.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     for number, name in enumerate(mix.sources):
-        below.plot(tokens[::2], epochs[:, number], label=name)
+        below.plot(tokens, epochs[:, number], label=name)
     below.set_ylabel("epochs")
     below.set_xlabel("tokens seen")
     below.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
+
+
+def _ticks(mix: MixSchedule, clock: Clock, count: int) -> list[int]:
+    """Moments from a run's beginning to its end, evenly spaced in tokens, as the mix counts time."""
+    tokens = np.linspace(0, clock.total_tokens, count).round().astype(int).tolist()
+    return [round(clock.convert(seen, "tok", "sp") / mix.canonical_nodes) for seen in tokens]

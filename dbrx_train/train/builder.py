@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from composer import Trainer
 from composer.callbacks import MemoryMonitor, SpeedMonitor
-from composer.utils import dist, get_device
+from composer.utils import dist
 
 from dbrx_train.checkpoint import files
 from dbrx_train.config import ConfigError, RunConfig, first_line, flatten, to_dict, to_yaml
@@ -61,7 +61,7 @@ def run(config: RunConfig) -> None:
     checkpoint_folder(config).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=config.folder):
         pass  # a read-only or full disk is found out here
-    dist.initialize_dist(get_device(device))
+    environment.join_ranks(device)
     store = _open_store(config, resume=found is not None)
     peak, origin = peak_flops(device, config.precision, config.logging.peak_flops)
     trainer = build_trainer(config, tokenizer, device, store, peak, found[0] if found else None)
@@ -96,19 +96,22 @@ def build_trainer(
     on_cpu = device == "cpu"
     model = ComposerDbrx(config.model, config.seed, cpu_autocast=on_cpu and config.precision == "amp_bf16")
     clock, optimization = config.clock, config.optimization
-    often = clock.batches(config.logging.interval)
+    often = clock.interval(config.logging.interval)
     per_rank = optimization.global_batch_size // dist.get_world_size()
     callbacks = [
         LearningRate(optimization.learning_rate, clock),
         GradientNorm(optimization.clip_grad_norm),
         ExpertLoad(often),
         MixServed(often),
-        SpeedMonitor(window_size=often, gpu_flops_available=peak_flops),
+        SpeedMonitor(
+            window_size=max(1, clock.first_step(config.logging.interval).batch),
+            gpu_flops_available=peak_flops,
+        ),
         PeakMemory(often) if on_cpu else MemoryMonitor(),
         Progress(clock, enabled=config.logging.progress),
         Checkpoints(
             checkpoint_folder(config),
-            clock.batches(config.checkpoints.interval),
+            clock.interval(config.checkpoints.interval),
             config.checkpoints.keep,
             to_dict(config),
         ),
@@ -144,17 +147,21 @@ def check_world(config: RunConfig, world_size: int) -> None:
     Raises:
         ConfigError: it does not.
     """
-    batch, micro = config.optimization.global_batch_size, config.optimization.microbatch_size
-    if batch % world_size:
-        raise ConfigError(
-            f"optimization.global_batch_size: {batch} does not split over {world_size} ranks; "
-            f"the nearest that does is {max(1, round(batch / world_size)) * world_size}"
-        )
-    if micro is not None and (batch // world_size) % micro:
-        raise ConfigError(
-            f"optimization.microbatch_size: {micro} does not divide a rank's {batch // world_size} samples "
-            f"(global_batch_size {batch} over {world_size} ranks)"
-        )
+    micro = config.optimization.microbatch_size
+    for stage in config.clock.stages:
+        batch = stage.global_batch_size
+        if batch % world_size:
+            raise ConfigError(
+                f"optimization.global_batch_size: {batch} does not split over {world_size} ranks; "
+                f"the nearest that does is {max(1, round(batch / world_size)) * world_size}"
+            )
+        mine = batch // world_size
+        part = mine if micro is None else max(1, micro * config.data.seq_len // stage.seq_len)
+        if mine % min(mine, part):
+            raise ConfigError(
+                f"optimization.microbatch_size: {part} does not divide a rank's {mine} samples "
+                f"({stage} over {world_size} ranks)"
+            )
 
 
 def checkpoint_folder(config: RunConfig) -> Path:
@@ -223,11 +230,11 @@ def _report(config: RunConfig, store: MLflowStore, batch: int) -> None:
     """Draw the run, and say how it went and where it is; it ended, and was saved, at step ``batch``."""
     try:
         picture = Path(config.folder) / "training.png"
-        report.draw(store, config.clock.tokens_per_batch, picture)
+        report.draw(store, config.clock, picture)
         store.log_artifact(picture)
         for source, points in report.held_out_losses(store).items():
             (_, first), (step, last) = points[0], points[-1]
-            tokens = step * config.clock.tokens_per_batch
+            tokens = int(config.clock.convert(step, "ba", "tok"))
             _say(f"held-out {source}: loss {first:.3f} at the start, {last:.3f} after {tokens:,} tokens")
     except STORE_ERRORS as error:
         _say(f"no picture of the run: MLflow cannot be read ({first_line(error)})")

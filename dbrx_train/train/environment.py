@@ -1,16 +1,25 @@
-"""What a run ran on, for the record."""
+"""The processes that a run consists of, and what it ran on, for the record."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import shlex
 import subprocess
 import sys
 
-from composer.utils import dist
+from composer.utils import dist, get_device
 
 _PACKAGES = ("torch", "mosaicml", "mosaicml-streaming", "mlflow-skinny", "numpy", "tiktoken")
+
+
+def join_ranks(device: str) -> None:
+    """Connect the processes that ``composer`` or ``torchrun`` started; a single one needs no launcher."""
+    if "GROUP_RANK" in os.environ:
+        # torchrun's name for it; Composer asks for its own when it loads a checkpoint on several ranks.
+        os.environ.setdefault("NODE_RANK", os.environ["GROUP_RANK"])
+    dist.initialize_dist(get_device(device))
 
 
 def describe() -> dict[str, str]:

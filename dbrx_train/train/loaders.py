@@ -21,16 +21,17 @@ from dbrx_train.train.composer_model import Batch
 
 
 def check_sources(config: RunConfig, tokenizer: Tokenizer) -> None:
-    """Every source is whole, and was prepared at this sequence length with this tokenizer.
+    """Every source is whole, and was prepared at its sequence length with this tokenizer.
 
     Raises:
         ConfigError: one is not; the line names it.
     """
+    lengths = config.sample_lengths
     for name, source in config.data.sources.items():
         check = partial(
             check_dataset,
             source.local,
-            config.data.seq_len,
+            lengths[name],
             tokenizer.fingerprint,
             config.model.vocab_size,
             remote=source.remote,
@@ -49,14 +50,20 @@ def count_tokens(batch: Batch, *, mask_documents: bool) -> dict[str, int]:
     return {"total": batch["input_ids"].numel(), "loss_generating": int((labels != IGNORE_INDEX).sum())}
 
 
+def split_batch(batch: Batch, microbatch_size: int, *, seq_len: int) -> list[Batch]:
+    """Parts of as many tokens as ``microbatch_size`` samples of ``seq_len`` have, a sample at least."""
+    samples = max(1, microbatch_size * seq_len // batch["input_ids"].shape[1])
+    parts = zip(*(torch.split(tensor, samples) for tensor in batch.values()), strict=True)
+    return [dict(zip(batch, part, strict=True)) for part in parts]
+
+
 def train_dataset(config: RunConfig) -> ScheduledDataset:
     """The scheduled mix, this rank's share of each global batch."""
     data = config.data
     return ScheduledDataset(
         {name: Source(source.local, source.remote) for name, source in data.sources.items()},
         config.mix_schedule(),
-        seq_len=data.seq_len,
-        global_batch_size=config.optimization.global_batch_size,
+        config.clock,
         shuffle=data.shuffle,
         shuffle_seed=data.shuffle_seed,
         predownload=data.predownload,
@@ -73,7 +80,8 @@ def train_data(config: RunConfig, tokenizer: Tokenizer) -> DataSpec:
         pin_memory=torch.cuda.is_available(),
     )
     count = partial(count_tokens, mask_documents=config.model.mask_documents)
-    return DataSpec(loader, get_num_tokens_in_batch=count)
+    split = partial(split_batch, seq_len=config.data.seq_len)
+    return DataSpec(loader, get_num_tokens_in_batch=count, split_batch=split)
 
 
 def evaluators(config: RunConfig, tokenizer: Tokenizer) -> list[Evaluator]:
@@ -83,21 +91,21 @@ def evaluators(config: RunConfig, tokenizer: Tokenizer) -> list[Evaluator]:
     """
     if config.evaluation.max_samples == 0:
         return []
-    result = []
+    result, lengths = [], config.sample_lengths
     for name, source in config.data.sources.items():
         if "val" not in read_manifest(source.local).splits:
             continue
-        dataset = EvalDataset(source.local, seq_len=config.data.seq_len, name=name, remote=source.remote)
+        dataset = EvalDataset(source.local, seq_len=lengths[name], name=name, remote=source.remote)
         size = min(len(dataset), config.evaluation.max_samples)
         subset = Subset(dataset, range(size - size % dist.get_world_size()))
         if not len(subset):
             continue
         loader: DataLoader[Batch] = DataLoader(
             subset,
-            batch_size=config.evaluation.batch_size,
+            batch_size=max(1, config.evaluation.batch_size * config.data.seq_len // lengths[name]),
             sampler=dist.get_sampler(subset, shuffle=False),
             collate_fn=partial(collate, eos_id=tokenizer.eos_id),
         )
-        interval = f"{config.clock.batches(config.evaluation.interval)}ba"
+        interval = config.clock.interval(config.evaluation.interval)
         result.append(Evaluator(label=f"eval/{name}", dataloader=loader, eval_interval=interval))
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -9,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dbrx_train.duration import Clock
 from dbrx_train.train.mlflow_store import MLflowStore
 
 _MOST_LAYERS = 8
@@ -24,7 +26,7 @@ def held_out_losses(store: MLflowStore) -> dict[str, list[tuple[int, float]]]:
     }
 
 
-def draw(store: MLflowStore, tokens_per_batch: int, path: Path) -> None:
+def draw(store: MLflowStore, clock: Clock, path: Path) -> None:
     """Write the picture as PNG: training and held-out loss above, each layer's expert shares below."""
     layers = sorted({n.split("/")[1] for n in store.metric_names() if n.startswith("experts/")})
     layers = layers[:: -(-len(layers) // _MOST_LAYERS) or 1]
@@ -32,29 +34,33 @@ def draw(store: MLflowStore, tokens_per_batch: int, path: Path) -> None:
     axes = figure.subplots(
         1 + len(layers), 1, sharex=True, squeeze=False, height_ratios=[3] + [1.2] * len(layers)
     )[:, 0]
-    _draw_loss(axes[0], store, tokens_per_batch)
+    _draw_loss(axes[0], store, clock)
     for axis, layer in zip(axes[1:], layers, strict=True):
-        _draw_load(axis, store, layer, tokens_per_batch)
+        _draw_load(axis, store, layer, clock)
     axes[-1].set_xlabel("tokens seen")
     figure.savefig(path, dpi=110)
 
 
-def _draw_loss(axis: Axes, store: MLflowStore, tokens_per_batch: int) -> None:
+def _draw_loss(axis: Axes, store: MLflowStore, clock: Clock) -> None:
     steps, losses = np.array(store.metric_history("loss/train/cross_entropy")).T
-    axis.plot((steps + 1) * tokens_per_batch, losses, color="0.75", linewidth=0.8, label="training")
+    axis.plot(_tokens(steps + 1, clock), losses, color="0.75", linewidth=0.8, label="training")
     for source, points in held_out_losses(store).items():
         steps, losses = np.array(points).T
-        axis.plot(steps * tokens_per_batch, losses, marker="o", label=f"held-out {source}")
+        axis.plot(_tokens(steps, clock), losses, marker="o", label=f"held-out {source}")
     axis.set_ylabel("cross-entropy (nats per token)")
     axis.grid(alpha=0.3)
     axis.legend()
 
 
-def _draw_load(axis: Axes, store: MLflowStore, layer: str, tokens_per_batch: int) -> None:
+def _draw_load(axis: Axes, store: MLflowStore, layer: str, clock: Clock) -> None:
     experts = [n for n in store.metric_names() if n.startswith(f"experts/{layer}/expert")]
     series = [dict(store.metric_history(name)) for name in experts]
     steps = sorted(set.intersection(*map(set, series)))
     shares = np.array([[one[step] for step in steps] for one in series])
-    axis.stackplot(np.array(steps) * tokens_per_batch, shares, colors=plt.get_cmap("tab20")(range(20)))
+    axis.stackplot(_tokens(steps, clock), shares, colors=plt.get_cmap("tab20")(range(20)))
     axis.set_ylim(0, 1)
     axis.set_ylabel(f"{layer}\nexpert share")
+
+
+def _tokens(steps: Iterable[int], clock: Clock) -> list[float]:
+    return [float(clock.convert(int(step), "ba", "tok")) for step in steps]

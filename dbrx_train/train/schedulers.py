@@ -20,12 +20,12 @@ def learning_rate_factor(config: LearningRateConfig, clock: Clock, tokens: int) 
     """
     warmup = clock.tokens(config.warmup)
     if tokens < warmup:
-        return min(1.0, (tokens + clock.tokens_per_batch) / warmup)
+        return min(1.0, (tokens + clock.stage(tokens, "tok").tokens_per_batch) / warmup)
     if config.schedule == "constant":
         return 1.0
     start = warmup
     if config.schedule == "wsd":
-        start = max(warmup, clock.total_tokens - clock.tokens(config.decay))
+        start = max(warmup, clock.before_end(config.decay))
     done = min(1.0, max(0.0, (tokens - start) / max(1, clock.total_tokens - start)))
     left = (1 + math.cos(math.pi * done)) / 2 if config.schedule == "cosine" else 1 - done
     return config.final + (1 - config.final) * left

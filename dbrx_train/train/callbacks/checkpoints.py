@@ -19,14 +19,14 @@ class Checkpoints(Callback):  # type: ignore[misc]
 
     Args:
         folder: where to; made if need be.
-        interval: batches between saves; the end of the run is saved too.
+        interval: between saves, a Composer time string; the end of the run is saved too.
         keep: how many stay, the newest.
         config: kept inside each checkpoint, so that one file is enough to rebuild the model.
     """
 
-    def __init__(self, folder: Path, interval: int, keep: int, config: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, interval: str, keep: int, config: dict[str, Any]) -> None:
         self.folder = folder
-        self.due = create_interval_scheduler(f"{interval}ba")
+        self.due = create_interval_scheduler(interval)
         self.keep = keep
         self.config = config
 

@@ -7,18 +7,19 @@ from composer import Callback, Logger, State
 from composer.utils import dist
 
 from dbrx_train.model.balance import load_entropy
+from dbrx_train.train.intervals import every
 
 
 class ExpertLoad(Callback):  # type: ignore[misc]
     """Counts tokens per expert over all ranks and microbatches.
 
-    Every ``interval`` batches it logs, per layer, the share of routed tokens that each expert got and the
+    Every ``interval`` it logs, per layer, the share of routed tokens that each expert got and the
     normalised entropy of these shares (1.0: all experts equally loaded). After each batch it moves the
     loss-free balancing biases, where the model has them.
     """
 
-    def __init__(self, interval: int) -> None:
-        self.interval = interval
+    def __init__(self, interval: str) -> None:
+        self.due = every(interval)
         self.batch_counts: torch.Tensor | None = None
         self.window_counts: torch.Tensor | None = None
 
@@ -38,7 +39,7 @@ class ExpertLoad(Callback):  # type: ignore[misc]
             model.update_expert_bias(counts)
             counts = counts / dist.get_world_size()
         self.window_counts = counts if self.window_counts is None else self.window_counts + counts
-        if state.timestamp.batch.value % self.interval == 0:
+        if self.due(state):
             self._log(logger)
 
     def _log(self, logger: Logger) -> None:

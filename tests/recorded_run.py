@@ -1,0 +1,56 @@
+"""A program for tests: real Trainers, one after the other, whose ranks write down each step's samples.
+
+torchrun --nproc-per-node N recorded_run.py CONFIG OUT JOBS, where JOBS is a JSON list of
+{"name", "resume": a checkpoint or null, "options": overrides}. OUT/NAME.RANK.json gets
+{step: [[source, sample id]]}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from composer import Callback, Logger, State
+from composer.utils import dist
+
+from dbrx_train.config import load
+from dbrx_train.data.tokenizer import load_tokenizer
+from dbrx_train.train import builder, environment
+
+
+class Recorder(Callback):  # type: ignore[misc]
+    def __init__(self) -> None:
+        self.samples: dict[int, Any] = {}
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        batch = state.batch
+        pairs = zip(batch["source"].tolist(), batch["sample_id"].tolist(), strict=True)
+        assert len(batch["input_ids"]) == len(batch["source"])
+        self.samples[state.timestamp.batch.value] = list(pairs)
+
+
+def record(path: str, out: Path, name: str, resume: str | None, options: list[str]) -> None:
+    config = load(path, [f"run_name={name}", f"folder={out}/{name}", *options])
+    builder.checkpoint_folder(config).mkdir(parents=True, exist_ok=True)
+    store = builder._open_store(config, resume=False)
+    tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.vocab_file)
+    trainer = builder.build_trainer(
+        config, tokenizer, "cpu", store, 1e12, Path(resume) if resume is not None else None
+    )
+    recorder = Recorder()
+    trainer.state.callbacks.append(recorder)
+    trainer.fit()
+    trainer.close()
+    (out / f"{name}.{dist.get_global_rank()}.json").write_text(json.dumps(recorder.samples))
+
+
+if __name__ == "__main__":
+    environment.join_ranks("cpu")
+    for job in json.loads(sys.argv[3]):
+        record(sys.argv[1], Path(sys.argv[2]), **job)
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's own farewell hangs now and then

@@ -1,0 +1,185 @@
+"""Stopped at any step and resumed on any world, a real run trains on what it would have trained on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from conftest import free_port, write_corpus
+
+from dbrx_train.checkpoint import files
+from dbrx_train.config import RunConfig, load
+from dbrx_train.train.builder import run
+from dbrx_train.train.loaders import train_dataset
+
+PROGRAM = str(Path(__file__).with_name("recorded_run.py"))
+STEPS = 22
+
+
+@pytest.fixture(scope="module")
+def recorded(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A YAML with all that may change in a run: a ramp, a growing batch, longer samples at the end."""
+    from dbrx_train.data.prepare import prepare
+
+    root = tmp_path_factory.mktemp("recorded")
+    for seed, name in enumerate(("long-web", "long-code")):
+        text = write_corpus(root / "text" / name, 10 + seed, documents=40)
+        prepare([str(text)], str(root / name), seq_len=64, val_fraction=0.2, processes=1, progress=False)
+    path = root / "run.yaml"
+    path.write_text(f"""
+run_name: recorded
+folder: {root}/recorded
+max_duration: {STEPS}ba
+model: {{d_model: 16, n_layers: 1, n_heads: 2, n_kv_heads: 1, ffn_hidden_size: 28, num_experts: 4, top_k: 2,
+  max_seq_len: 64}}
+data:
+  seq_len: 32
+  canonical_nodes: 2
+  num_workers: 0
+  sources:
+    web: {{local: {workplace}/web}}
+    code: {{local: {workplace}/code}}
+    long-web: {{local: {root}/long-web}}
+    long-code: {{local: {root}/long-code}}
+  mix:
+    - {{at: 0tok, weights: {{web: 0.9, code: 0.1}}}}
+    - {{at: 8ba, weights: {{web: 0.9, code: 0.1}}}}
+    - {{at: 14ba, weights: {{web: 0.5, code: 0.5}}, reach: linear}}
+    - {{at: 18ba, weights: {{long-web: 0.5, long-code: 0.5}}, seq_len: 64}}
+optimization:
+  global_batch_size: 8
+  batch_size_warmup: [{{until: 4ba, global_batch_size: 4}}]
+  microbatch_size: 2
+checkpoints: {{interval: 1ba, keep: 100}}
+logging: {{mlflow_uri: "sqlite:///{root}/mlruns.db", progress: false}}
+evaluation: {{max_samples: 0}}
+""")
+    return path
+
+
+def train(path: Path, ranks: int, jobs: list[dict[str, Any]]) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+    done = subprocess.run(
+        [*launch, f"--master-port={free_port()}", PROGRAM, str(path), str(path.parent), json.dumps(jobs)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-9000:]
+
+
+def served(path: Path, name: str, ranks: int) -> dict[int, list[list[int]]]:
+    """Step -> (source, sample) of its global batch, in order."""
+    parts = [json.loads((path.parent / f"{name}.{rank}.json").read_text()) for rank in range(ranks)]
+    assert all(part.keys() == parts[0].keys() for part in parts)
+    return {int(step): [pair for part in parts for pair in part[step]] for step in parts[0]}
+
+
+def epoch_ends(config: RunConfig) -> int:
+    """The step whose batch holds the last sample of the first source's first epoch."""
+    data, clock = train_dataset(config), config.clock
+    for step in range(STEPS):
+        samples = int(clock.convert(step + 1, "ba", "sp"))
+        if data.schedule.totals(samples // 2)[0] >= data.sizes["web"]:
+            return step
+    raise AssertionError("the run is too short for an epoch of web")
+
+
+@pytest.mark.slow
+def test_every_stop_and_world_goes_on_with_the_samples_of_the_uninterrupted_run(recorded: Path) -> None:
+    config = load(recorded)
+    train(recorded, 1, [{"name": "whole", "resume": None, "options": []}])
+    whole = served(recorded, "whole", 1)
+    assert [len(whole[step]) for step in range(STEPS)] == [4] * 4 + [8] * 14 + [4] * 4
+    schedule = train_dataset(config).schedule
+    for step in range(STEPS):
+        before, after = (int(config.clock.convert(s, "ba", "sp")) // 2 for s in (step, step + 1))
+        counts = (schedule.totals(after) - schedule.totals(before)).tolist()
+        assert [sum(source == s for source, _ in whole[step]) for s in range(4)] == counts
+
+    # In the warm-up, at its end, amid the ramp, around an epoch's end, at the new length's beginning, within.
+    stops = [2, 4, 11, epoch_ends(config), epoch_ends(config) + 1, 18, 20]
+    assert all(8 < stop < 18 for stop in stops[3:5])
+    came_from = "whole"
+    for ranks, workers in ((2, 2), (4, 0), (1, 1)):
+        jobs = [
+            {
+                "name": f"on{ranks}x{workers}from{stop}",
+                "resume": str(recorded.parent / came_from.format(stop) / "checkpoints" / f"ba{stop}.pt"),
+                "options": [f"data.num_workers={workers}"],
+            }
+            for stop in stops
+        ]
+        train(recorded, ranks, jobs)
+        for stop, job in zip(stops, jobs, strict=True):
+            following = served(recorded, str(job["name"]), ranks)
+            assert following == {step: whole[step] for step in range(stop, STEPS)}, job
+        # What this world saved on its way from the first stop, the next world resumes from.
+        came_from = f"on{ranks}x{workers}from{stops[0]}"
+        stops = stops[2:]
+
+
+@pytest.mark.slow
+def test_what_a_run_logs_follows_its_steps(recorded: Path) -> None:
+    name = "logged"
+    config = load(recorded, [f"run_name={name}", f"folder={recorded.parent}/{name}", "logging.interval=1ba"])
+    run(config)
+    state = files.read(recorded.parent / name / "checkpoints" / f"ba{STEPS}.pt")["state"]
+    seen = 4 * 4 * 32 + 18 * 8 * 32
+    assert config.clock.total_tokens == seen == state["timestamp"]["Timestamp"]["token"]
+    client = mlflow.MlflowClient(f"sqlite:///{recorded.parent}/mlruns.db")
+    experiment = client.get_experiment_by_name("dbrx-train")
+    assert experiment is not None
+    (found,) = client.search_runs([experiment.experiment_id], f"tags.run_name = '{name}'")
+
+    def history(metric: str) -> list[float]:
+        return [m.value for m in client.get_metric_history(found.info.run_id, metric)]
+
+    tokens = [history(f"mix/{source}/tokens") for source in ("web", "code", "long-web", "long-code")]
+    assert [sum(step) for step in zip(*tokens, strict=True)] == [
+        config.clock.convert(step + 1, "ba", "tok") for step in range(STEPS)
+    ]
+    assert history("mix/long-web/served")[-1] == 0.5
+    ramp = history("mix/web/asked")[7:14]
+    assert ramp == pytest.approx([0.9 - 0.4 * i / 6 for i in range(7)])
+    assert len(history("loss/train/cross_entropy")) == STEPS
+
+
+@pytest.mark.slow
+def test_after_sigkill_the_same_command_trains_on_the_same_samples(recorded: Path) -> None:
+    """The recorder is not there when a process is killed: the weights at the end stand for the samples."""
+    name = "killed"
+    options = [f"run_name={name}", f"folder={recorded.parent}/{name}", "data.num_workers=2"]
+    command = [sys.executable, "-m", "dbrx_train", "train", str(recorded), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    folder = recorded.parent / name / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not files.saved(folder) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=30)
+    first = files.tokens_done(files.read(files.saved(folder)[0]))
+    assert 0 < first < load(recorded).clock.total_tokens
+    subprocess.run(command, env=environment, check=True, timeout=200)
+    straight = [f"run_name={name}-not", f"folder={recorded.parent}/{name}-not"]
+    subprocess.run(
+        [sys.executable, "-m", "dbrx_train", "train", str(recorded), *straight],
+        env=environment,
+        check=True,
+        timeout=200,
+    )
+    killed, whole = (
+        files.read(recorded.parent / run / "checkpoints" / f"ba{STEPS}.pt")["state"]["model"]
+        for run in (name, f"{name}-not")
+    )
+    assert all(bool((killed[key] == whole[key]).all()) for key in whole)
