@@ -200,6 +200,30 @@ class OptimizationConfig:
 
 
 @dataclass
+class ParallelismConfig:
+    replicate: int = _doc(
+        "groups of ranks that hold the same (HSDP); gradients are reduced between them last", 1
+    )
+    shard: int | str = _doc(
+        "ranks of a group, over which parameters, gradients and optimizer state are divided (FSDP); "
+        "`auto`: all that `replicate` leaves",
+        "auto",
+    )
+    reshard_after_forward: bool = _doc(
+        "free a block's gathered parameters between its forward and backward pass: less memory, a third more "
+        "communication",
+        True,
+    )
+
+    def check(self) -> None:
+        _require(self.replicate >= 1, f"parallelism.replicate: must be at least 1, not {self.replicate}")
+        _require(
+            self.shard == "auto" or (isinstance(self.shard, int) and self.shard >= 1),
+            f"parallelism.shard: must be auto or a number of ranks, not {self.shard}",
+        )
+
+
+@dataclass
 class CheckpointsConfig:
     interval: str = _doc("how often to save; the end of the run always is", "1000ba")
     keep: int = _doc("how many to keep, newest first", 2)
@@ -254,6 +278,7 @@ class RunConfig:
     precision: str = _doc("`fp32`, or `amp_bf16` (float32 weights, bfloat16 matrix products)", "fp32")
     tokenizer: TokenizerConfig = _doc("the tokenizer that the data was prepared with", TokenizerConfig)
     optimization: OptimizationConfig = _doc("batches, optimizer and learning rate", OptimizationConfig)
+    parallelism: ParallelismConfig = _doc("how the model is spread over ranks", ParallelismConfig)
     checkpoints: CheckpointsConfig = _doc("when to save and what to keep", CheckpointsConfig)
     logging: LoggingConfig = _doc("what is shown and where it is kept", LoggingConfig)
     evaluation: EvaluationConfig = _doc("held-out loss per source", EvaluationConfig)
@@ -269,6 +294,7 @@ class RunConfig:
             self.optimization,
             self.optimization.optimizer,
             self.optimization.learning_rate,
+            self.parallelism,
             self.checkpoints,
             self.logging,
             self.evaluation,

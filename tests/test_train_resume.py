@@ -115,7 +115,7 @@ def test_every_stop_and_world_goes_on_with_the_samples_of_the_uninterrupted_run(
             {
                 "name": f"on{ranks}x{workers}from{stop}",
                 "resume": str(recorded.parent / came_from.format(stop) / "checkpoints" / f"ba{stop}.pt"),
-                "options": [f"data.num_workers={workers}"],
+                "options": [f"data.num_workers={workers}", f"parallelism.replicate={1 + ranks // 4}"],
             }
             for stop in stops
         ]

@@ -14,6 +14,8 @@ from composer.utils import dist
 from dbrx_train.checkpoint import files
 from dbrx_train.config import ConfigError, RunConfig, first_line, flatten, to_dict, to_yaml
 from dbrx_train.data.tokenizer import Tokenizer, load_tokenizer
+from dbrx_train.model.decoder import Dbrx
+from dbrx_train.parallel import MeshShape, parallelize
 from dbrx_train.train import environment, report
 from dbrx_train.train.callbacks.checkpoints import Checkpoints
 from dbrx_train.train.callbacks.expert_load import ExpertLoad
@@ -94,7 +96,7 @@ def build_trainer(
 ) -> Trainer:
     """The Trainer of a run; ``resume_from`` is loaded into it. ``peak_flops``: of one device, for MFU."""
     on_cpu = device == "cpu"
-    model = ComposerDbrx(config.model, config.seed, cpu_autocast=on_cpu and config.precision == "amp_bf16")
+    model = ComposerDbrx(build_model(config, device), cpu_autocast=on_cpu and config.precision == "amp_bf16")
     clock, optimization = config.clock, config.optimization
     often = clock.interval(config.logging.interval)
     per_rank = optimization.global_batch_size // dist.get_world_size()
@@ -141,12 +143,46 @@ def build_trainer(
     return trainer
 
 
+def build_model(config: RunConfig, device: str) -> Dbrx:
+    """The run's model with weights drawn from its seed; over several ranks, sharded."""
+    if dist.get_world_size() == 1:
+        return Dbrx(config.model, seed=config.seed)
+    with torch.device("meta"):
+        model = Dbrx(config.model)
+    parallelize(
+        model,
+        mesh_shape(config, dist.get_world_size()).build("cpu" if device == "cpu" else "cuda"),
+        seed=config.seed,
+        param_dtype=torch.bfloat16 if config.precision == "amp_bf16" else None,
+        reshard_after_forward=config.parallelism.reshard_after_forward,
+    )
+    return model
+
+
+def mesh_shape(config: RunConfig, world_size: int) -> MeshShape:
+    """The run's mesh on so many ranks.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    shard = config.parallelism.shard
+    try:
+        return MeshShape.of(
+            world_size,
+            replicate=config.parallelism.replicate,
+            shard=None if shard == "auto" else int(shard),
+        )
+    except ValueError as error:
+        raise ConfigError(f"parallelism.{error}") from None
+
+
 def check_world(config: RunConfig, world_size: int) -> None:
-    """The global batch splits evenly over the ranks, and a rank's share into microbatches.
+    """The ranks form the mesh; every global batch splits over them, and a rank's share into microbatches.
 
     Raises:
         ConfigError: it does not.
     """
+    mesh_shape(config, world_size)
     micro = config.optimization.microbatch_size
     for stage in config.clock.stages:
         batch = stage.global_batch_size

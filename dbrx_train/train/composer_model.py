@@ -6,7 +6,6 @@ import torch
 from composer.models import ComposerModel
 from torchmetrics import MeanMetric, Metric
 
-from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.decoder import Dbrx, DbrxOutput
 
 Batch = dict[str, torch.Tensor]
@@ -30,14 +29,13 @@ class ComposerDbrx(ComposerModel):  # type: ignore[misc]
     """Wraps ``Dbrx``; batches are those of ``dbrx_train.data.collate``.
 
     Args:
-        config: the model's shape.
-        seed: of its initialisation.
+        model: the decoder, sharded or not.
         cpu_autocast: run in bfloat16 autocast on a CPU, for which Composer itself knows float32 only.
     """
 
-    def __init__(self, config: DbrxConfig, seed: int, *, cpu_autocast: bool = False) -> None:
+    def __init__(self, model: Dbrx, *, cpu_autocast: bool = False) -> None:
         super().__init__()
-        self.model = Dbrx(config, seed=seed)
+        self.model = model
         self.cpu_autocast = cpu_autocast
 
     def forward(self, batch: Batch) -> DbrxOutput:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from composer import Callback, Logger, State
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 
 
@@ -16,4 +17,6 @@ class GradientNorm(Callback):  # type: ignore[misc]
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         norm = clip_grad_norm_(state.model.parameters(), self.max_norm)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         logger.log_metrics({"gradients/norm": norm.item()})

@@ -1,0 +1,46 @@
+"""What FSDP2 gets wrong on CPUs, where gloo carries the bytes: the one place in which we mend torch.
+
+Without it a run on CPUs would not compute what the same run on GPUs does.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+
+__all__ = ["mend_fsdp_on_cpu"]
+
+
+@functools.cache
+def mend_fsdp_on_cpu() -> None:
+    """Mend two faults of torch 2.7; later releases are left as they are.
+
+    - gloo returns the sum where the average is asked for, so gradients come out as many times too large as
+      there are ranks (an Adam run hides it until gradients are clipped). FSDP2 divides by hand for one type
+      of device; its answer is given for the CPU too.
+    - With replicas (HSDP) FSDP2 insists on an event of the all-reduce, which a CPU has no stream to record
+      and nobody waits for there.
+    """
+    if tuple(map(int, torch.__version__.split(".")[:2])) > (2, 7):
+        return
+    package = "torch.distributed.fsdp._fully_shard"
+    collectives: Any = importlib.import_module(f"{package}._fsdp_collectives")
+    param_group: Any = importlib.import_module(f"{package}._fsdp_param_group")
+    divide_factors, reduce = collectives._get_gradient_divide_factors, param_group.foreach_reduce
+
+    @functools.wraps(divide_factors)
+    def by_hand(scatter: Any, replicas: Any, dtype: torch.dtype, device_type: str = "") -> Any:
+        return divide_factors(scatter, replicas, dtype, "mtia" if device_type == "cpu" else device_type)
+
+    @functools.wraps(reduce)
+    def with_event(*args: Any, **kwargs: Any) -> Any:
+        *before, all_reduce_input, event, partial = reduce(*args, **kwargs)
+        if all_reduce_input is not None and event is None:
+            event = object()
+        return (*before, all_reduce_input, event, partial)
+
+    collectives._get_gradient_divide_factors = by_hand
+    param_group.foreach_reduce = with_event

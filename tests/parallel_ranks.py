@@ -1,0 +1,98 @@
+"""A program for tests: one rank of a sharded model, held against the same model in one process.
+
+torchrun --nproc-per-node N parallel_ranks.py MESHES, where MESHES is a JSON list of [replicate, shard].
+Rank 0 prints a JSON list of what differs, relatively, on each mesh.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_
+
+from dbrx_train.config import OptimizerConfig
+from dbrx_train.model.config import DbrxConfig
+from dbrx_train.model.decoder import Dbrx
+from dbrx_train.parallel import MeshShape, parallelize
+from dbrx_train.train.optimizers import build_optimizer
+
+# Sizes that no number of ranks divides, and more experts than the few tokens visit.
+CONFIG = DbrxConfig(
+    d_model=24,
+    n_layers=2,
+    n_heads=6,
+    n_kv_heads=3,
+    ffn_hidden_size=17,
+    vocab_size=101,
+    max_seq_len=32,
+    num_experts=31,
+    top_k=2,
+    balance_loss_weight=0.0,
+    init_std=0.2,
+)
+STEPS, BATCH, LENGTH = 3, 8, 5
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    return float((whole(a) - b).abs().max() / b.abs().max().clamp(min=1e-12))
+
+
+def compare(shape: MeshShape, optimizer: str) -> dict[str, Any]:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    with torch.device("meta"):
+        sharded = Dbrx(CONFIG)
+    parallelize(sharded, shape.build("cpu"), seed=3)
+    alone = Dbrx(CONFIG, seed=3)
+    names = [name for name, _ in alone.named_parameters()]
+    pairs = list(zip(names, sharded.parameters(), alone.parameters(), strict=True))
+    result: dict[str, Any] = {"initial": max(apart(p, q) for _, p, q in pairs)}
+    config = OptimizerConfig(name=optimizer, lr=1e-2 if optimizer == "adamw" else 1e-4, eps=1e-4)
+    optimizers = [build_optimizer(model, config) for model in (sharded, alone)]
+    tokens = torch.randint(101, (STEPS, BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    for step, batch in enumerate(tokens):
+        mine = batch.view(ranks, -1, LENGTH)[rank]
+        losses = []
+        for model, samples in ((sharded, mine), (alone, batch)):
+            output = model(samples, labels=samples)
+            assert output.loss is not None
+            output.loss.backward()
+            losses.append(output.loss.detach())
+        dist.all_reduce(losses[0])
+        norms = [clip_grad_norm_(model.parameters(), 0.5) for model in (sharded, alone)]
+        if step == 0:
+            grads = {name: (p.grad, q.grad) for name, p, q in pairs}
+            result["gradients"] = {name: apart(p, q) for name, (p, q) in grads.items()}
+            assert output.routing is not None
+            result["unvisited"] = int((output.routing.tokens_per_expert == 0).sum())
+        result[f"loss {step}"] = float((losses[0] / ranks - losses[1]).abs() / losses[1])
+        result[f"norm {step}"] = float((whole(norms[0]) - norms[1]).abs() / norms[1])
+        for each in optimizers:
+            each.step()
+            each.zero_grad()
+    result["weights"] = max(apart(p, q) for _, p, q in pairs)
+    share = sum(p.to_local().numel() for p in sharded.parameters())
+    result["share"] = share / sum(q.numel() for q in alone.parameters())
+    return result
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    found = []
+    for replicate, shard in json.loads(sys.argv[1]):
+        shape = MeshShape.of(dist.get_world_size(), replicate=replicate, shard=shard)
+        found += [compare(shape, optimizer) for optimizer in ("adamw", "lionw")]
+    if dist.get_rank() == 0:
+        print(json.dumps(found), flush=True)
+    dist.barrier()
+    os._exit(0)  # gloo's own farewell hangs now and then

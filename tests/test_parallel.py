@@ -1,0 +1,102 @@
+"""On every mesh the same losses, the same gradients, the same weights as in one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import free_port
+
+from dbrx_train.parallel import MeshShape
+
+PROGRAM = str(Path(__file__).with_name("parallel_ranks.py"))
+
+
+def torchrun(ranks: int, *arguments: str) -> str:
+    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+    done = subprocess.run(
+        [*launch, f"--master-port={free_port()}", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "meshes"), [(1, [[1, 1]]), (2, [[1, 2], [2, 1]]), (4, [[1, 4], [2, 2]])], ids=["1", "2", "4"]
+)
+def test_every_gradient_on_every_mesh(ranks: int, meshes: list[list[int]]) -> None:
+    results: list[dict[str, Any]] = json.loads(torchrun(ranks, PROGRAM, json.dumps(meshes)))
+    assert len(results) == 2 * len(meshes)
+    for i, found in enumerate(results):
+        replicate, shard = meshes[i // 2]
+        assert found["initial"] == 0, "weights are drawn alike, bit for bit"
+        assert max(found["gradients"].values()) < 1e-5, found["gradients"]
+        assert found["unvisited"] > 0
+        lion = i % 2  # where a gradient is near 0, its steps are whole ones up or down
+        for key in (key for key in found if key.startswith(("loss", "norm", "weights"))):
+            assert found[key] < (1e-3 if lion and not key.endswith("0") else 1e-5), (key, found)
+        assert found["share"] == pytest.approx(1 / shard, rel=0.1), replicate
+
+
+AVERAGE = """
+import os, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+out = torch.zeros(1)
+dist.reduce_scatter_tensor(out, torch.ones(2), op=dist.ReduceOp.AVG)
+if dist.get_rank() == 0:
+    print(out.item(), flush=True)
+dist.barrier()
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_gloo_still_needs_what_we_mend(tmp_path: Path) -> None:
+    """If this fails, parallel/gloo.py mends what is no longer broken, or leaves broken what now is."""
+    (tmp_path / "average.py").write_text(AVERAGE)
+    broken = tuple(map(int, torch.__version__.split(".")[:2])) <= (2, 7)
+    assert float(torchrun(2, str(tmp_path / "average.py"))) == (2.0 if broken else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("world", "axes", "expected"),
+    [
+        (1, {}, (1, 1)),
+        (8, {}, (1, 8)),
+        (8, {"replicate": 2}, (2, 4)),
+        (6, {"replicate": 3, "shard": 2}, (3, 2)),
+    ],
+)
+def test_the_mesh_covers_all_ranks(world: int, axes: dict[str, int], expected: tuple[int, int]) -> None:
+    shape = MeshShape.of(world, **axes)
+    assert (shape.replicate, shape.shard) == expected
+
+
+@pytest.mark.parametrize(
+    ("world", "axes", "says"),
+    [
+        (8, {"replicate": 3}, "replicate: 3 does not divide 8 ranks; use 4"),
+        (8, {"replicate": 0}, "replicate: must be at least 1, not 0"),
+        (8, {"shard": 3}, "shard: 1 x 3 ranks (replicate x shard) are not the 8 that there are; use 2 x 4"),
+        (
+            8,
+            {"replicate": 2, "shard": 8},
+            "2 x 8 ranks (replicate x shard) are not the 8 that there are; use 1 x 8",
+        ),
+    ],
+)
+def test_impossible_meshes_are_refused_with_the_nearest(world: int, axes: dict[str, int], says: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(says)):
+        MeshShape.of(world, **axes)
