@@ -7,6 +7,7 @@ Nothing heavy is imported, so that a wrong file is refused within a fraction of 
 import dataclasses
 import difflib
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -97,7 +98,6 @@ class DataConfig:
         _require(
             bool(self.sources), "data.sources: name at least one source, such as {web: {local: data/web}}"
         )
-        _require(self.seq_len >= 2, f"data.seq_len: must be at least 2, not {self.seq_len}")
         _require(self.num_workers >= 0, f"data.num_workers: must not be negative, not {self.num_workers}")
         _require(
             self.canonical_nodes >= 1, f"data.canonical_nodes: must be positive, not {self.canonical_nodes}"
@@ -209,6 +209,9 @@ class ParallelismConfig:
         "`auto`: all that `replicate` leaves",
         "auto",
     )
+    expert: int = _doc(
+        "ranks of a group that share the experts of every layer among them; tokens travel to their experts", 1
+    )
     reshard_after_forward: bool = _doc(
         "free a block's gathered parameters between its forward and backward pass: less memory, a third more "
         "communication",
@@ -216,7 +219,9 @@ class ParallelismConfig:
     )
 
     def check(self) -> None:
-        _require(self.replicate >= 1, f"parallelism.replicate: must be at least 1, not {self.replicate}")
+        for key in ("replicate", "expert"):
+            value = getattr(self, key)
+            _require(value >= 1, f"parallelism.{key}: must be at least 1, not {value}")
         _require(
             self.shard == "auto" or (isinstance(self.shard, int) and self.shard >= 1),
             f"parallelism.shard: must be auto or a number of ranks, not {self.shard}",
@@ -304,12 +309,18 @@ class RunConfig:
         _one_of("precision", self.precision, ("fp32", "amp_bf16"))
         _require(bool(self.run_name.strip()), "run_name: must not be empty")
         _require(0 <= self.seed < 2**32, f"seed: must be at least 0 and below 2**32, not {self.seed}")
+        longest = self.model.max_seq_len
+        points = enumerate(self.data.mix)
+        lengths = {"data.seq_len": self.data.seq_len} | {
+            f"data.mix[{i}].seq_len": p.seq_len for i, p in points
+        }
+        for key, seq_len in lengths.items():
+            _require(
+                seq_len is None or 2 <= seq_len <= longest,
+                f"{key}: must be at least 2 and at most model.max_seq_len {longest}, not {seq_len}",
+            )
         clock, nodes = self.clock, self.data.canonical_nodes
         for stage in clock.stages:
-            _require(
-                stage.seq_len <= self.model.max_seq_len,
-                f"data.seq_len: {stage.seq_len} is longer than model.max_seq_len {self.model.max_seq_len}",
-            )
             _require(
                 stage.global_batch_size % nodes == 0,
                 f"data.canonical_nodes: {nodes} does not divide {stage}",
@@ -325,6 +336,13 @@ class RunConfig:
             _require(length > 0 or key.endswith(("warmup", "decay")), f"{key}: must be longer than nothing")
         with _naming("data."):
             self.mix_schedule().sample_lengths(clock)
+        for stage in clock.stages:
+            if stage.batch >= clock.total_batches:
+                warnings.warn(
+                    f"the run ends at {clock.total_tokens:,} tokens, before {stage} is ever taken "
+                    f"(batch_size_warmup, or seq_len in the mix)",
+                    stacklevel=2,
+                )
 
     @property
     def clock(self) -> Clock:
@@ -340,11 +358,15 @@ class RunConfig:
         for i, (stage, size) in enumerate(zip(optimization.batch_size_warmup, sizes[1:], strict=True)):
             with _naming(f"optimization.batch_size_warmup[{i}]."):
                 clock = clock.with_batch_size(stage.until, size)
+        before = -1
         for i, point in enumerate(self.data.mix):
             if point.seq_len is not None:
+                with _naming("data."):
+                    at = clock.tokens(point.at, f"mix[{i}].at")
                 _require(
-                    point.seq_len >= 2, f"data.mix[{i}].seq_len: must be at least 2, not {point.seq_len}"
+                    at > before, f"data.mix[{i}].at: comes no later than a point before it that sets seq_len"
                 )
+                before = at
                 with _naming(f"data.mix[{i}]."):
                     clock = clock.with_seq_len(point.at, point.seq_len)
         return clock
@@ -356,7 +378,7 @@ class RunConfig:
 
     @property
     def sample_lengths(self) -> dict[str, int]:
-        """Tokens of a sample of each source."""
+        """Tokens of a sample of each source that the mix ever reads."""
         return self.mix_schedule().sample_lengths(self.clock)
 
     def check_repetition(self, mix: MixSchedule, sizes: Mapping[str, int]) -> None:

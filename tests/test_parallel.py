@@ -34,13 +34,19 @@ def torchrun(ranks: int, *arguments: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("ranks", "meshes"), [(1, [[1, 1]]), (2, [[1, 2], [2, 1]]), (4, [[1, 4], [2, 2]])], ids=["1", "2", "4"]
+    ("ranks", "meshes"),
+    [
+        (1, [[1, 1, 1]]),
+        (2, [[1, 2, 1], [2, 1, 1], [1, 2, 2]]),
+        (4, [[1, 4, 1], [2, 2, 1], [1, 4, 4], [1, 4, 2], [2, 2, 2]]),
+    ],
+    ids=["1", "2", "4"],
 )
 def test_every_gradient_on_every_mesh(ranks: int, meshes: list[list[int]]) -> None:
     results: list[dict[str, Any]] = json.loads(torchrun(ranks, PROGRAM, json.dumps(meshes)))
     assert len(results) == 2 * len(meshes)
     for i, found in enumerate(results):
-        replicate, shard = meshes[i // 2]
+        replicate, shard, _ = meshes[i // 2]
         assert found["initial"] == 0, "weights are drawn alike, bit for bit"
         assert max(found["gradients"].values()) < 1e-5, found["gradients"]
         assert found["unvisited"] > 0
@@ -89,6 +95,12 @@ def test_the_mesh_covers_all_ranks(world: int, axes: dict[str, int], expected: t
     [
         (8, {"replicate": 3}, "replicate: 3 does not divide 8 ranks; use 4"),
         (8, {"replicate": 0}, "replicate: must be at least 1, not 0"),
+        (8, {"expert": 3}, "expert: 3 does not divide 8 ranks of a group; use 4"),
+        (
+            8,
+            {"expert": 8, "num_experts": 12},
+            "expert: 8 does not divide 8 ranks of a group and 12 experts; use 4",
+        ),
         (8, {"shard": 3}, "shard: 1 x 3 ranks (replicate x shard) are not the 8 that there are; use 2 x 4"),
         (
             8,

@@ -13,11 +13,13 @@ from typing import Any
 
 import mlflow
 import pytest
+import torch
 from conftest import free_port, write_corpus
 
 from dbrx_train.checkpoint import files
 from dbrx_train.config import RunConfig, load
 from dbrx_train.train.builder import run
+from dbrx_train.train.composer_model import ComposerDbrx
 from dbrx_train.train.loaders import train_dataset
 
 PROGRAM = str(Path(__file__).with_name("recorded_run.py"))
@@ -84,6 +86,11 @@ def served(path: Path, name: str, ranks: int) -> dict[int, list[list[int]]]:
     return {int(step): [pair for part in parts for pair in part[step]] for step in parts[0]}
 
 
+def final_weights(path: Path, name: str) -> dict[str, torch.Tensor]:
+    content = files.read(path.parent / name / "checkpoints" / f"ba{STEPS}.pt")
+    return dict(content["state"]["model"])
+
+
 def epoch_ends(config: RunConfig) -> int:
     """The step whose batch holds the last sample of the first source's first epoch."""
     data, clock = train_dataset(config), config.clock
@@ -110,12 +117,17 @@ def test_every_stop_and_world_goes_on_with_the_samples_of_the_uninterrupted_run(
     stops = [2, 4, 11, epoch_ends(config), epoch_ends(config) + 1, 18, 20]
     assert all(8 < stop < 18 for stop in stops[3:5])
     came_from = "whole"
-    for ranks, workers in ((2, 2), (4, 0), (1, 1)):
+    weights = final_weights(recorded, "whole")
+    for ranks, workers, mesh in (
+        (2, 2, ["parallelism.expert=2"]),
+        (4, 0, ["parallelism.replicate=2", "parallelism.expert=2"]),
+        (1, 1, []),
+    ):
         jobs = [
             {
                 "name": f"on{ranks}x{workers}from{stop}",
                 "resume": str(recorded.parent / came_from.format(stop) / "checkpoints" / f"ba{stop}.pt"),
-                "options": [f"data.num_workers={workers}", f"parallelism.replicate={1 + ranks // 4}"],
+                "options": [f"data.num_workers={workers}", *mesh],
             }
             for stop in stops
         ]
@@ -123,16 +135,34 @@ def test_every_stop_and_world_goes_on_with_the_samples_of_the_uninterrupted_run(
         for stop, job in zip(stops, jobs, strict=True):
             following = served(recorded, str(job["name"]), ranks)
             assert following == {step: whole[step] for step in range(stop, STEPS)}, job
+            torch.testing.assert_close(
+                final_weights(recorded, str(job["name"])), weights, rtol=1e-3, atol=1e-5
+            )
         # What this world saved on its way from the first stop, the next world resumes from.
         came_from = f"on{ranks}x{workers}from{stops[0]}"
         stops = stops[2:]
 
 
+def noting(forward: Any, shapes: list[tuple[int, ...]]) -> Any:
+    def noted(model: ComposerDbrx, batch: dict[str, torch.Tensor]) -> Any:
+        shapes.append(tuple(batch["input_ids"].shape))
+        return forward(model, batch)
+
+    return noted
+
+
 @pytest.mark.slow
-def test_what_a_run_logs_follows_its_steps(recorded: Path) -> None:
+def test_what_a_run_logs_follows_its_steps(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "logged"
-    config = load(recorded, [f"run_name={name}", f"folder={recorded.parent}/{name}", "logging.interval=1ba"])
+    options = [f"run_name={name}", f"folder={recorded.parent}/{name}", "logging.interval=1ba"]
+    options += ["evaluation.max_samples=4", "evaluation.batch_size=2", "evaluation.interval=1dur"]
+    config = load(recorded, options)
+    monkeypatch.setattr(ComposerDbrx, "forward", noting(ComposerDbrx.forward, shapes := []))
     run(config)
+    # The first evaluation: batches of two samples of 32 tokens or one of 64, of every source.
+    assert shapes[:12] == [(2, 32)] * 4 + [(1, 64)] * 8
+    # Microbatches of 64 tokens: two or one samples.
+    assert shapes[12:-12] == [(2, 32)] * (4 * 2 + 14 * 4) + [(1, 64)] * 4 * 4
     state = files.read(recorded.parent / name / "checkpoints" / f"ba{STEPS}.pt")["state"]
     seen = 4 * 4 * 32 + 18 * 8 * 32
     assert config.clock.total_tokens == seen == state["timestamp"]["Timestamp"]["token"]
@@ -178,8 +208,20 @@ def test_after_sigkill_the_same_command_trains_on_the_same_samples(recorded: Pat
         check=True,
         timeout=200,
     )
-    killed, whole = (
-        files.read(recorded.parent / run / "checkpoints" / f"ba{STEPS}.pt")["state"]["model"]
-        for run in (name, f"{name}-not")
-    )
-    assert all(bool((killed[key] == whole[key]).all()) for key in whole)
+    killed, whole = (final_weights(recorded, run) for run in (name, f"{name}-not"))
+    assert killed.keys() == whole.keys()
+    assert all(torch.equal(killed[key], whole[key]) for key in whole)
+
+
+def test_the_table_shows_every_change_before_training(recorded: Path, tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).parent / "dbrx-train"), "data", "mix", str(recorded)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line.strip()[:1].isdigit()]
+    shown = {int(row[0].replace(",", "")): " ".join(row[1:4]) for row in rows}
+    assert {0: "4 x 32", 512: "8 x 32", 512 + 14 * 256: "4 x 64"}.items() <= shown.items()
+    assert max(shown) == 512 + 18 * 256
+    other = [*command, "data.sources.web.local=" + str(recorded.parent / "long-web")]
+    done = subprocess.run(other, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert "prepared with samples of 64 tokens, but the run asks for 32" in done.stderr

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from dbrx_train.model.config import DbrxConfig
@@ -77,20 +78,25 @@ class GatedExperts(nn.Module):
 
     def forward(self, x_ND: Tensor, tokens_per_expert: Tensor) -> Tensor:
         """x [N, D] sorted by expert, tokens_per_expert [E] -> [N, D], computed in x's dtype."""
-        w1, v1, w2 = (
-            w.to(x_ND.dtype).view(-1, self.ffn_hidden_size, w.shape[-1]) for w in (self.w1, self.v1, self.w2)
-        )
+        own = (w.to_local() if isinstance(w, DTensor) else w for w in (self.w1, self.v1, self.w2))
+        w1, v1, w2 = (w.to(x_ND.dtype).view(-1, self.ffn_hidden_size, w.shape[-1]) for w in own)
         return self.run(x_ND, w1, v1, w2, tokens_per_expert)
 
 
 class Experts(nn.Module):
-    """Holds `mlp`, where the released checkpoint has it."""
+    """Holds `mlp`, where the released checkpoint has it.
+
+    `exchange`, if set, brings tokens to experts that other ranks hold, and their outputs back.
+    """
 
     def __init__(self, config: DbrxConfig) -> None:
         super().__init__()
         self.mlp = GatedExperts(config)
+        self.exchange: Callable[[GatedExperts, Tensor, Tensor], Tensor] | None = None
 
     def forward(self, x_ND: Tensor, tokens_per_expert: Tensor) -> Tensor:
         """See GatedExperts."""
+        if self.exchange is not None:
+            return self.exchange(self.mlp, x_ND, tokens_per_expert)
         y: Tensor = self.mlp(x_ND, tokens_per_expert)
         return y

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,8 @@ def build_trainer(
     model = ComposerDbrx(build_model(config, device), cpu_autocast=on_cpu and config.precision == "amp_bf16")
     clock, optimization = config.clock, config.optimization
     often = clock.interval(config.logging.interval)
-    per_rank = optimization.global_batch_size // dist.get_world_size()
+    most = max(stage.tokens_per_batch for stage in clock.stages)
+    whole = most // config.data.seq_len // dist.get_world_size()
     callbacks = [
         LearningRate(optimization.learning_rate, clock),
         GradientNorm(optimization.clip_grad_norm),
@@ -133,7 +135,7 @@ def build_trainer(
         load_path=str(resume_from) if resume_from else None,
         device=device,
         precision="fp32" if on_cpu else config.precision,
-        device_train_microbatch_size=optimization.microbatch_size or per_rank,
+        device_train_microbatch_size=optimization.microbatch_size or whole,
         accumulate_train_batch_on_tokens=True,
         seed=config.seed,
     )
@@ -165,12 +167,14 @@ def mesh_shape(config: RunConfig, world_size: int) -> MeshShape:
     Raises:
         ConfigError: there is none.
     """
-    shard = config.parallelism.shard
+    parallelism = config.parallelism
     try:
         return MeshShape.of(
             world_size,
-            replicate=config.parallelism.replicate,
-            shard=None if shard == "auto" else int(shard),
+            replicate=parallelism.replicate,
+            shard=None if parallelism.shard == "auto" else int(parallelism.shard),
+            expert=parallelism.expert,
+            num_experts=config.model.num_experts,
         )
     except ValueError as error:
         raise ConfigError(f"parallelism.{error}") from None
@@ -183,20 +187,28 @@ def check_world(config: RunConfig, world_size: int) -> None:
         ConfigError: it does not.
     """
     mesh_shape(config, world_size)
-    micro = config.optimization.microbatch_size
+    base, micro = config.data.seq_len, config.optimization.microbatch_size
     for stage in config.clock.stages:
-        batch = stage.global_batch_size
-        if batch % world_size:
+        if stage.global_batch_size % world_size:
+            # In samples of data.seq_len, as the configuration counts them
+            unit = max(1, world_size * stage.seq_len // base)
+            nearest = max(1, round(stage.tokens_per_batch / base / unit)) * unit
             raise ConfigError(
-                f"optimization.global_batch_size: {batch} does not split over {world_size} ranks; "
-                f"the nearest that does is {max(1, round(batch / world_size)) * world_size}"
+                f"optimization.global_batch_size: {stage} does not split over {world_size} ranks; the "
+                f"nearest size that does, in samples of {base}, is {nearest}"
             )
-        mine = batch // world_size
-        part = mine if micro is None else max(1, micro * config.data.seq_len // stage.seq_len)
+        mine = stage.global_batch_size // world_size
+        part = mine if micro is None else max(1, micro * base // stage.seq_len)
         if mine % min(mine, part):
             raise ConfigError(
-                f"optimization.microbatch_size: {part} does not divide a rank's {mine} samples "
-                f"({stage} over {world_size} ranks)"
+                f"optimization.microbatch_size: {micro} does not divide a rank's "
+                f"{mine * stage.seq_len // base} samples of {base} tokens ({stage} over {world_size} ranks)"
+            )
+        if micro is not None and stage.seq_len > micro * base:
+            warnings.warn(
+                f"optimization.microbatch_size: a microbatch of {micro} x {base} tokens becomes a sample of "
+                f"{stage.seq_len} after {stage.token:,} tokens",
+                stacklevel=2,
             )
 
 

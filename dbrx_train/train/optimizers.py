@@ -10,6 +10,7 @@ from torch import nn
 
 from dbrx_train.config import OptimizerConfig
 from dbrx_train.model.decoder import Dbrx
+from dbrx_train.model.experts import GatedExperts
 from dbrx_train.model.router import Router
 
 
@@ -58,11 +59,15 @@ def parameter_groups(model: Dbrx, config: OptimizerConfig) -> list[dict[str, Any
     embeddings = {id(p) for m in (model.transformer.wte, model.lm_head) for p in m.parameters()}
     norms = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
 
+    experts = {id(p) for m in model.modules() if isinstance(m, GatedExperts) for p in m.parameters()}
+
     def group_of(p: nn.Parameter) -> str:
         if id(p) in norms:
             return "norms"
         if id(p) in routers:
             return "routers"
+        if id(p) in experts:  # apart, for under expert parallelism they lie on another mesh
+            return "experts"
         return "embeddings" if id(p) in embeddings else "matrices"
 
     members: dict[str, list[nn.Parameter]] = {}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from composer import Callback, Logger, State
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grad_norm_
+
+from dbrx_train.parallel import clip_grad_norm
 
 
 class GradientNorm(Callback):  # type: ignore[misc]
@@ -16,7 +16,5 @@ class GradientNorm(Callback):  # type: ignore[misc]
         self.max_norm = math.inf if max_norm is None else max_norm
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        norm = clip_grad_norm_(state.model.parameters(), self.max_norm)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
+        norm = clip_grad_norm(state.model.parameters(), self.max_norm)
         logger.log_metrics({"gradients/norm": norm.item()})
