@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +29,7 @@ app.add_typer(data_app, name="data")
 
 def main() -> None:
     """Entry point: turns a user's mistake into one line and exit code 2."""
+    warnings.formatwarning = _one_line
     try:
         app()
     except ValueError as error:
@@ -45,6 +47,14 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning of ours without the place in the code, which means nothing to its reader."""
+    ours = Path(filename).is_relative_to(Path(__file__).parent)
+    return f"dbrx-train: warning: {message}\n" if ours else f"{filename}:{lineno}: {message}\n"
 
 
 def _fail(message: str) -> None:
@@ -120,8 +130,12 @@ def data_mix(
     from dbrx_train.data.manifest import read_manifest
 
     run = load(config, overrides or [])
-    sizes = {name: read_manifest(s.local).splits["train"].samples for name, s in run.data.sources.items()}
-    mix = run.mix_schedule()
+    mix, sizes = run.mix_schedule(), dict[str, int]()
+    lengths = mix.sample_lengths(run.clock)
+    for name, source in run.data.sources.items():
+        manifest = read_manifest(source.local)
+        manifest.check_length(source.local, lengths.get(name))
+        sizes[name] = manifest.splits["train"].samples
     run.check_repetition(mix, sizes)
     print(timeline.table(mix, sizes, run.clock))
     timeline.draw(mix, sizes, run.clock, picture)

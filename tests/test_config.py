@@ -57,7 +57,7 @@ def test_variables_interpolate_and_are_no_part_of_the_run(tmp_path: Path) -> Non
         ("model.n_kv_heads=3", "model.n_kv_heads: "),
         ("model.top_k=17", "model.top_k: "),
         ("model.d_model=wide", "model.d_model"),
-        ("data.seq_len=256", "data.seq_len: 256 is longer than model.max_seq_len 128"),
+        ("data.seq_len=256", "data.seq_len: must be at least 2 and at most model.max_seq_len 128, not 256"),
         ("data.mix=[{at: 0tok, weights: {wbe: 1}}]", "'wbe' is not in data.sources; did you mean web?"),
         ("data.mix=[{at: 5ba, weights: {web: 1}}]", "data.mix"),
         ("data.mix=[{at: 0tok, weights: {web: -1}}]", "data.mix"),
@@ -91,13 +91,18 @@ def test_variables_interpolate_and_are_no_part_of_the_run(tmp_path: Path) -> Non
         ),
         (
             "data.mix=[{at: 0tok, weights: {web: 1}}, {at: 0.5dur, weights: {web: 1}, seq_len: 256}]",
-            "data.seq_len: 256 is longer than model.max_seq_len 128",
+            "data.mix[1].seq_len: must be at least 2 and at most model.max_seq_len 128, not 256",
         ),
         (
             "data.mix=[{at: 0tok, weights: {web: 1}}, {at: 0.5dur, weights: {web: 1}, seq_len: 128}]",
             "data.mix: web has weight where samples have 64 tokens and where they have 128 (seq_len)",
         ),
         ("data.mix=[{at: 0tok, weights: {web: 1}, seq_len: 0}]", "data.mix[0].seq_len: must be at least 2"),
+        (
+            "data.mix=[{at: 0tok, weights: {web: 1}}, {at: 9ba, seq_len: 128}, {at: 5ba, seq_len: 64}]",
+            "data.mix[2].at: comes no later than a point before it that sets seq_len",
+        ),
+        ("max_duration=1e30tok", "data.canonical_nodes: "),
         (
             "data.canonical_nodes=3",
             "data.canonical_nodes: 3 does not divide a step of 8 samples of 64 tokens",
@@ -154,3 +159,9 @@ def test_what_is_no_run_is_refused(tmp_path: Path, text: str, says: str) -> None
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nothing\.yaml: no such file"):
         load(tmp_path / "nothing.yaml")
+
+
+def test_a_size_that_the_run_never_reaches_is_warned_of(yaml_file: Path) -> None:
+    late = "data.mix=[{at: 0tok, weights: {web: 1}}, {at: 900ba, weights: {code: 1}, seq_len: 128}]"
+    with pytest.warns(UserWarning, match="before a step of 4 samples of 128 tokens is ever taken"):
+        load(yaml_file, [late, "data.sources.code.local=x"])

@@ -129,7 +129,7 @@ def test_no_sample_comes_back_before_its_part_of_the_source_is_exhausted(
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(lambda s: sum(s) >= 4),
+    st.lists(st.integers(0, 9), min_size=3, max_size=8).filter(lambda s: sum(s) >= 16),
     st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=3), max_size=2),
     st.integers(1, 4), st.integers(1, 7), st.data(),
 )  # fmt: skip

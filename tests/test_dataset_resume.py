@@ -62,9 +62,8 @@ def test_another_global_batch_from_here_on_goes_on_with_the_same_samples(corpora
 
 
 PAST_SIZE = (
-    r"^global_batch_size: the past cannot change: from sample 0 on, a step had 8 samples of 8 tokens, and "
-    r"now it has 4 of 8; edit only what follows 640 tokens \(batch_size_warmup: \[\{until: 640tok, "
-    r"global_batch_size: 8\}\] keeps"
+    r"^global_batch_size: the past cannot change: after 0 tokens a step had 64, and now has 32; what was is "
+    r"kept with batch_size_warmup: \[\{until: 640tok, global_batch_size: 8\}\]$"
 )
 
 

@@ -54,14 +54,22 @@ def test_only_the_future_of_the_batch_size_may_change(corpora: Path) -> None:
     assert {len(batch) for batch in following} == {8}
     equal = by_node(all_ranks(corpora, 1, (52 + 80) // 4, batch=4))
     assert by_node(whole + following) == equal
-    for other, begin, shapes in (
-        (equal_steps(8), 0, "4 samples of 8 tokens, and now it has 8 of 8"),
-        (equal_steps(4), 20, "8 samples of 8 tokens, and now it has 4 of 8"),
-        (equal_steps(4).with_batch_size("3ba", 8), 12, "4 samples of 8 tokens, and now it has 8 of 8"),
+    kept = "[{until: 160tok, global_batch_size: 4}, {until: 416tok, global_batch_size: 8}]"
+    for other, begin, was, now in (
+        (equal_steps(8), 0, 32, 64),
+        (equal_steps(4), 160, 64, 32),
+        (equal_steps(4).with_batch_size("3ba", 8), 96, 32, 64),
     ):
-        message = rf"^global_batch_size: the past .* from sample {begin} on, a step had {re.escape(shapes)}"
-        with pytest.raises(ValueError, match=message):
+        says = f"after {begin} tokens a step had {was}, and now has {now}; what was is kept with"
+        with pytest.raises(ValueError, match=re.escape(f"{says} batch_size_warmup: {kept}")):
             dataset(corpora, clock=other).load_state_dict(state)
+    as_told = equal_steps(4).with_batch_size("160tok", 8).with_batch_size("416tok", 32)
+    assert {len(batch) for batch in all_ranks(corpora, 1, 3, state, clock=as_told)} == {32}
+
+
+def test_a_position_amid_a_step_is_refused(corpora: Path) -> None:
+    with pytest.raises(ValueError, match="num_samples: 22 end amid a step; count those of all ranks"):
+        dataset(corpora, clock=GROWING).state_dict(22, True)
 
 
 LONG = 4 * SEQ_LEN
@@ -135,6 +143,18 @@ def test_what_does_not_fit_a_length_is_refused(with_long: Path) -> None:
         MixSchedule.from_config([start, {**point, "weights": {"long": 1}, "reach": "linear"}], clock)
     with pytest.raises(ValueError, match=r"^mix\[1\].seq_len: is 32, but the clock has 8 there"):
         MixSchedule.from_config([start, point], equal_steps(8))
-    mix, sources = MixSchedule([MixPoint(0, {"a": 1})]), {"a": Source(str(with_long / "a"))}
+    for points in ([MixPoint(0, {"a": 1})], [MixPoint(0, {"a": 1}), MixPoint(80, {"long": 1}, "linear")]):
+        with pytest.raises(ValueError, match=r"^mix: samples have 32 tokens after 640, but no point"):
+            MixSchedule(points).sample_lengths(clock)
+    moved = long_run(with_long).state_dict(4 * 4 + 12 * 8 + 2 * 2, True)
+    moved["steps"][-1][0] += 64
+    with pytest.raises(
+        ValueError, match=r"^mix: the past .* after 896 tokens samples had 8, and now have 32"
+    ):
+        long_run(with_long).load_state_dict(moved)
+    mix, sources = (
+        MixSchedule([MixPoint(0, {"a": 1}), MixPoint(80, {"b": 1})]),
+        dict.fromkeys("ab", Source(str(with_long / "a"))),
+    )
     with pytest.raises(ValueError, match="global_batch_size: 2 is no multiple of the 4 ranks"):
         ScheduledDataset(sources, mix, clock, rank=0, world_size=4)

@@ -355,8 +355,8 @@ def test_the_mix_can_be_looked_at_before_training(workplace: Path, in_tmp: Path)
     done = command("data", "mix", str(path), "--picture", "look.png", cwd=in_tmp)
     assert done.returncode == 0, done.stderr
     first, *_, last = [line.split() for line in done.stdout.splitlines() if line.strip()[:1].isdigit()]
-    assert first == ["0", "0.750", "0", "0.00", "0.250", "0", "0.00"]
-    assert (last[0], last[1], last[4]) == ("1,024", "0.250", "0.750")
+    assert first == ["0", "4", "x", "32", "0.750", "0", "0.00", "0.250", "0", "0.00"]
+    assert (last[0], last[4], last[7]) == ("1,024", "0.250", "0.750")
     assert (in_tmp / "look.png").read_bytes().startswith(b"\x89PNG")
     limited = command("data", "mix", str(path), "data.sources.web.max_epochs=0.01", cwd=in_tmp)
     assert limited.returncode == 2
@@ -369,13 +369,15 @@ def test_global_batch_and_ranks(workplace: Path, in_tmp: Path) -> None:
     path = run_yaml(workplace, in_tmp, "world")
     config = load(path, ["optimization.microbatch_size=1"])
     check_world(config, 4)
-    with pytest.raises(ConfigError, match="4 does not split over 3 ranks; the nearest that does is 3"):
+    with pytest.raises(
+        ConfigError, match=r"4 samples of 32 tokens does not split over 3 ranks; .* samples of 32, is 3"
+    ):
         check_world(config, 3)
     check_world(load(path), 4)  # microbatches of 2, but each rank has only one sample
-    with pytest.raises(ConfigError, match="microbatch_size: 3 does not divide a rank's 4 samples"):
+    with pytest.raises(ConfigError, match="microbatch_size: 3 does not divide a rank's 4 samples of 32"):
         check_world(load(path, ["optimization.microbatch_size=3"]), 1)
     growing = "optimization.batch_size_warmup=[{until: 2ba, global_batch_size: 1}]"
-    with pytest.raises(ConfigError, match="global_batch_size: 1 does not split over 2 ranks"):
+    with pytest.raises(ConfigError, match="a step of 1 samples of 32 tokens does not split over 2 ranks"):
         check_world(load(path, [growing]), 2)
 
 

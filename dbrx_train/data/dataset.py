@@ -66,9 +66,9 @@ class ScheduledDataset(IterableDataset[list[Sample]]):
     ) -> None:
         """Read the sources' indexes; no sample is read yet.
 
-        ``predownload`` is how many samples ahead of the one in use a worker has shards made ready (default:
-        eight of the largest batches); ``cache_limit`` bounds in bytes what the sources keep locally that can
-        be had again (None: no bound). Raises ValueError for a source that is unknown, missing or too small,
+        ``predownload`` is how many samples ahead of those in use a worker has shards made ready (default:
+        those of eight batches); ``cache_limit`` bounds in bytes what the sources keep locally that can be had
+        again (None: no bound). Raises ValueError for a source that is unknown, missing or too small,
         or sizes that are negative or do not divide. Iterating raises DataError, a ValueError of one line, for
         bad data.
         """
@@ -87,7 +87,7 @@ class ScheduledDataset(IterableDataset[list[Sample]]):
         self.schedule = self._asked = schedule
         self.clock = clock
         self.sample_lengths = schedule.sample_lengths(clock)
-        self.predownload = 8 * max(sizes) // self.world_size if predownload is None else predownload
+        self.predownload = predownload
         self.position = 0
         self._shuffling: dict[str, Any] = {
             "shuffle": shuffle,
@@ -121,7 +121,7 @@ class ScheduledDataset(IterableDataset[list[Sample]]):
         pool = ThreadPoolExecutor(1, "prefetch")
         try:
             while True:
-                while uses.total() <= self.predownload:
+                while len(ahead) <= 8 if self.predownload is None else uses.total() <= self.predownload:
                     ahead.append(next(batches))
                     for source, shard, _ in ahead[-1]:
                         uses[source, shard] += 1
@@ -204,6 +204,7 @@ class ScheduledDataset(IterableDataset[list[Sample]]):
         was resumed.
         """
         samples = num_samples if from_beginning else self.position + num_samples
+        tokens = self._tokens_after(samples)
         sources = {}
         for name, order in self._orders.items():
             ends = order.generations
@@ -211,7 +212,8 @@ class ScheduledDataset(IterableDataset[list[Sample]]):
             sources[name] = order.to_dict() | {"fingerprints": prints}
         return {
             "samples": samples,
-            "steps": self._steps_before(samples),
+            "tokens": tokens,
+            "steps": self._steps_before(tokens),
             **self._shuffling,
             "schedule": self.schedule.to_dict(),
             "sources": sources,
@@ -226,10 +228,9 @@ class ScheduledDataset(IterableDataset[list[Sample]]):
         for field, value in self._shuffling.items():
             if state[field] != value:
                 raise ValueError(f"{field}: is {value}, but the run began with {state[field]}")
-        self._check_steps(state["steps"], state["samples"])
+        self._check_steps(state["steps"], state["tokens"])
         old = MixSchedule.from_dict(state["schedule"])
-        tick, rest = divmod(state["samples"], old.canonical_nodes)
-        assert not rest, "a global batch is a multiple of the canonical nodes"
+        tick = state["samples"] // old.canonical_nodes
         schedule = self._asked.resume(old, tick)
         for name, saved in state["sources"].items():
             self._check_data(name, saved)
@@ -238,27 +239,34 @@ class ScheduledDataset(IterableDataset[list[Sample]]):
             self._orders[name].load(state["sources"][name], served[:, number])
         self.schedule, self.position = schedule, state["samples"]
 
-    def _steps_before(self, samples: int) -> list[list[int]]:
-        """The stages that have begun: first sample, samples of a step, tokens of a sample."""
-        begun = (stage for stage in self.clock.stages if stage.sample < samples or not stage.sample)
-        return [[stage.sample, stage.global_batch_size, stage.seq_len] for stage in begun]
+    def _steps_before(self, tokens: int) -> list[list[int]]:
+        """The stages that have begun: first token, tokens of a step, tokens of a sample."""
+        begun = (stage for stage in self.clock.stages if stage.token < tokens or not stage.token)
+        return [[stage.token, stage.tokens_per_batch, stage.seq_len] for stage in begun]
 
-    def _check_steps(self, past: list[list[int]], samples: int) -> None:
-        now = self._steps_before(samples)
-        edges = sorted({begin for begin, _, _ in past + now})
-        for begin in edges:
-            was, wanted = (max(s for s in stages if s[0] <= begin)[1:] for stages in (past, now))
-            if was != wanted:
-                ends = [*(begin for begin, _, _ in past[1:]), samples]
-                tokens = sum(
-                    (end - first) * length for (first, _, length), end in zip(past, ends, strict=True)
-                )
-                keep = f"batch_size_warmup: [{{until: {tokens}tok, global_batch_size: {past[-1][1]}}}]"
+    def _check_steps(self, past: list[list[int]], tokens: int) -> None:
+        now = self._steps_before(tokens)
+        for begin in sorted({begin for begin, _, _ in past + now}):
+            was, wanted = (max(stage for stage in stages if stage[0] <= begin) for stages in (past, now))
+            if was[2] != wanted[2]:
                 raise ValueError(
-                    f"global_batch_size: the past cannot change: from sample {begin:,} on, a step had "
-                    f"{was[0]} samples of {was[1]} tokens, and now it has {wanted[0]} of {wanted[1]}; edit "
-                    f"only what follows {tokens:,} tokens ({keep} keeps the size until then)"
+                    f"mix: the past cannot change: after {begin:,} tokens samples had {was[2]}, and now have "
+                    f"{wanted[2]}; keep the point that sets seq_len where it was, in tok (one in dur moves "
+                    f"with max_duration)"
                 )
+            if was[1] != wanted[1]:
+                raise ValueError(
+                    f"global_batch_size: the past cannot change: after {begin:,} tokens a step had "
+                    f"{was[1]:,}, and now has {wanted[1]:,}; what was is kept with batch_size_warmup: "
+                    f"{_warmup(past, tokens)}"
+                )
+
+    def _tokens_after(self, samples: int) -> int:
+        if self.clock.convert(samples, "sp", "ba").denominator != 1:
+            raise ValueError(
+                f"num_samples: {samples} end amid a step; count those of all ranks, step by step"
+            )
+        return int(self.clock.convert(samples, "sp", "tok"))
 
     def _check_data(self, name: str, saved: Mapping[str, Any]) -> None:
         store, ends = self._stores[name], saved["generations"]
@@ -271,6 +279,18 @@ class ScheduledDataset(IterableDataset[list[Sample]]):
                     f"sources.{name}: shards {begin} to {end - 1} have fingerprint {now[:12]}, and the run "
                     f"began with {known[:12]}; restore them, and append new data as further shards"
                 )
+
+
+def _warmup(past: list[list[int]], tokens: int) -> str:
+    """The batch-size warm-up, as YAML, whose steps up to ``tokens`` are those of the past."""
+    ends = [*(begin for begin, _, _ in past[1:]), tokens]
+    following = [*(step for _, step, _ in past[1:]), 0]
+    entries = [
+        f"{{until: {end}tok, global_batch_size: {step // past[0][2]}}}"
+        for (_, step, _), end, after in zip(past, ends, following, strict=True)
+        if step != after
+    ]
+    return f"[{', '.join(entries)}]"
 
 
 class EvalDataset(Dataset[Sample]):

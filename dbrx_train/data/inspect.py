@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dbrx_train.data.manifest import Manifest, Split, check_dataset, read_manifest
+from dbrx_train.data.manifest import Manifest, Split, check_dataset
 from dbrx_train.data.mds import INDEX, read_shard
 from dbrx_train.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -41,7 +41,7 @@ def inspect(
     Raises:
         ValueError: the folder is not whole, or has no such split or sample.
     """
-    manifest = check_dataset(folder, read_manifest(folder).seq_len, split=split)
+    manifest = check_dataset(folder, None, split=split)
     lines = [f"{folder}: {manifest.tokenizer}, samples of {manifest.seq_len:,} tokens", "", "sources"]
     for source in manifest.sources:
         lines.append(f"  {source['given']}: {source['files']:,} files, {source['bytes'] / 1e6:,.2f} MB")

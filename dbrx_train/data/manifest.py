@@ -78,6 +78,14 @@ class Manifest:
         """Tokens of each sample."""
         return int(self.options["seq_len"])
 
+    def check_length(self, folder: str | os.PathLike[str], seq_len: int | None) -> None:
+        """Raise ValueError, naming ``folder``, if a run asks for samples of another length."""
+        if seq_len not in (None, self.seq_len):
+            raise ValueError(
+                f"{folder}: prepared with samples of {self.seq_len} tokens, but the run asks for {seq_len}; "
+                f"set the run's sequence length to {self.seq_len}, or prepare again with --seq-len {seq_len}"
+            )
+
 
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     """The manifest of a prepared folder.
@@ -139,7 +147,7 @@ def fetch(remote: str, path: Path) -> None:
 
 def check_dataset(
     folder: str | os.PathLike[str],
-    seq_len: int,
+    seq_len: int | None,
     tokenizer_fingerprint: str | None = None,
     vocab_size: int | None = None,
     split: str = "train",
@@ -152,7 +160,7 @@ def check_dataset(
 
     Args:
         folder: a prepared folder, as ``data prepare`` left it.
-        seq_len: tokens per sample that the run asks for.
+        seq_len: tokens per sample that the run asks for, if it does.
         tokenizer_fingerprint: of the run's tokenizer, if it has to be the same one.
         vocab_size: rows of the run's embedding, if every id has to have one.
         split: the split that the run reads.
@@ -164,11 +172,7 @@ def check_dataset(
     if remote is not None:
         fetch(os.path.join(remote, MANIFEST), Path(folder, MANIFEST))
     manifest = read_manifest(folder)
-    if manifest.seq_len != seq_len:
-        raise ValueError(
-            f"{folder}: prepared with samples of {manifest.seq_len} tokens, but the run asks for {seq_len}; "
-            f"set the run's sequence length to {manifest.seq_len}, or prepare again with --seq-len {seq_len}"
-        )
+    manifest.check_length(folder, seq_len)
     if tokenizer_fingerprint not in (None, manifest.tokenizer_fingerprint):
         raise ValueError(
             f"{folder}: prepared with another tokenizer, {manifest.tokenizer} "

@@ -32,6 +32,9 @@ __all__ = ["MixPoint", "MixSchedule"]
 Reach: TypeAlias = Literal["step", "linear"]
 Side: TypeAlias = Literal["left", "right"]
 
+_MOST_TICKS: Final = 2**63 // DENOMINATOR - 1
+"""Integrals at later times do not fit an int64."""
+
 GENTLE_EPOCHS: Final = 4
 """Repeating data up to four times is nearly as good as new data (arXiv 2305.16264)."""
 
@@ -135,7 +138,8 @@ class MixSchedule:
         for i, (before, point) in enumerate(itertools.pairwise(points), 1):
             if point.at <= before.at:
                 raise ValueError(
-                    f"mix[{i}].at: comes no later than the point before it; order points by time"
+                    f"mix[{i}].at: comes no later than the point before it, in whole samples (a point with "
+                    f"seq_len waits for a step to begin); order points by time"
                 )
         named = list(dict.fromkeys(name for point in points for name in point.weights))
         names = tuple(named if sources is None else sources)
@@ -182,6 +186,11 @@ class MixSchedule:
         Times are rounded to whole ticks. A point with a ``seq_len`` begins with the clock's step of that
         length, which has to be there (``Clock.with_seq_len``).
         """
+        if (ticks := clock.total_samples // canonical_nodes) > _MOST_TICKS:
+            least = -(-clock.total_samples // _MOST_TICKS)
+            raise ValueError(
+                f"canonical_nodes: {ticks:.3g} samples on each are too many; use at least {least}"
+            )
         resolved = []
         for i, point in enumerate(points):
             field = f"mix[{i}]"
@@ -207,20 +216,34 @@ class MixSchedule:
         return cls(resolved, sources=sources, canonical_nodes=canonical_nodes)
 
     def sample_lengths(self, clock: Clock) -> dict[str, int]:
-        """Tokens of a sample of each source: the clock's sequence length wherever the source has weight.
+        """Tokens of a sample of each source that ever has weight: the clock's sequence length while it has.
 
-        Raises ValueError naming a source that has weight at two lengths.
+        Raises ValueError naming a source that has weight at two lengths, or a change of length at which no
+        point of the mix stands.
         """
+        points = {point.at: point for point in self._chapters[-1].points}
+        for before, stage in itertools.pairwise(clock.stages):
+            point = points.get(stage.sample // self.canonical_nodes)
+            if before.seq_len != stage.seq_len and (point is None or point.reach != "step"):
+                raise ValueError(
+                    f"mix: samples have {stage.seq_len} tokens after {stage.token:,}, but no point steps to "
+                    f"sources of that length there"
+                )
         lengths = dict[str, int]()
-        for point in self._chapters[-1].points:
-            here = clock.stage(point.at * self.canonical_nodes, "sp").seq_len
+        for at, point in points.items():
+            here = clock.stage(at * self.canonical_nodes, "sp").seq_len
             for name in (name for name, weight in point.weights.items() if weight):
                 if lengths.setdefault(name, here) != here:
                     raise ValueError(
                         f"mix: {name} has weight where samples have {lengths[name]} tokens and where they "
                         f"have {here} (seq_len); prepare it at both lengths, as two sources"
                     )
-        return {name: lengths.get(name, clock.stages[0].seq_len) for name in self.sources}
+        return lengths
+
+    @property
+    def moments(self) -> list[int]:
+        """The ticks of its points."""
+        return [point.at for point in self._chapters[-1].points]
 
     @property
     def max_deviation(self) -> float:
@@ -237,7 +260,7 @@ class MixSchedule:
         Times and nodes may be arrays; the work is a few binary searches a value, whatever the time.
         """
         ticks, nodes = np.broadcast_arrays(np.asarray(tick, np.int64), np.asarray(node, np.int64))
-        assert ticks.size == 0 or 0 <= ticks.min() <= ticks.max() < 2**63 // DENOMINATOR
+        assert ticks.size == 0 or 0 <= ticks.min() <= ticks.max() <= _MOST_TICKS
         result = np.zeros((*ticks.shape, len(self.sources)), np.int64)
         version = self._version(ticks, "left")
         for i, part in enumerate(self._parts):

@@ -31,7 +31,7 @@ def check_sources(config: RunConfig, tokenizer: Tokenizer) -> None:
         check = partial(
             check_dataset,
             source.local,
-            lengths[name],
+            lengths.get(name),
             tokenizer.fingerprint,
             config.model.vocab_size,
             remote=source.remote,
@@ -93,16 +93,18 @@ def evaluators(config: RunConfig, tokenizer: Tokenizer) -> list[Evaluator]:
         return []
     result, lengths = [], config.sample_lengths
     for name, source in config.data.sources.items():
-        if "val" not in read_manifest(source.local).splits:
+        manifest = read_manifest(source.local)
+        if "val" not in manifest.splits:
             continue
-        dataset = EvalDataset(source.local, seq_len=lengths[name], name=name, remote=source.remote)
+        seq_len = lengths.get(name, manifest.seq_len)
+        dataset = EvalDataset(source.local, seq_len=seq_len, name=name, remote=source.remote)
         size = min(len(dataset), config.evaluation.max_samples)
         subset = Subset(dataset, range(size - size % dist.get_world_size()))
         if not len(subset):
             continue
         loader: DataLoader[Batch] = DataLoader(
             subset,
-            batch_size=max(1, config.evaluation.batch_size * config.data.seq_len // lengths[name]),
+            batch_size=max(1, config.evaluation.batch_size * config.data.seq_len // seq_len),
             sampler=dist.get_sampler(subset, shuffle=False),
             collate_fn=partial(collate, eos_id=tokenizer.eos_id),
         )

@@ -29,7 +29,7 @@ class MixServed(Callback):  # type: ignore[misc]
         dataset = state.train_dataloader.dataset
         schedule, samples = dataset.schedule, state.timestamp.sample.value
         tick, earlier = (n // schedule.canonical_nodes for n in (samples, self.logged_at))
-        lengths = np.array([dataset.sample_lengths[name] for name in schedule.sources])
+        lengths = np.array([dataset.sample_lengths.get(name, 0) for name in schedule.sources])
         totals, before = schedule.totals([tick, earlier])
         tokens, window = totals * lengths, (totals - before) * lengths
         asked = schedule.weights_at(tick, "left")
