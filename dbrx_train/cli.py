@@ -53,8 +53,9 @@ def _one_line(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
     """A warning of ours without the place in the code, which means nothing to its reader."""
-    ours = Path(filename).is_relative_to(Path(__file__).parent)
-    return f"dbrx-train: warning: {message}\n" if ours else f"{filename}:{lineno}: {message}\n"
+    if not Path(filename).is_relative_to(Path(__file__).parent):
+        return f"{filename}:{lineno}: {message}\n"
+    return f"dbrx-train: warning: {message}\n" if os.environ.get("RANK", "0") == "0" else ""
 
 
 def _fail(message: str) -> None:

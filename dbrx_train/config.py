@@ -213,15 +213,20 @@ class ParallelismConfig:
         "ranks of a group that share the experts of every layer among them; tokens travel to their experts", 1
     )
     reshard_after_forward: bool = _doc(
-        "free a block's gathered parameters between its forward and backward pass: less memory, a third more "
-        "communication",
+        "free a block's gathered parameters between its forward and backward pass: less memory, one more "
+        "gathering",
         True,
+    )
+    timeout: float = _doc(
+        "seconds after which ranks give up waiting for each other; rank 0's writing of a checkpoint counts",
+        1800.0,
     )
 
     def check(self) -> None:
         for key in ("replicate", "expert"):
             value = getattr(self, key)
             _require(value >= 1, f"parallelism.{key}: must be at least 1, not {value}")
+        _require(self.timeout > 0, f"parallelism.timeout: must be positive, not {self.timeout}")
         _require(
             self.shard == "auto" or (isinstance(self.shard, int) and self.shard >= 1),
             f"parallelism.shard: must be auto or a number of ranks, not {self.shard}",

@@ -47,11 +47,22 @@ def apart(a: Tensor, b: Tensor) -> float:
     return float((whole(a) - b).abs().max() / b.abs().max().clamp(min=1e-12))
 
 
-def compare(shape: MeshShape, optimizer: str) -> dict[str, Any]:
+def backward(model: Dbrx, samples: Tensor, labels: Tensor, count: float, dtype: torch.dtype | None) -> Tensor:
+    """Gradients of the loss summed over labels, divided by ``count``; returns that loss."""
+    with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        output = model(samples, labels=labels)
+    assert output.loss is not None
+    assert output.num_labels is not None
+    loss = output.loss * (output.num_labels / count)
+    loss.backward()
+    return loss.detach()
+
+
+def compare(shape: MeshShape, optimizer: str, dtype: torch.dtype | None = None) -> dict[str, Any]:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     with torch.device("meta"):
         sharded = Dbrx(CONFIG)
-    parallelize(sharded, shape.build("cpu"), seed=3)
+    parallelize(sharded, shape, device_type="cpu", seed=3, param_dtype=dtype)
     alone = Dbrx(CONFIG, seed=3)
     names = [name for name, _ in alone.named_parameters()]
     pairs = list(zip(names, sharded.parameters(), alone.parameters(), strict=True))
@@ -60,21 +71,25 @@ def compare(shape: MeshShape, optimizer: str) -> dict[str, Any]:
     optimizers = [build_optimizer(model, config) for model in (sharded, alone)]
     tokens = torch.randint(101, (STEPS, BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
     for step, batch in enumerate(tokens):
-        mine = batch.view(ranks, -1, LENGTH)[rank]
-        losses = []
-        for model, samples in ((sharded, mine), (alone, batch)):
-            output = model(samples, labels=samples)
-            assert output.loss is not None
-            output.loss.backward()
-            losses.append(output.loss.detach())
-        dist.all_reduce(losses[0])
+        labels = batch.clone()
+        labels[: BATCH // 4, 2:] = -100  # the first rank has fewer labels than the last
+        count = (labels[:, 1:] >= 0).sum().item()
+        mine, wanted = (t.view(ranks, -1, LENGTH)[rank] for t in (batch, labels))
+        # Two microbatches on every rank; FSDP averages over ranks, so each rank's share counts ranks-fold.
+        halves = zip(mine.chunk(2), wanted.chunk(2), strict=True)
+        loss = sum(backward(sharded, x, y, count / ranks, dtype) for x, y in halves)
+        assert isinstance(loss, Tensor)
+        dist.all_reduce(loss)
+        expected = backward(alone, batch, labels, count, dtype)
         norms = [clip_grad_norm(model.parameters(), 0.5) for model in (sharded, alone)]
         if step == 0:
             grads = {name: (p.grad, q.grad) for name, p, q in pairs}
             result["gradients"] = {name: apart(p, q) for name, (p, q) in grads.items()}
-            assert output.routing is not None
-            result["unvisited"] = int((output.routing.tokens_per_expert == 0).sum())
-        result[f"loss {step}"] = float((losses[0] / ranks - losses[1]).abs() / losses[1])
+            with torch.no_grad():
+                routing = alone(batch).routing
+            assert routing is not None
+            result["unvisited"] = int((routing.tokens_per_expert == 0).sum())
+        result[f"loss {step}"] = float((loss / ranks - expected).abs() / expected)
         result[f"norm {step}"] = float((norms[0] - norms[1]).abs() / norms[1])
         for each in optimizers:
             each.step()
@@ -91,6 +106,7 @@ if __name__ == "__main__":
     for replicate, shard, expert in json.loads(sys.argv[1]):
         shape = MeshShape.of(dist.get_world_size(), replicate=replicate, shard=shard, expert=expert)
         found += [compare(shape, optimizer) for optimizer in ("adamw", "lionw")]
+        found.append(compare(shape, "adamw", torch.bfloat16))
     if dist.get_rank() == 0:
         print(json.dumps(found), flush=True)
     dist.barrier()

@@ -211,7 +211,7 @@ def _text_of(line: bytes, text_field: str, where: Place) -> str:
         raise ValueError(f"{where()}: expected a JSON object with a field {text_field!r}, not {line[:20]!r}…")
     if text_field not in row:
         names = ", ".join(map(repr, list(row)[:8])) or "none"
-        raise ValueError(f"{where()}: no field {text_field!r}; it has {names} (choose with `text_field`)")
+        raise ValueError(f"{where()}: no field {text_field!r}; it has {names} (choose with --text-field)")
     text = row[text_field]
     if text is None:
         return ""

@@ -62,7 +62,7 @@ def _find(line: mmap.mmap, field: str, where: str) -> tuple[int, int]:
             name = json.loads(b'"' + line[start:stop] + b'"') if stop - start < 1 << 16 else ""
     if depth or line[position:].strip():
         raise ValueError(f"{where}: not valid JSON (byte {position} of the line)")
-    raise ValueError(f"{where}: no field {field!r} (choose with `text_field`)")
+    raise ValueError(f"{where}: no field {field!r} (choose with --text-field)")
 
 
 def _whole_units(line: mmap.mmap, start: int, end: int, stop: int) -> int:

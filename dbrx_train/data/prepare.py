@@ -67,6 +67,8 @@ class Summary:
                 f"  {name}: {split.documents:,} documents, {split.tokens:,} tokens, {split.samples:,} "
                 f"samples of {self.manifest.seq_len:,} ({split.dropped_tokens:,} tokens at the end fill none)"
             )
+        if self.manifest.options["val_fraction"] and "val" not in self.manifest.splits:
+            lines.append("  val: nothing; --val-fraction holds out whole documents, and these are few")
         for kind, problem in self.manifest.problems.items():
             examples = ", ".join(problem.examples) + (", …" if problem.count > len(problem.examples) else "")
             lines.append(f"  {kind}: {problem.count:,} ({examples})")

@@ -185,7 +185,7 @@ def _parquet_spans(path: str, target: int, text_field: str) -> Iterator[Span]:
     field = next((field for field in file.schema_arrow if field.name == text_field), None)
     if field is None:
         names = ", ".join(file.schema_arrow.names)
-        raise ValueError(f"{path}: no column {text_field!r}; it has {names} (choose with `text_field`)")
+        raise ValueError(f"{path}: no column {text_field!r}; it has {names} (choose with --text-field)")
     if str(field.type) not in ("string", "large_string"):
         raise ValueError(f"{path}: column {text_field!r} holds {field.type}; it must hold strings")
     start, size = 0, 0

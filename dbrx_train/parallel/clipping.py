@@ -29,6 +29,8 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     for members in by_mesh.values():
         norm = get_total_norm([p.grad for p in members if p.grad is not None])
         norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    if not norms:
+        return torch.zeros(())
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     for members in by_mesh.values():
         clip_grads_with_norm_(members, max_norm, total)

@@ -16,7 +16,7 @@ __all__ = ["mend_fsdp_on_cpu"]
 
 @functools.cache
 def mend_fsdp_on_cpu() -> None:
-    """Mend two faults of torch 2.7; later releases are left as they are.
+    """Mend two faults of torch 2.7. Releases from 2.11 on have been seen to be right and are left alone.
 
     - gloo returns the sum where the average is asked for, so gradients come out as many times too large as
       there are ranks (an Adam run hides it until gradients are clipped). FSDP2 divides by hand for one type
@@ -24,7 +24,7 @@ def mend_fsdp_on_cpu() -> None:
     - With replicas (HSDP) FSDP2 insists on an event of the all-reduce, which a CPU has no stream to record
       and nobody waits for there.
     """
-    if tuple(map(int, torch.__version__.split(".")[:2])) > (2, 7):
+    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11):
         return
     package = "torch.distributed.fsdp._fully_shard"
     collectives: Any = importlib.import_module(f"{package}._fsdp_collectives")

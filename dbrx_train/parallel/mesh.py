@@ -15,7 +15,9 @@ from dataclasses import dataclass
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-__all__ = ["MeshShape"]
+from dbrx_train.model.config import DbrxConfig
+
+__all__ = ["MeshShape", "Meshes"]
 
 
 @dataclass(frozen=True)
@@ -28,19 +30,12 @@ class MeshShape:
 
     @classmethod
     def of(
-        cls,
-        world_size: int,
-        *,
-        replicate: int = 1,
-        shard: int | None = None,
-        expert: int = 1,
-        num_experts: int | None = None,
+        cls, world_size: int, *, replicate: int = 1, shard: int | None = None, expert: int = 1
     ) -> MeshShape:
         """The mesh of ``world_size`` ranks; ``shard`` None takes what ``replicate`` leaves.
 
         Raises:
-            ValueError: the axes do not fit the world size, each other or the model's number of experts;
-                names the nearest that do.
+            ValueError: the axes do not fit the world size or each other; names the nearest that do.
         """
         for name, size in (("replicate", replicate), ("shard", shard), ("expert", expert)):
             if size is not None and size < 1:
@@ -56,22 +51,52 @@ class MeshShape:
                 f"shard: {replicate} x {shard} ranks (replicate x shard) are not the {world_size} that there "
                 f"are; use {world_size // near} x {near}"
             )
-        whole = math.gcd(shard, num_experts or shard)
-        if whole % expert:
-            held = f"{shard} ranks of a group" + (f" and {num_experts} experts" if num_experts else "")
-            raise ValueError(f"expert: {expert} does not divide {held}; use {nearest_divisor(whole, expert)}")
+        if shard % expert:
+            fitting = nearest_divisor(shard, expert)
+            raise ValueError(f"expert: {expert} does not divide {shard} ranks of a group; use {fitting}")
         return cls(replicate, shard, expert)
 
-    def build(self, device_type: str) -> DeviceMesh:
-        """The DeviceMesh, with axes ``replicate``, ``shard_outer`` and ``expert``, the last two of which are
-        ``shard`` together. torch.distributed must be initialised."""
-        mesh = init_device_mesh(
+    def check(self, config: DbrxConfig) -> None:
+        """Raise ValueError, with the nearest that fits, unless a model's experts divide over the mesh."""
+        if self.expert == 1:
+            return
+        if config.num_experts % self.expert:
+            fitting = nearest_divisor(math.gcd(config.num_experts, self.shard), self.expert)
+            raise ValueError(
+                f"expert: {self.expert} does not divide {config.num_experts} experts; use {fitting}"
+            )
+        rows = config.num_experts * config.ffn_hidden_size
+        if rows % self.shard:
+            fitting = nearest_divisor(math.gcd(rows, self.replicate * self.shard), self.shard)
+            raise ValueError(
+                f"shard: {self.shard} does not divide the {rows} rows of a layer's experts, which spread "
+                f"experts need; use {fitting}"
+            )
+
+    def build(self, device_type: str) -> Meshes:
+        """Its DeviceMeshes; torch.distributed must be initialised."""
+        names = ("replicate",) if self.replicate > 1 else ()
+        dense = init_device_mesh(
+            device_type, (self.replicate, self.shard), mesh_dim_names=("replicate", "shard")
+        )[(*names, "shard")]
+        if self.expert == 1:
+            return Meshes(dense, None, None)
+        experts = init_device_mesh(
             device_type,
             (self.replicate, self.shard // self.expert, self.expert),
             mesh_dim_names=("replicate", "shard_outer", "expert"),
         )
-        mesh["shard_outer", "expert"]._flatten("shard")
-        return mesh
+        return Meshes(dense, experts[(*names, "shard_outer")], experts["expert"])
+
+
+@dataclass(frozen=True)
+class Meshes:
+    """Over what parameters are sharded: ``dense`` ones over (``replicate``,) ``shard``; those of experts over
+    ``expert`` first, and then over what is left, ``experts``: (``replicate``,) ``shard_outer``."""
+
+    dense: DeviceMesh
+    experts: DeviceMesh | None
+    expert: DeviceMesh | None
 
 
 def nearest_divisor(number: int, wanted: int) -> int:

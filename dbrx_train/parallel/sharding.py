@@ -1,7 +1,7 @@
 """Fully sharded data parallelism (FSDP2) of a Dbrx, on plain torch.distributed.
 
-Every block, the embedding and the head with its norm are units of their own: a unit's parameters are gathered
-when it is run, and its gradients scattered when its backward pass is over (arXiv 2304.11277).
+Every block, the embedding and the head are units: a unit's parameters are gathered when it is run, and its
+gradients scattered when its backward pass is over (arXiv 2304.11277).
 """
 
 from __future__ import annotations
@@ -14,69 +14,86 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from dbrx_train.model.decoder import Dbrx
+from dbrx_train.model.decoder import Block, Dbrx
 from dbrx_train.model.experts import Experts
 from dbrx_train.model.init import draw_rows, is_norm
 from dbrx_train.parallel.expert_parallel import TokenExchange
 from dbrx_train.parallel.gloo import mend_fsdp_on_cpu
+from dbrx_train.parallel.mesh import Meshes, MeshShape
 
 __all__ = ["init_shards", "parallelize"]
 
 
 def parallelize(
     model: Dbrx,
-    mesh: DeviceMesh,
+    shape: MeshShape,
     *,
+    device_type: str,
     seed: int,
     param_dtype: torch.dtype | None = None,
     reshard_after_forward: bool = True,
 ) -> None:
-    """Shard ``model``, made under ``torch.device("meta")``, over ``mesh``, and draw its weights.
+    """Shard ``model``, made under ``torch.device("meta")``, over a mesh of ``shape``, and draw its weights.
 
-    ``mesh`` is that of ``MeshShape.build``. The weights are those that one process would draw from ``seed``;
-    each rank draws its own rows alone. ``param_dtype`` is what parameters are gathered and computed in;
-    gradients are reduced in float32 in any case. ``reshard_after_forward`` frees a block's gathered
-    parameters between its forward and backward pass.
+    The weights are those that one process would draw from ``seed``; each rank draws its own rows alone.
+    ``param_dtype`` is what the large matrices are gathered in, for use under autocast to it; norms, routers
+    and the embedding, which autocast leaves in float32, stay so, and gradients are reduced in float32.
+    ``reshard_after_forward`` frees a block's gathered parameters between its forward and backward pass.
+
+    Raises:
+        ValueError: the model has weights already, or does not fit the mesh.
     """
-    if mesh.device_type == "cpu":
+    if not all(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError('model: has weights, which would be lost; make it under torch.device("meta")')
+    shape.check(model.config)
+    if device_type == "cpu":
         mend_fsdp_on_cpu()
-    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
-    replicas = ("replicate",) if mesh["replicate"].size() > 1 else ()
-    options: dict[str, Any] = {"mesh": mesh[(*replicas, "shard")], "mp_policy": policy}
-    transformer = model.transformer
-    fully_shard(transformer.wte, **options, reshard_after_forward=reshard_after_forward)
+    meshes = shape.build(device_type)
+    exact: dict[str, Any] = {"mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
+    policy = MixedPrecisionPolicy(param_dtype, torch.float32, cast_forward_inputs=False)
+    lower: dict[str, Any] = {"mp_policy": policy, "reshard_after_forward": reshard_after_forward}
+    transformer, units = model.transformer, []
+    fully_shard(transformer.wte, mesh=meshes.dense, **exact)
     for block in transformer.blocks:
-        if mesh["expert"].size() > 1:
-            _spread_experts(block.ffn.experts, mesh["expert"])
-            over = options | {"mesh": mesh[(*replicas, "shard_outer")]}
-            fully_shard(block.ffn.experts, **over, reshard_after_forward=reshard_after_forward)
-        fully_shard(block, **options, reshard_after_forward=reshard_after_forward)
-    # The head runs last and its backward pass first: what it gathered is needed again at once.
-    head: list[nn.Module] = [transformer.norm_f, model.lm_head]
-    fully_shard(head, **options, reshard_after_forward=False)
-    fully_shard(model, **options, reshard_after_forward=reshard_after_forward)
-    _prefetch(list(transformer.blocks))
-    model.to_empty(device=torch.device(mesh.device_type))
+        inner = []
+        if shape.expert > 1:
+            _spread_experts(block.ffn.experts, meshes)
+            inner.append(fully_shard(block.ffn.experts, mesh=meshes.experts, **lower))
+        if param_dtype is not None:
+            fully_shard(_float32_parts(block), mesh=meshes.dense, **exact)
+            inner.append(block.norm_attn_norm.norm_1)
+        units.append([fully_shard(block, mesh=meshes.dense, **lower), *inner])
+    fully_shard(transformer.norm_f, mesh=meshes.dense, **exact)
+    # The head's backward pass follows at once, so it is kept; its product is all in the lower precision.
+    head = MixedPrecisionPolicy(param_dtype, torch.float32)
+    fully_shard(model.lm_head, mesh=meshes.dense, mp_policy=head, reshard_after_forward=False)
+    fully_shard(model, mesh=meshes.dense, **lower)
+    _prefetch(units)
+    model.to_empty(device=torch.device(device_type))
     init_shards(model, seed)
 
 
-def _spread_experts(experts: Experts, mesh: DeviceMesh) -> None:
-    """Leave on each rank of ``mesh`` its experts alone, and have tokens exchanged with the others."""
+def _float32_parts(block: Block) -> list[nn.Module]:
+    parts = [block.norm_attn_norm.norm_1, block.norm_attn_norm.norm_2, block.ffn.router]
+    return [part for part in parts if part is not None]
+
+
+def _spread_experts(experts: Experts, meshes: Meshes) -> None:
+    """Leave on each rank its own experts alone, and have tokens exchanged with the others."""
+    assert meshes.expert is not None
     for name, parameter in list(experts.mlp.named_parameters()):
-        spread = distribute_tensor(parameter.data, mesh, [Shard(0)])
+        spread = distribute_tensor(parameter.data, meshes.expert, [Shard(0)])
         experts.mlp.register_parameter(name, nn.Parameter(spread))
-    experts.exchange = TokenExchange(mesh.get_group())
+    experts.exchange = TokenExchange(meshes.expert.get_group())
 
 
-def _prefetch(blocks: list[nn.Module]) -> None:
-    """Gather the next block while one is run, in both directions."""
-    for here, following in itertools.pairwise(blocks):
-        assert isinstance(here, FSDPModule)
-        assert isinstance(following, FSDPModule)
-        here.set_modules_to_forward_prefetch([following])
-        following.set_modules_to_backward_prefetch([here])
+def _prefetch(units: list[list[Any]]) -> None:
+    """Gather the next block with all its parts while one is run, in both directions."""
+    for here, following in itertools.pairwise(units):
+        assert all(isinstance(module, FSDPModule) for module in (*here, *following))
+        here[0].set_modules_to_forward_prefetch(following)
+        following[0].set_modules_to_backward_prefetch(here)
 
 
 @torch.no_grad()
@@ -97,7 +114,17 @@ def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
     """This rank's part of a parameter that is sharded by rows, and its first row."""
     if not isinstance(parameter, DTensor):
         return parameter, 0
-    _, offset = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
-    return parameter.to_local(), offset[0]
+    first, rows, mesh = 0, parameter.shape[0], parameter.device_mesh
+    for axis in ("expert", "shard", "shard_outer"):  # the outermost cut first
+        if axis in (mesh.mesh_dim_names or ()):
+            part = -(-rows // _size(mesh, axis))
+            begin = min(mesh.get_local_rank(axis) * part, rows)
+            first, rows = first + begin, min(part, rows - begin)
+    local = parameter.to_local()
+    assert len(local) == rows
+    return local, first
+
+
+def _size(mesh: DeviceMesh, axis: str) -> int:
+    assert mesh.mesh_dim_names is not None
+    return mesh.size(mesh.mesh_dim_names.index(axis))

@@ -64,7 +64,7 @@ def run(config: RunConfig) -> None:
     checkpoint_folder(config).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=config.folder):
         pass  # a read-only or full disk is found out here
-    environment.join_ranks(device)
+    environment.join_ranks(device, config.parallelism.timeout)
     store = _open_store(config, resume=found is not None)
     peak, origin = peak_flops(device, config.precision, config.logging.peak_flops)
     trainer = build_trainer(config, tokenizer, device, store, peak, found[0] if found else None)
@@ -153,7 +153,8 @@ def build_model(config: RunConfig, device: str) -> Dbrx:
         model = Dbrx(config.model)
     parallelize(
         model,
-        mesh_shape(config, dist.get_world_size()).build("cpu" if device == "cpu" else "cuda"),
+        mesh_shape(config, dist.get_world_size()),
+        device_type="cpu" if device == "cpu" else "cuda",
         seed=config.seed,
         param_dtype=torch.bfloat16 if config.precision == "amp_bf16" else None,
         reshard_after_forward=config.parallelism.reshard_after_forward,
@@ -169,15 +170,16 @@ def mesh_shape(config: RunConfig, world_size: int) -> MeshShape:
     """
     parallelism = config.parallelism
     try:
-        return MeshShape.of(
+        shape = MeshShape.of(
             world_size,
             replicate=parallelism.replicate,
             shard=None if parallelism.shard == "auto" else int(parallelism.shard),
             expert=parallelism.expert,
-            num_experts=config.model.num_experts,
         )
+        shape.check(config.model)
     except ValueError as error:
         raise ConfigError(f"parallelism.{error}") from None
+    return shape
 
 
 def check_world(config: RunConfig, world_size: int) -> None:
@@ -281,9 +283,9 @@ def _report(config: RunConfig, store: MLflowStore, batch: int) -> None:
         report.draw(store, config.clock, picture)
         store.log_artifact(picture)
         for source, points in report.held_out_losses(store).items():
-            (_, first), (step, last) = points[0], points[-1]
-            tokens = int(config.clock.convert(step, "ba", "tok"))
-            _say(f"held-out {source}: loss {first:.3f} at the start, {last:.3f} after {tokens:,} tokens")
+            (begin, first), (step, last) = points[0], points[-1]
+            before = f"{first:.3f} after {_tokens(config, begin)}, " if len(points) > 1 else ""
+            _say(f"held-out {source}: loss {before}{last:.3f} after {_tokens(config, step)}")
     except STORE_ERRORS as error:
         _say(f"no picture of the run: MLflow cannot be read ({first_line(error)})")
     _say(f"checkpoint: {checkpoint_folder(config)}/ba{batch}.pt")
@@ -293,6 +295,10 @@ def _report(config: RunConfig, store: MLflowStore, batch: int) -> None:
         _say(f"run {store.run_id}: {uri.rstrip('/')}/{page}")
     else:
         _say(f"run {store.run_id}: mlflow ui --backend-store-uri {uri}, then http://127.0.0.1:5000/{page}")
+
+
+def _tokens(config: RunConfig, step: int) -> str:
+    return f"{int(config.clock.convert(step, 'ba', 'tok')):,} tokens"
 
 
 def _say(text: str) -> None:

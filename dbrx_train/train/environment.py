@@ -14,12 +14,15 @@ from composer.utils import dist, get_device
 _PACKAGES = ("torch", "mosaicml", "mosaicml-streaming", "mlflow-skinny", "numpy", "tiktoken")
 
 
-def join_ranks(device: str) -> None:
-    """Connect the processes that ``composer`` or ``torchrun`` started; a single one needs no launcher."""
+def join_ranks(device: str, timeout: float = 1800) -> None:
+    """Connect the processes that ``composer`` or ``torchrun`` started; a single one needs no launcher.
+
+    ``timeout``: seconds after which ranks give up waiting for each other.
+    """
     if "GROUP_RANK" in os.environ:
         # torchrun's name for it; Composer asks for its own when it loads a checkpoint on several ranks.
         os.environ.setdefault("NODE_RANK", os.environ["GROUP_RANK"])
-    dist.initialize_dist(get_device(device))
+    dist.initialize_dist(get_device(device), timeout)
 
 
 def describe() -> dict[str, str]:

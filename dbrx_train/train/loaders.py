@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 
 import torch
@@ -95,6 +96,7 @@ def evaluators(config: RunConfig, tokenizer: Tokenizer) -> list[Evaluator]:
     for name, source in config.data.sources.items():
         manifest = read_manifest(source.local)
         if "val" not in manifest.splits:
+            warnings.warn(f"data.sources.{name}: nothing is held out, so it is not evaluated", stacklevel=2)
             continue
         seq_len = lengths.get(name, manifest.seq_len)
         dataset = EvalDataset(source.local, seq_len=seq_len, name=name, remote=source.remote)
@@ -109,5 +111,7 @@ def evaluators(config: RunConfig, tokenizer: Tokenizer) -> list[Evaluator]:
             collate_fn=partial(collate, eos_id=tokenizer.eos_id),
         )
         interval = config.clock.interval(config.evaluation.interval)
-        result.append(Evaluator(label=f"eval/{name}", dataloader=loader, eval_interval=interval))
+        # A batch is one forward pass, and the last one may be small.
+        spec = DataSpec(loader, split_batch=lambda batch, _: [batch])
+        result.append(Evaluator(label=f"eval/{name}", dataloader=spec, eval_interval=interval))
     return result
