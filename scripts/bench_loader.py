@@ -6,9 +6,10 @@ Two sources are written to a temporary folder as ``dbrx-train data prepare`` wri
 shards, with as many samples as a run reads. The contestants read them with the same proportions, shuffle,
 batch size, workers and prefetch factor. Ours is ``ScheduledDataset`` and ``build_loader``; plain is
 ``StreamingDataset`` in a ``DataLoader``, whose collate function widens the tokens to int64 (ours does that on
-reading) and then is ours. Each run is a process of its own with one thread for tensor operations; the
-contestants take turns, and the first round is thrown away. Shards are ``packed`` (unpacked when first needed,
-from a fresh copy for each run) or ``unpacked`` (by the first round); the page cache holds them either way.
+reading) and then is ours. Each run is a process of its own with one thread for tensor operations. The
+contestants take turns, who begins alternates, and the first round is thrown away. Shards are ``packed``
+(unpacked when first needed, from a fresh copy for each run) or ``unpacked`` (by the first round); the page
+cache holds them either way.
 
 - samples/s: after the first batch.
 - first batch: seconds from constructing the dataset to the first batch in hand; imports are excluded.
@@ -131,8 +132,9 @@ def all_runs(samples: int, seq_len: int, workers: Sequence[int], rounds: int) ->
         origin, packed, unpacked = (Path(folder, name) for name in ("origin", "packed", "unpacked"))
         make_corpus(origin, samples, seq_len)
         shutil.copytree(origin, unpacked)
-        plan = itertools.product(range(rounds + 1), (packed, unpacked), workers, CONTESTANTS)
-        for number, corpus, count, name in plan:
+        plan = itertools.product(range(rounds + 1), (packed, unpacked), workers, (0, 1))
+        for number, corpus, count, turn in plan:
+            name = CONTESTANTS[(turn + number) % 2]
             if corpus is packed:
                 shutil.copytree(origin, packed)
             env = os.environ | {"TMPDIR": folder, "OMP_NUM_THREADS": "1"}

@@ -160,7 +160,9 @@ class ScheduledDataset(IterableDataset[list[Sample]]):
             passed += batches
             if len(rows):
                 slices = [self._slice(start, size, batches, rows, node) for node in self._nodes(size)]
-                yield from ([*map(tuple, batch)] for batch in np.concatenate(slices, 1).tolist())
+                # A batch at a time: tuples by the thousand would bring on full garbage collections, which
+                # write to the pages that a worker shares with the main process.
+                yield from ([*map(tuple, batch.tolist())] for batch in np.concatenate(slices, 1))
 
     def _windows(self) -> Iterator[tuple[int, int, int]]:
         """Equal steps in a row, from ``position`` on: their first sample, their size, and how many they are.
