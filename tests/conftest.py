@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,20 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
+
+
+def torchrun(ranks: int, *arguments: str) -> str:
+    """What a program prints that torchrun starts on so many ranks of this machine."""
+    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+    done = subprocess.run(
+        [*launch, f"--master-port={free_port()}", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-9000:]
+    return done.stdout
 
 
 def write_corpus(folder: Path, seed: int, documents: int = 60) -> Path:

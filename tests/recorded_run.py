@@ -48,7 +48,7 @@ def record(path: str, out: Path, name: str, resume: str | None, options: list[st
 
 
 if __name__ == "__main__":
-    environment.join_ranks("cpu")
+    environment.join_ranks("cpu", load(sys.argv[1]).parallelism.timeout)
     for job in json.loads(sys.argv[3]):
         record(sys.argv[1], Path(sys.argv[2]), **job)
     dist.barrier()

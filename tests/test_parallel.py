@@ -3,35 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import free_port
+from conftest import torchrun
 
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.decoder import Dbrx
 from dbrx_train.parallel import MeshShape, parallelize
 
 PROGRAM = str(Path(__file__).with_name("parallel_ranks.py"))
-
-
-def torchrun(ranks: int, *arguments: str) -> str:
-    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
-    done = subprocess.run(
-        [*launch, f"--master-port={free_port()}", *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
-    return done.stdout
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from typing import Any
 import mlflow
 import pytest
 import torch
-from conftest import free_port, write_corpus
+from conftest import torchrun, write_corpus
 
 from dbrx_train.checkpoint import files
 from dbrx_train.config import RunConfig, load
@@ -68,15 +68,7 @@ evaluation: {{max_samples: 0}}
 
 
 def train(path: Path, ranks: int, jobs: list[dict[str, Any]]) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
-    done = subprocess.run(
-        [*launch, f"--master-port={free_port()}", PROGRAM, str(path), str(path.parent), json.dumps(jobs)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-9000:]
+    torchrun(ranks, PROGRAM, str(path), str(path.parent), json.dumps(jobs))
 
 
 def served(path: Path, name: str, ranks: int) -> dict[int, list[list[int]]]:
@@ -126,7 +118,7 @@ def test_every_stop_and_world_goes_on_with_the_samples_of_the_uninterrupted_run(
         jobs = [
             {
                 "name": f"on{ranks}x{workers}from{stop}",
-                "resume": str(recorded.parent / came_from.format(stop) / "checkpoints" / f"ba{stop}.pt"),
+                "resume": str(recorded.parent / came_from / "checkpoints" / f"ba{stop}.pt"),
                 "options": [f"data.num_workers={workers}", *mesh],
             }
             for stop in stops

@@ -43,8 +43,7 @@ class MoE(nn.Module):
 
         routing: Routing = self.router(x_TD, None if token_mask is None else token_mask.flatten())
         order_N = routing.expert_ids.flatten().argsort(stable=True)
-        place_N = torch.empty_like(order_N)  # the inverse of order
-        place_N[order_N] = torch.arange(order_N.numel(), device=x.device)
+        place_N = inverse(order_N)
         tokens_per_expert = (
             routing.tokens_per_expert
             if token_mask is None
@@ -58,23 +57,30 @@ class MoE(nn.Module):
         return y_TD.view(x.shape), routing
 
 
-def gather(rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    """rows[index]; inverse [rows, copies] lists the places in the result of each row's copies.
+def inverse(order_N: Tensor) -> Tensor:
+    """The permutation that undoes ``order_N`` [N]."""
+    place_N = torch.empty_like(order_N)
+    place_N[order_N] = torch.arange(order_N.numel(), device=order_N.device)
+    return place_N
+
+
+def gather(rows: Tensor, index: Tensor, places: Tensor) -> Tensor:
+    """rows[index]; places [rows, copies] lists the places in the result of each row's copies.
 
     Its backward is a gather too: unlike index_add it is deterministic and needs no atomics.
     """
-    out: Tensor = _Gather.apply(rows, index, inverse)  # type: ignore[no-untyped-call]
+    out: Tensor = _Gather.apply(rows, index, places)  # type: ignore[no-untyped-call]
     return out
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
+    def forward(ctx: Any, rows: Tensor, index: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
         return rows.index_select(0, index)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        copies = grad.index_select(0, inverse.flatten()).view(*inverse.shape, grad.shape[-1])
+        (places,) = ctx.saved_tensors
+        copies = grad.index_select(0, places.flatten()).view(*places.shape, grad.shape[-1])
         return (copies.squeeze(1) if copies.shape[1] == 1 else copies.sum(1)), None, None

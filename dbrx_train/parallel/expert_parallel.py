@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dbrx_train.model.experts import GatedExperts
-from dbrx_train.model.moe import gather
+from dbrx_train.model.moe import gather, inverse
 
 __all__ = ["TokenExchange"]
 
@@ -40,8 +40,7 @@ class TokenExchange:
         expert_M = torch.arange(got_Re.shape[1], device=x_ND.device).repeat(self.ranks)
         expert_M = expert_M.repeat_interleave(got_Re.flatten(), output_size=sum(arriving))
         order_M = expert_M.argsort(stable=True)
-        place_M = torch.empty_like(order_M)
-        place_M[order_M] = torch.arange(len(order_M), device=x_ND.device)
+        place_M = inverse(order_M)
 
         x_MD = _AllToAll.apply(x_ND, leaving, arriving, self.group, float(self.ranks))  # type: ignore[no-untyped-call]
         y_MD = experts(gather(x_MD, order_M, place_M[:, None]), got_Re.sum(0))

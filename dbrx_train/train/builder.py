@@ -26,7 +26,7 @@ from dbrx_train.train.callbacks.memory import PeakMemory
 from dbrx_train.train.callbacks.mix import MixServed
 from dbrx_train.train.callbacks.progress import Progress
 from dbrx_train.train.composer_model import ComposerDbrx
-from dbrx_train.train.loaders import check_sources, evaluators, train_data, train_dataset
+from dbrx_train.train.loaders import check_sources, evaluators, samples_of, train_data, train_dataset
 from dbrx_train.train.mlflow_store import STORE_ERRORS, MLflowStore
 from dbrx_train.train.optimizers import build_optimizer
 from dbrx_train.train.throughput import peak_flops
@@ -200,7 +200,7 @@ def check_world(config: RunConfig, world_size: int) -> None:
                 f"nearest size that does, in samples of {base}, is {nearest}"
             )
         mine = stage.global_batch_size // world_size
-        part = mine if micro is None else max(1, micro * base // stage.seq_len)
+        part = mine if micro is None else samples_of(micro, base, stage.seq_len)
         if mine % min(mine, part):
             raise ConfigError(
                 f"optimization.microbatch_size: {micro} does not divide a rank's "

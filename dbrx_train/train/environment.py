@@ -14,7 +14,7 @@ from composer.utils import dist, get_device
 _PACKAGES = ("torch", "mosaicml", "mosaicml-streaming", "mlflow-skinny", "numpy", "tiktoken")
 
 
-def join_ranks(device: str, timeout: float = 1800) -> None:
+def join_ranks(device: str, timeout: float) -> None:
     """Connect the processes that ``composer`` or ``torchrun`` started; a single one needs no launcher.
 
     ``timeout``: seconds after which ranks give up waiting for each other.

@@ -51,9 +51,14 @@ def count_tokens(batch: Batch, *, mask_documents: bool) -> dict[str, int]:
     return {"total": batch["input_ids"].numel(), "loss_generating": int((labels != IGNORE_INDEX).sum())}
 
 
+def samples_of(batch_size: int, base: int, seq_len: int) -> int:
+    """Samples of ``seq_len`` tokens with the tokens of ``batch_size`` samples of ``base``; at least one."""
+    return max(1, batch_size * base // seq_len)
+
+
 def split_batch(batch: Batch, microbatch_size: int, *, seq_len: int) -> list[Batch]:
     """Parts of as many tokens as ``microbatch_size`` samples of ``seq_len`` have, a sample at least."""
-    samples = max(1, microbatch_size * seq_len // batch["input_ids"].shape[1])
+    samples = samples_of(microbatch_size, seq_len, batch["input_ids"].shape[1])
     parts = zip(*(torch.split(tensor, samples) for tensor in batch.values()), strict=True)
     return [dict(zip(batch, part, strict=True)) for part in parts]
 
@@ -106,7 +111,7 @@ def evaluators(config: RunConfig, tokenizer: Tokenizer) -> list[Evaluator]:
             continue
         loader: DataLoader[Batch] = DataLoader(
             subset,
-            batch_size=max(1, config.evaluation.batch_size * config.data.seq_len // seq_len),
+            batch_size=samples_of(config.evaluation.batch_size, config.data.seq_len, seq_len),
             sampler=dist.get_sampler(subset, shuffle=False),
             collate_fn=partial(collate, eos_id=tokenizer.eos_id),
         )

@@ -27,7 +27,7 @@ class MixServed(Callback):  # type: ignore[misc]
         if not self.due(state):
             return
         dataset = state.train_dataloader.dataset
-        schedule, samples = dataset.schedule, state.timestamp.sample.value
+        schedule, sizes, samples = dataset.schedule, dataset.sizes, state.timestamp.sample.value
         tick, earlier = (n // schedule.canonical_nodes for n in (samples, self.logged_at))
         lengths = np.array([dataset.sample_lengths.get(name, 0) for name in schedule.sources])
         totals, before = schedule.totals([tick, earlier])
@@ -40,7 +40,7 @@ class MixServed(Callback):  # type: ignore[misc]
                     f"mix/{name}/served": float(window[i] / window.sum()),
                     f"mix/{name}/served_so_far": float(tokens[i] / tokens.sum()),
                     f"mix/{name}/tokens": int(tokens[i]),
-                    f"mix/{name}/epochs": float(totals[i] / dataset.sizes[name]),
+                    f"mix/{name}/epochs": float(totals[i] / sizes[name]),
                 }
             )
         self.logged_at = samples
