@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from enum import StrEnum, auto
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,15 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Prepare and look at training data.")
 app.add_typer(data_app, name="data")
+checkpoint_app = typer.Typer(no_args_is_help=True, help="Turn checkpoints into other forms.")
+app.add_typer(checkpoint_app, name="checkpoint")
+
+
+class Precision(StrEnum):
+    """A dtype to write weights in."""
+
+    float32 = auto()
+    bfloat16 = auto()
 
 
 def main() -> None:
@@ -170,10 +180,25 @@ def train(
     run(loaded)
 
 
+@checkpoint_app.command("consolidate")
+def checkpoint_consolidate(
+    checkpoint: Annotated[Path, typer.Argument(help="A run's folder or a checkpoint.")],
+    out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
+    dtype: Annotated[Precision, typer.Option(help="Of the parameters.")] = Precision.float32,
+) -> None:
+    """Write the weights in CHECKPOINT to one safetensors file."""
+    import torch
+
+    from dbrx_train.checkpoint.weights import consolidate
+
+    size = consolidate(checkpoint, out, getattr(torch, dtype), lambda line: print(line, file=sys.stderr))
+    print(f"{out}: {size:,} bytes")
+
+
 @app.command()
 def generate(
     checkpoint: Annotated[
-        Path, typer.Argument(help="A run's folder, a checkpoint, or a Hugging Face folder.")
+        Path, typer.Argument(help="A run's folder, a checkpoint, its weights, or a Hugging Face folder.")
     ],
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 128,
@@ -184,7 +209,7 @@ def generate(
     """Continue PROMPT with the model in CHECKPOINT."""
     import torch
 
-    from dbrx_train.checkpoint.files import load_model
+    from dbrx_train.checkpoint.weights import load_model
     from dbrx_train.data.tokenizer import load_tokenizer
     from dbrx_train.model.generation import STOP_IDS
     from dbrx_train.model.generation import generate as continue_ids

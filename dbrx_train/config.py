@@ -41,7 +41,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 @contextmanager
-def _naming(prefix: str) -> Iterator[None]:
+def naming(prefix: str) -> Iterator[None]:
     """A ValueError of another room, with its key put in front."""
     try:
         yield
@@ -218,7 +218,7 @@ class ParallelismConfig:
         True,
     )
     timeout: float = _doc(
-        "seconds after which ranks give up waiting for each other; rank 0's writing of a checkpoint counts",
+        "seconds after which ranks give up waiting for each other; the writing of a checkpoint counts",
         1800.0,
     )
 
@@ -236,10 +236,27 @@ class ParallelismConfig:
 @dataclass
 class CheckpointsConfig:
     interval: str = _doc("how often to save; the end of the run always is", "1000ba")
-    keep: int = _doc("how many to keep, newest first", 2)
+    keep: int = _doc("how many to keep in the run's folder, newest first", 2)
+    asynchronous: bool = _doc(
+        "go on training while a checkpoint is written, from a copy in the host's memory", False
+    )
+    remote: str | None = _doc(
+        "object store to copy checkpoints to, such as `s3://bucket/run`; a run goes on from the newest in "
+        "either place; nothing is deleted there",
+        None,
+    )
 
     def check(self) -> None:
         _require(self.keep >= 1, f"checkpoints.keep: must be at least 1, not {self.keep}")
+
+
+@dataclass
+class InitFromConfig:
+    path: str | None = _doc(
+        "the weights to begin with: a run's folder, one of its checkpoints, or a file that "
+        "`checkpoint consolidate` wrote; all else begins anew",
+        None,
+    )
 
 
 @dataclass
@@ -288,6 +305,7 @@ class RunConfig:
     precision: str = _doc("`fp32`, or `amp_bf16` (float32 weights, bfloat16 matrix products)", "fp32")
     tokenizer: TokenizerConfig = _doc("the tokenizer that the data was prepared with", TokenizerConfig)
     optimization: OptimizationConfig = _doc("batches, optimizer and learning rate", OptimizationConfig)
+    init_from: InitFromConfig = _doc("where the first weights come from; default: drawn", InitFromConfig)
     parallelism: ParallelismConfig = _doc("how the model is spread over ranks", ParallelismConfig)
     checkpoints: CheckpointsConfig = _doc("when to save and what to keep", CheckpointsConfig)
     logging: LoggingConfig = _doc("what is shown and where it is kept", LoggingConfig)
@@ -339,7 +357,7 @@ class RunConfig:
         ):
             length = clock.tokens(attrgetter(key)(self), key)
             _require(length > 0 or key.endswith(("warmup", "decay")), f"{key}: must be longer than nothing")
-        with _naming("data."):
+        with naming("data."):
             self.mix_schedule().sample_lengths(clock)
         for stage in clock.stages:
             if stage.batch >= clock.total_batches:
@@ -361,18 +379,18 @@ class RunConfig:
         sizes.append(optimization.global_batch_size)
         clock = Clock.of(self.max_duration, seq_len=self.data.seq_len, global_batch_size=sizes[0])
         for i, (stage, size) in enumerate(zip(optimization.batch_size_warmup, sizes[1:], strict=True)):
-            with _naming(f"optimization.batch_size_warmup[{i}]."):
+            with naming(f"optimization.batch_size_warmup[{i}]."):
                 clock = clock.with_batch_size(stage.until, size)
         before = -1
         for i, point in enumerate(self.data.mix):
             if point.seq_len is not None:
-                with _naming("data."):
+                with naming("data."):
                     at = clock.tokens(point.at, f"mix[{i}].at")
                 _require(
                     at > before, f"data.mix[{i}].at: comes no later than a point before it that sets seq_len"
                 )
                 before = at
-                with _naming(f"data.mix[{i}]."):
+                with naming(f"data.mix[{i}]."):
                     clock = clock.with_seq_len(point.at, point.seq_len)
         return clock
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
@@ -54,6 +55,16 @@ def torchrun(ranks: int, *arguments: str) -> str:
     )
     assert done.returncode == 0, done.stderr[-9000:]
     return done.stdout
+
+
+def saved_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The whole model and optimizer state in a checkpoint, by name."""
+    from dbrx_train.checkpoint.tensors import Reader
+
+    reader = Reader(checkpoint)
+    found = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in reader.shapes.items()}
+    reader.read(found)
+    return {name: tensor for name, tensor in found.items() if not name.startswith("random.")}
 
 
 def write_corpus(folder: Path, seed: int, documents: int = 60) -> Path:

@@ -14,9 +14,9 @@ from typing import Any
 import mlflow
 import pytest
 import torch
-from conftest import free_port, run_yaml
+from conftest import free_port, run_yaml, saved_tensors
 
-from dbrx_train.checkpoint import files
+from dbrx_train.checkpoint import folder as folders
 from dbrx_train.config import ConfigError, load
 from dbrx_train.train.builder import run
 
@@ -27,10 +27,6 @@ DBRX_TRAIN = str(Path(sys.executable).parent / "dbrx-train")
 def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    return dict(files.read(path)["state"]["model"])
 
 
 def command(*args: str, cwd: Path, **kwargs: Any) -> subprocess.CompletedProcess[str]:
@@ -98,20 +94,21 @@ def test_a_run_learns_and_logs_what_it_did(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw", "lionw"])
+@pytest.mark.parametrize(("optimizer", "jitter"), [("adamw", 0.0), ("lionw", 0.2)])
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
-    workplace: Path, in_tmp: Path, optimizer: str
+    workplace: Path, in_tmp: Path, optimizer: str, jitter: float
 ) -> None:
-    options = [f"optimization.optimizer.name={optimizer}", "evaluation.max_samples=0"]
+    options = [f"optimization.optimizer.name={optimizer}", f"model.router_jitter={jitter}"]
+    options += ["evaluation.interval=2ba", "evaluation.max_samples=2"]
     straight = load(run_yaml(workplace, in_tmp, f"straight-{optimizer}"), options)
     run(straight)
     broken = load(run_yaml(workplace, in_tmp, f"broken-{optimizer}"), options)
     run(broken)
     folder = Path(broken.folder) / "checkpoints"
-    for late in ("ba8.pt", "ba6.pt"):
-        (folder / late).unlink()
+    for late in ("ba8", "ba6"):
+        folders.remove(folder / late)
     run(broken)  # from ba4
-    a, b = (weights(Path(c.folder) / "checkpoints" / "ba8.pt") for c in (straight, broken))
+    a, b = (saved_tensors(Path(c.folder) / "checkpoints" / "ba8") for c in (straight, broken))
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
@@ -123,7 +120,7 @@ def test_a_larger_max_duration_continues(workplace: Path, in_tmp: Path) -> None:
     fixed = ["data.mix=[{at: 0tok, weights: {web: 1, code: 1}}]", "evaluation.max_samples=0"]
     run(load(path, fixed))
     run(load(path, [*fixed, "max_duration=10ba"]))
-    assert files.saved(in_tmp / "longer" / "checkpoints")[0].name == "ba10.pt"
+    assert folders.saved(in_tmp / "longer" / "checkpoints")[0].name == "ba10"
     client, found = mlflow_run(workplace, "longer")
     steps = [m.step for m in client.get_metric_history(found.info.run_id, "loss/train/total")]
     assert steps == list(range(10))
@@ -153,7 +150,7 @@ def test_two_ranks_train_what_one_does_and_one_goes_on_from_there(
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("mlflow ui") == 1, "rank 0 alone speaks"
     names = (f"one-{launcher}", f"two-{launcher}")
-    one, two = (weights(in_tmp / name / "checkpoints" / "ba8.pt") for name in names)
+    one, two = (saved_tensors(in_tmp / name / "checkpoints" / "ba8") for name in names)
     assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
@@ -167,10 +164,10 @@ def test_two_ranks_train_what_one_does_and_one_goes_on_from_there(
 
     # And one rank goes on, amid the ramp, from where two had come.
     folder = in_tmp / names[1] / "checkpoints"
-    for late in ("ba8.pt", "ba6.pt"):
-        (folder / late).unlink()
+    for late in ("ba8", "ba6"):
+        folders.remove(folder / late)
     run(load(path))
-    for name, weight in weights(folder / "ba8.pt").items():
+    for name, weight in saved_tensors(folder / "ba8").items():
         torch.testing.assert_close(weight, one[name], rtol=1e-4, atol=1e-5)
 
 
@@ -187,13 +184,13 @@ def test_interrupted_at_the_keyboard_it_loses_nothing_saved(workplace: Path, in_
     )
     folder = in_tmp / "stopped" / "checkpoints"
     deadline = time.monotonic() + 120
-    while not files.saved(folder) and time.monotonic() < deadline:
+    while not folders.saved(folder) and time.monotonic() < deadline:
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors
-    assert files.read(files.saved(folder)[0])
+    assert folders.read(folders.saved(folder)[0])
     _, found = mlflow_run(workplace, "stopped")
     assert found.info.status == "KILLED"
 
@@ -204,21 +201,22 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
 ) -> None:
     config = load(run_yaml(workplace, in_tmp, "damaged"), ["evaluation.max_samples=0"])
     run(config)
-    newest = Path(config.folder) / "checkpoints" / "ba8.pt"
-    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    newest = Path(config.folder) / "checkpoints" / "ba8"
+    part = newest / "__0_0.distcp"
+    part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
     capsys.readouterr()
     run(config)
-    assert f"passed over {newest}" in capsys.readouterr().out
-    assert files.read(newest)
+    assert f"passed over {newest}: not a whole checkpoint (__0_0.distcp has " in capsys.readouterr().out
+    assert folders.read(newest)
 
 
 @pytest.mark.slow
 def test_a_checkpoint_of_another_shape_is_refused(workplace: Path, in_tmp: Path) -> None:
     path = run_yaml(workplace, in_tmp, "shape")
     run(load(path, ["max_duration=2ba", "evaluation.max_samples=0"]))
-    with pytest.raises(ConfigError, match=r"model.n_layers: 3 here, but .*ba2.pt was saved with 2"):
+    with pytest.raises(ConfigError, match=r"model.n_layers: 3 here, but .*ba2 was saved with 2"):
         run(load(path, ["model.n_layers=3"]))
-    assert files.read(in_tmp / "shape" / "checkpoints" / "ba2.pt")
+    assert folders.read(in_tmp / "shape" / "checkpoints" / "ba2")
 
 
 @pytest.mark.slow
@@ -304,7 +302,7 @@ finally:
 
 
 @pytest.mark.slow
-def test_a_damaged_file_that_claims_to_be_newer_is_never_kept_in_place_of_a_good_one(
+def test_a_damaged_checkpoint_that_claims_to_be_newer_is_never_kept_in_place_of_a_good_one(
     workplace: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = run_yaml(workplace, in_tmp, "prune")
@@ -312,12 +310,14 @@ def test_a_damaged_file_that_claims_to_be_newer_is_never_kept_in_place_of_a_good
     fixed += ["checkpoints.keep=1", "checkpoints.interval=1ba"]
     run(load(path, [*fixed, "max_duration=2ba", "checkpoints.keep=2"]))
     folder = in_tmp / "prune" / "checkpoints"
-    (folder / "ba9.pt").write_bytes(b"damaged")
-    (folder / "ba8.partial").write_bytes(b"torn")
+    (folder / "ba9").mkdir()
+    (folder / "ba9" / folders.MARK).write_text("damaged")
+    for torn in ("ba8", "ba7.partial", "ba6.fetched"):
+        (folder / torn).mkdir()
     run(load(path, [*fixed, "max_duration=4ba"]))
-    assert sorted(p.name for p in folder.iterdir()) == ["ba4.pt", "ba9.pt"]
-    assert f"checkpoint: {folder}/ba4.pt" in capsys.readouterr().out
-    assert files.read(folder / "ba4.pt")
+    assert sorted(p.name for p in folder.iterdir()) == ["ba4", "ba9"]
+    assert f"checkpoint: {folder}/ba4" in capsys.readouterr().out
+    assert folders.read(folder / "ba4")
 
 
 @pytest.mark.slow
@@ -344,10 +344,10 @@ def test_a_disk_that_takes_no_more_is_one_line_and_loses_nothing_saved(workplace
     done = subprocess.run(["bash", "-c", limited], cwd=in_tmp, capture_output=True, text=True, timeout=300)
     folder = in_tmp / "full" / "checkpoints"
     assert done.returncode == 2, done.stderr
-    assert done.stderr.strip().splitlines()[-1] == f"dbrx-train: {folder}/ba4.pt: File too large"
+    assert done.stderr.strip().splitlines()[-1] == f"dbrx-train: {folder}/ba4: File too large"
     assert "Traceback" not in done.stderr
-    assert [p.name for p in folder.iterdir()] == ["ba2.pt"]
-    assert files.read(folder / "ba2.pt")
+    assert [p.name for p in folder.iterdir()] == ["ba2"]
+    assert folders.read(folder / "ba2")
 
 
 def test_the_mix_can_be_looked_at_before_training(workplace: Path, in_tmp: Path) -> None:

@@ -14,9 +14,9 @@ from typing import Any
 import mlflow
 import pytest
 import torch
-from conftest import torchrun, write_corpus
+from conftest import saved_tensors, torchrun, write_corpus
 
-from dbrx_train.checkpoint import files
+from dbrx_train.checkpoint import folder as folders
 from dbrx_train.config import RunConfig, load
 from dbrx_train.train.builder import run
 from dbrx_train.train.composer_model import ComposerDbrx
@@ -73,14 +73,14 @@ def train(path: Path, ranks: int, jobs: list[dict[str, Any]]) -> None:
 
 def served(path: Path, name: str, ranks: int) -> dict[int, list[list[int]]]:
     """Step -> (source, sample) of its global batch, in order."""
-    parts = [json.loads((path.parent / f"{name}.{rank}.json").read_text()) for rank in range(ranks)]
+    files = [path.parent / f"{name}.{rank}.json" for rank in range(ranks)]
+    parts = [json.loads(file.read_text())["samples"] for file in files]
     assert all(part.keys() == parts[0].keys() for part in parts)
     return {int(step): [pair for part in parts for pair in part[step]] for step in parts[0]}
 
 
 def final_weights(path: Path, name: str) -> dict[str, torch.Tensor]:
-    content = files.read(path.parent / name / "checkpoints" / f"ba{STEPS}.pt")
-    return dict(content["state"]["model"])
+    return saved_tensors(path.parent / name / "checkpoints" / f"ba{STEPS}")
 
 
 def epoch_ends(config: RunConfig) -> int:
@@ -118,7 +118,7 @@ def test_every_stop_and_world_goes_on_with_the_samples_of_the_uninterrupted_run(
         jobs = [
             {
                 "name": f"on{ranks}x{workers}from{stop}",
-                "resume": str(recorded.parent / came_from / "checkpoints" / f"ba{stop}.pt"),
+                "resume": str(recorded.parent / came_from / "checkpoints" / f"ba{stop}"),
                 "options": [f"data.num_workers={workers}", *mesh],
             }
             for stop in stops
@@ -155,9 +155,9 @@ def test_what_a_run_logs_follows_its_steps(recorded: Path, monkeypatch: pytest.M
     assert shapes[:12] == [(2, 32)] * 4 + [(1, 64)] * 8
     # Microbatches of 64 tokens: two or one samples.
     assert shapes[12:-12] == [(2, 32)] * (4 * 2 + 14 * 4) + [(1, 64)] * 4 * 4
-    state = files.read(recorded.parent / name / "checkpoints" / f"ba{STEPS}.pt")["state"]
+    end = folders.read(recorded.parent / name / "checkpoints" / f"ba{STEPS}")
     seen = 4 * 4 * 32 + 18 * 8 * 32
-    assert config.clock.total_tokens == seen == state["timestamp"]["Timestamp"]["token"]
+    assert config.clock.total_tokens == seen == end.tokens
     client = mlflow.MlflowClient(f"sqlite:///{recorded.parent}/mlruns.db")
     experiment = client.get_experiment_by_name("dbrx-train")
     assert experiment is not None
@@ -186,11 +186,11 @@ def test_after_sigkill_the_same_command_trains_on_the_same_samples(recorded: Pat
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     folder = recorded.parent / name / "checkpoints"
     deadline = time.monotonic() + 120
-    while not files.saved(folder) and time.monotonic() < deadline:
+    while not folders.saved(folder) and time.monotonic() < deadline:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(timeout=30)
-    first = files.tokens_done(files.read(files.saved(folder)[0]))
+    first = folders.read(folders.saved(folder)[0]).tokens
     assert 0 < first < load(recorded).clock.total_tokens
     subprocess.run(command, env=environment, check=True, timeout=200)
     straight = [f"run_name={name}-not", f"folder={recorded.parent}/{name}-not"]

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from composer import Trainer
 from composer.callbacks import MemoryMonitor, SpeedMonitor
-from composer.utils import dist
+from composer.utils import dist, maybe_create_object_store_from_uri, parse_uri
 
-from dbrx_train.checkpoint import files
-from dbrx_train.config import ConfigError, RunConfig, first_line, flatten, to_dict, to_yaml
+from dbrx_train.checkpoint import folder as folders
+from dbrx_train.checkpoint.folder import Checkpoint
+from dbrx_train.checkpoint.remote import Remote
+from dbrx_train.checkpoint.tensors import Reader
+from dbrx_train.checkpoint.weights import open_weights
+from dbrx_train.config import ConfigError, RunConfig, first_line, flatten, naming, to_dict, to_yaml
 from dbrx_train.data.tokenizer import Tokenizer, load_tokenizer
 from dbrx_train.model.decoder import Dbrx
 from dbrx_train.parallel import MeshShape, parallelize
@@ -29,10 +35,11 @@ from dbrx_train.train.composer_model import ComposerDbrx
 from dbrx_train.train.loaders import check_sources, evaluators, samples_of, train_data, train_dataset
 from dbrx_train.train.mlflow_store import STORE_ERRORS, MLflowStore
 from dbrx_train.train.optimizers import build_optimizer
+from dbrx_train.train.state import model_of, restore
 from dbrx_train.train.throughput import peak_flops
 
-# What a checkpoint's tensors depend on; other keys may change when a run goes on.
-_FIXED = (
+# What the weights' shapes depend on, and the optimizer's state beside them.
+_FIXED_WEIGHTS = (
     "model.d_model",
     "model.n_layers",
     "model.n_heads",
@@ -40,8 +47,8 @@ _FIXED = (
     "model.vocab_size",
     "model.ffn_hidden_size",
     "model.num_experts",
-    "optimization.optimizer.name",
 )
+_FIXED = (*_FIXED_WEIGHTS, "optimization.optimizer.name")
 
 
 def run(config: RunConfig) -> None:
@@ -54,21 +61,35 @@ def run(config: RunConfig) -> None:
     check_world(config, dist.get_world_size())
     tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.vocab_file)
     check_sources(config, tokenizer)
-    found = files.newest(checkpoint_folder(config), _say)
+    environment.join_ranks(device, config.parallelism.timeout)
+    remote = open_remote(config)
+    found = _newest(config, remote)
+    weights = None
     if found:
-        _check_same_model(config, *found)
-        if files.tokens_done(found[1]) >= config.clock.total_tokens:
-            _say(f"{config.run_name} is done: {found[0]} holds its end. A larger max_duration= continues it.")
+        _check_same(
+            _FIXED, config, found.folder, found.config, "; give the run another run_name= to start afresh"
+        )
+        if found.tokens >= config.clock.total_tokens:
+            end = f"{found.folder} holds its end"
+            _say(f"{config.run_name} is done: {end}. A larger max_duration= continues it.")
             return
-    _check_mix(config, found[1] if found else None)
+    elif config.init_from.path is not None:
+        with naming("init_from.path: "):
+            weights = open_weights(Path(config.init_from.path), _say)
+        _check_same(_FIXED_WEIGHTS, config, Path(config.init_from.path), weights.config)
+    _check_mix(config, found)
     checkpoint_folder(config).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=config.folder):
         pass  # a read-only or full disk is found out here
-    environment.join_ranks(device, config.parallelism.timeout)
     store = _open_store(config, resume=found is not None)
     peak, origin = peak_flops(device, config.precision, config.logging.peak_flops)
-    trainer = build_trainer(config, tokenizer, device, store, peak, found[0] if found else None)
+    trainer = build_trainer(config, tokenizer, device, store, peak, remote)
     try:
+        if found:
+            _say(f"{config.run_name} goes on from {found.folder}, after {found.tokens:,} tokens")
+            resume(trainer, found, remote)
+        elif weights:
+            weights.read(model_of(trainer.state).state_dict())
         _record(config, store, f"{peak:.4g} FLOP/s, {origin}")
         if config.evaluation.at_start and found is None and trainer.state.evaluators:
             trainer.eval()
@@ -80,7 +101,7 @@ def run(config: RunConfig) -> None:
         stopped = isinstance(error, KeyboardInterrupt | SystemExit)
         store.end_status = "KILLED" if stopped else "FAILED"
         if stopped:
-            newest = next(iter(files.saved(checkpoint_folder(config))), None)
+            newest = next(iter(folders.saved(checkpoint_folder(config))), None)
             _say(f"stopped; the same command goes on from {newest or 'the beginning: nothing was saved yet'}")
         raise
     finally:
@@ -93,9 +114,9 @@ def build_trainer(
     device: str,
     store: MLflowStore,
     peak_flops: float,
-    resume_from: Path | None,
+    remote: Remote | None = None,
 ) -> Trainer:
-    """The Trainer of a run; ``resume_from`` is loaded into it. ``peak_flops``: of one device, for MFU."""
+    """The Trainer of a run at its beginning. ``peak_flops``: of one device, for MFU."""
     on_cpu = device == "cpu"
     model = ComposerDbrx(build_model(config, device), cpu_autocast=on_cpu and config.precision == "amp_bf16")
     clock, optimization = config.clock, config.optimization
@@ -118,31 +139,37 @@ def build_trainer(
             clock.interval(config.checkpoints.interval),
             config.checkpoints.keep,
             to_dict(config),
+            asynchronous=config.checkpoints.asynchronous,
+            remote=remote,
         ),
     ]
-    optimizer = build_optimizer(model.model, optimization.optimizer)
-    options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    trainer = Trainer(
+    return Trainer(
         model=model,
         train_dataloader=train_data(config, tokenizer),
         eval_dataloader=evaluators(config, tokenizer),
         max_duration=f"{clock.total_tokens}tok",
-        optimizers=optimizer,
+        optimizers=build_optimizer(model.model, optimization.optimizer),
         callbacks=callbacks,
         loggers=[store],
         run_name=config.run_name,
         progress_bar=False,
-        load_path=str(resume_from) if resume_from else None,
         device=device,
         precision="fp32" if on_cpu else config.precision,
         device_train_microbatch_size=optimization.microbatch_size or whole,
         accumulate_train_batch_on_tokens=True,
         seed=config.seed,
     )
-    # Loading brought back the old learning rate, decay and betas: the run's configuration decides.
-    for group, now in zip(optimizer.param_groups, options, strict=True):
-        group.update(now)
-    return trainer
+
+
+def resume(trainer: Trainer, checkpoint: Checkpoint, remote: Remote | None = None) -> None:
+    """Put a new Trainer where ``checkpoint`` was saved; files that are not there come from ``remote``."""
+
+    def fetch(name: str) -> None:
+        if remote is not None:
+            remote.fetch(checkpoint.folder, name)
+
+    (saver,) = (callback for callback in trainer.state.callbacks if isinstance(callback, Checkpoints))
+    saver.drawn = restore(trainer, checkpoint, Reader(checkpoint.folder, fetch))
 
 
 def build_model(config: RunConfig, device: str) -> Dbrx:
@@ -218,17 +245,58 @@ def checkpoint_folder(config: RunConfig) -> Path:
     return Path(config.folder) / "checkpoints"
 
 
-def _check_same_model(config: RunConfig, path: Path, content: dict[str, Any]) -> None:
-    saved, now = dict(flatten(files.run_config(content))), dict(flatten(to_dict(config)))
-    for key in _FIXED:
-        if now[key] != saved.get(key):
-            raise ConfigError(
-                f"{key}: {now[key]} here, but {path} was saved with {saved.get(key)}; "
-                f"give the run another run_name= to start afresh"
-            )
+def open_remote(config: RunConfig) -> Remote | None:
+    """Where checkpoints are copied to.
+
+    Raises:
+        ConfigError: there is no such store.
+    """
+    uri = config.checkpoints.remote
+    if uri is None:
+        return None
+    with _store_errors(uri):
+        store, (*_, prefix) = maybe_create_object_store_from_uri(uri), parse_uri(uri)
+    if store is None:
+        raise ConfigError(f"checkpoints.remote: {uri} is no URL of an object store, such as s3://bucket/run")
+    return Remote(store, prefix)
 
 
-def _check_mix(config: RunConfig, saved: dict[str, Any] | None) -> None:
+@contextmanager
+def _store_errors(uri: str | None) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # every kind of store has its own
+        raise ConfigError(f"checkpoints.remote: {uri} cannot be used ({first_line(error)})") from None
+
+
+def _newest(config: RunConfig, remote: Remote | None) -> Checkpoint | None:
+    """The checkpoint to go on from, the same on every rank: rank 0 looks."""
+    found: list[Checkpoint | ConfigError | None] = [None]
+    if dist.get_global_rank() == 0:
+        root = checkpoint_folder(config)
+        candidates = [folders.newest(root, _say)]
+        try:
+            with _store_errors(config.checkpoints.remote):
+                candidates += [remote.newest(root)] if remote else []
+            found = [max(filter(None, candidates), key=lambda c: c.step, default=None)]
+        except ConfigError as error:
+            found = [error]
+    dist.broadcast_object_list(found)
+    if isinstance(found[0], ConfigError):
+        raise found[0]
+    return found[0]
+
+
+def _check_same(
+    keys: Sequence[str], config: RunConfig, path: Path, saved: dict[str, Any], advice: str = ""
+) -> None:
+    was, now = dict(flatten(saved)), dict(flatten(to_dict(config)))
+    for key in keys:
+        if now[key] != was.get(key):
+            raise ConfigError(f"{key}: {now[key]} here, but {path} was saved with {was.get(key)}{advice}")
+
+
+def _check_mix(config: RunConfig, saved: Checkpoint | None) -> None:
     """What only the data and the saved run can tell, before anything is touched.
 
     Raises:
@@ -236,7 +304,7 @@ def _check_mix(config: RunConfig, saved: dict[str, Any] | None) -> None:
     """
     dataset = train_dataset(config)
     if saved:
-        dataset.load_state_dict(saved["state"]["dataset_state"]["train"])
+        dataset.load_state_dict(saved.facts["data"])
     config.check_repetition(dataset.schedule, dataset.sizes)
 
 
@@ -288,7 +356,7 @@ def _report(config: RunConfig, store: MLflowStore, batch: int) -> None:
             _say(f"held-out {source}: loss {before}{last:.3f} after {_tokens(config, step)}")
     except STORE_ERRORS as error:
         _say(f"no picture of the run: MLflow cannot be read ({first_line(error)})")
-    _say(f"checkpoint: {checkpoint_folder(config)}/ba{batch}.pt")
+    _say(f"checkpoint: {checkpoint_folder(config)}/ba{batch}")
     uri = config.logging.mlflow_uri
     page = f"#/experiments/{store.experiment_id}/runs/{store.run_id}"
     if uri.startswith(("http://", "https://")):

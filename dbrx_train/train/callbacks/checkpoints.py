@@ -2,76 +2,151 @@
 
 from __future__ import annotations
 
-import os
+import shutil
+import time
+import warnings
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from composer import Callback, Event, Logger, State
 from composer.utils import dist
-from composer.utils.checkpoint import save_checkpoint
 from composer.utils.misc import create_interval_scheduler
+from torch import Tensor
+from torch.distributed import ProcessGroup, all_gather_object, new_group
 
-from dbrx_train.checkpoint.files import saved
+from dbrx_train.checkpoint import folder as folders
+from dbrx_train.checkpoint.remote import Remote
+from dbrx_train.checkpoint.tensors import staged, write
+from dbrx_train.config import first_line
+from dbrx_train.train.state import facts, restore_random, tensors
 
 
 class Checkpoints(Callback):  # type: ignore[misc]
-    """Writes ``ba{batch}.pt`` under another name first and renames it when it is whole.
+    """Writes every rank's part to a folder ``ba{batch}.partial``, which is renamed when it is whole.
 
     Args:
-        folder: where to; made if need be.
+        root: where to; made if need be.
         interval: between saves, a Composer time string; the end of the run is saved too.
-        keep: how many stay, the newest.
-        config: kept inside each checkpoint, so that one file is enough to rebuild the model.
+        keep: how many stay in ``root``, the newest.
+        config: kept inside each checkpoint, so that it is enough to rebuild the model.
+        asynchronous: go on training while a copy in the host's memory is written.
+        remote: where every checkpoint is copied to as well; nothing is deleted there.
     """
 
-    def __init__(self, folder: Path, interval: str, keep: int, config: dict[str, Any]) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        root: Path,
+        interval: str,
+        keep: int,
+        config: dict[str, Any],
+        *,
+        asynchronous: bool = False,
+        remote: Remote | None = None,
+    ) -> None:
+        self.root, self.keep, self.config, self.remote = root, keep, config, remote
         self.due = create_interval_scheduler(interval)
-        self.keep = keep
-        self.config = config
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"config": self.config}
+        self.writer = ThreadPoolExecutor(1, "checkpoints") if asynchronous else None
+        self.pending: Future[None] | None = None
+        self.group: ProcessGroup | None = None
+        self.drawn: Tensor | None = None
+        """This rank's random states, if the run is resumed."""
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        if dist.get_global_rank() == 0:
-            for torn in self.folder.glob("ba*.partial"):
-                torn.unlink()
+        warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # torch's own use of it in saving
+        if dist.get_world_size() > 1:
+            self.group = new_group(backend="gloo")  # apart from training's, for a thread may use it
+        self._gather(None)  # other ranks have read what they go on from
+        if dist.get_local_rank() == 0:
+            folders.remove_torn(self.root)
+        self._gather(None)  # and none has begun to save
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        # Not earlier: making the loader's iterator draws a number.
+        if self.drawn is not None:
+            restore_random(self.drawn)
+            self.drawn = None
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        if self.pending is not None and self.pending.done():
+            self.wait()
         if self.due(state, Event.BATCH_CHECKPOINT):
+            begin = time.monotonic()
             self.save(state)
+            logger.log_metrics({"checkpoints/stall_seconds": time.monotonic() - begin})
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        self.wait()
+
+    def close(self, state: State, logger: Logger) -> None:
+        if self.writer is not None:
+            self.writer.shutdown()
+
+    def wait(self) -> None:
+        """Until what is being written is whole; raises what went wrong."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            pending.result()
 
     def save(self, state: State) -> None:
-        path = self.folder / f"ba{state.timestamp.batch.value}.pt"
-        partial = path.with_suffix(".partial")
+        self.wait()
+        mark = facts(state) | {"ranks": dist.get_world_size(), "config": self.config}
+        partial = folders.step_folder(self.root, state.timestamp.batch.value).with_suffix(".partial")
+        if self.writer is None:
+            self._write(partial, tensors(state), mark)
+        else:
+            self.pending = self.writer.submit(self._write, partial, staged(partial, tensors(state)), mark)
+
+    def _write(self, partial: Path, content: dict[str, Tensor], mark: dict[str, Any]) -> None:
+        path = partial.with_suffix("")
         try:
-            save_checkpoint(state, str(partial))
-            if dist.get_global_rank() == 0:
-                with open(partial, "rb") as file:
-                    os.fsync(file.fileno())
-                partial.replace(path)
-        except (RuntimeError, OSError) as error:
-            partial.unlink(missing_ok=True)
-            cause = _disk_error(error)
-            if cause is None:
-                raise
-            raise OSError(cause.errno, cause.strerror, str(path)) from error
+            sizes = write(partial, content, self.group)
+        except OSError as error:
+            if dist.get_local_rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        trouble = self._upload(partial, sizes)
         if dist.get_global_rank() == 0:
-            self._prune(path)
-        dist.barrier()
+            sizes[".metadata"] = (partial / ".metadata").stat().st_size
+            self._keep(partial, mark | {"files": sizes})
+        troubles = [f"rank {rank}: {text}" for rank, text in enumerate(self._gather(trouble)) if text]
+        if dist.get_local_rank() == 0:
+            with suppress(FileNotFoundError):  # the hosts share the folder, and rank 0 has kept it
+                self._keep(partial, mark | {"files": sizes})
+        if troubles:
+            raise RuntimeError(f"{path} is whole, but cannot be copied to checkpoints.remote ({troubles[0]})")
+        if self.remote is not None and dist.get_global_rank() == 0:
+            self.remote.upload(path, [folders.MARK])
 
-    def _prune(self, path: Path) -> None:
-        # Files that claim to be newer are damaged ones, passed over on resuming: they do not count as kept.
-        found = saved(self.folder)
+    def _upload(self, partial: Path, names: Iterable[str]) -> str | None:
+        """Copy this rank's files to the object store; returns what went wrong."""
+        if self.remote is None:
+            return None
+        rank = dist.get_global_rank()
+        mine = [name for name in names if name.startswith(f"__{rank}_")]
+        try:
+            self.remote.upload(partial, [".metadata", *mine] if rank == 0 else mine)
+        except Exception as error:  # every kind of store has its own
+            return first_line(error)
+        return None
+
+    def _keep(self, partial: Path, mark: dict[str, Any]) -> None:
+        """Make what was written a checkpoint, and prune older ones."""
+        path = partial.with_suffix("")
+        folders.mark(partial, mark)
+        if path.exists():
+            folders.remove(path)
+        partial.rename(path)
+        # Folders that claim to be newer are damaged ones, passed over on resuming: they do not count as kept.
+        found = folders.saved(self.root)
         for old in found[found.index(path) + self.keep :]:
-            old.unlink()
+            folders.remove(old)
 
-
-def _disk_error(error: BaseException | None) -> OSError | None:
-    """The OSError behind torch's report of a failed write, which names no cause itself."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno is not None:
-            return error
-        error = error.__cause__ or error.__context__
-    return None
+    def _gather(self, mine: str | None) -> list[str | None]:
+        """What each rank says, once all have said it."""
+        said = [mine] * dist.get_world_size()
+        if self.group is not None:
+            all_gather_object(said, mine, self.group)
+        return said

@@ -1,0 +1,128 @@
+"""A checkpoint is a folder; it counts once its mark is there, which is written last.
+
+ba1000/
+    checkpoint.json   the mark: step, configuration, position in the data, every file with its size
+    .metadata         which part of which tensor lies where (torch.distributed.checkpoint)
+    __0_0.distcp ...  what each rank wrote
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dbrx_train.config import first_line
+
+__all__ = ["MARK", "Checkpoint", "mark", "newest", "read", "remove", "remove_torn", "saved", "step_folder"]
+
+MARK = "checkpoint.json"
+_STEP = re.compile(r"ba(\d+)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint."""
+
+    folder: Path
+    facts: dict[str, Any]
+    """What its mark says: plain values."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration of the run that saved it."""
+        config: dict[str, Any] = self.facts["config"]
+        return config
+
+    @property
+    def step(self) -> int:
+        return int(self.facts["time"]["batch"])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the run had seen."""
+        return int(self.facts["time"]["token"])
+
+
+def step_folder(root: Path, step: int) -> Path:
+    return root / f"ba{step}"
+
+
+def step_of(name: str) -> int | None:
+    """The step of a checkpoint by its folder's name; None for any other name."""
+    found = _STEP.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+def saved(root: Path) -> list[Path]:
+    """The marked checkpoints in ``root``, newest first."""
+    steps = [(step, path.parent) for path in root.glob(f"*/{MARK}") if (step := step_of(path.parent.name))]
+    return [path for _, path in sorted(steps, reverse=True)]
+
+
+def newest(root: Path, passed_over: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that is whole; ``passed_over`` hears of newer ones that are not."""
+    for path in saved(root):
+        try:
+            return read(path)
+        except ValueError as error:
+            passed_over(f"passed over {error}")
+    return None
+
+
+def read(path: Path) -> Checkpoint:
+    """The checkpoint in a folder.
+
+    Raises:
+        ValueError: it is none, or not whole: a file is missing or has another size than was written.
+    """
+    checkpoint = Checkpoint(path, parse(path))
+    for name, size in checkpoint.facts["files"].items():
+        file = path / name
+        if not file.exists():
+            raise ValueError(f"{path}: not a whole checkpoint ({name} is missing)")
+        if file.stat().st_size != size:
+            raise ValueError(
+                f"{path}: not a whole checkpoint ({name} has {file.stat().st_size:,} bytes, not {size:,})"
+            )
+    return checkpoint
+
+
+def parse(path: Path) -> dict[str, Any]:
+    """What the mark in a folder says; raises ValueError if it cannot be read."""
+    try:
+        facts = json.loads((path / MARK).read_text(encoding="utf-8"))
+        if {"config", "data", "files", "time"} <= facts.keys():
+            return dict(facts)
+        raise ValueError(f"{MARK} lacks entries")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: not a whole checkpoint ({first_line(error)})") from None
+
+
+def mark(folder: Path, facts: dict[str, Any]) -> None:
+    """Make the files in ``folder`` a checkpoint, at once and for good."""
+    unfinished = folder / f"{MARK}.partial"
+    with unfinished.open("w", encoding="utf-8") as file:
+        json.dump(facts, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(folder / MARK)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint; if that is interrupted, what is left no longer counts as one."""
+    (folder / MARK).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def remove_torn(root: Path) -> None:
+    """Delete what is left of saves that were interrupted, and of what was fetched from elsewhere."""
+    for folder in root.glob("ba*"):
+        whole = step_of(folder.name) is not None and (folder / MARK).exists()
+        if step_of(folder.stem) is not None and folder.is_dir() and not whole:
+            shutil.rmtree(folder, ignore_errors=True)  # other hosts may be at it too

@@ -1,0 +1,172 @@
+"""The tensors of a checkpoint: each rank writes and reads its own parts, whatever mesh they come from.
+
+Through torch.distributed.checkpoint, which knows a DTensor's place in the whole. Names are
+``model.PARAMETER``, ``optimizer.PARAMETER.STATE`` and ``random.RANK``.
+"""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+__all__ = ["Reader", "model_tensors", "optimizer_tensors", "staged", "write"]
+
+# All that a metadata file is made of. Anything else in one is not ours, and is not run.
+_METADATA_TYPES = {
+    "torch.distributed.checkpoint.metadata": (
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch": ("Size", "float32", "bfloat16", "float16", "float64", "int64", "int32", "uint8", "bool"),
+    "torch.serialization": ("_get_layout",),
+    "pathlib": ("PosixPath", "WindowsPath", "PurePosixPath"),
+    "collections": ("OrderedDict",),
+}
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, not copied."""
+    return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state for each parameter of the model, not copied; made first if there is none yet."""
+    if not optimizer.state:
+        _make_state(optimizer)
+    return {
+        f"optimizer.{name}.{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def _make_state(optimizer: torch.optim.Optimizer) -> None:
+    """A step of length 0, after which the state has its tensors and the parameters are what they were."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def write(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> dict[str, int]:
+    """Write the ranks' tensors; returns the files with their sizes in bytes, the same on every rank.
+
+    ``group``: of all ranks, None for the default one.
+
+    Raises:
+        OSError: a rank cannot write.
+    """
+    try:
+        metadata = save(tensors, storage_writer=_Writer(folder), process_group=group)
+    except CheckpointException as error:
+        for cause, _ in error.failures.values():
+            if isinstance(cause, OSError):
+                raise OSError(cause.errno, cause.strerror, str(folder)) from error
+        raise
+    assert isinstance(metadata, Metadata)
+    assert metadata.storage_data is not None
+    sizes: dict[str, int] = {}
+    for part in metadata.storage_data.values():
+        sizes[part.relative_path] = max(sizes.get(part.relative_path, 0), part.offset + part.length)
+    return sizes
+
+
+def staged(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of the tensors in the host's memory, which training no longer changes."""
+    copies: dict[str, Tensor] = FileSystemWriter(folder).stage(tensors)
+    return copies
+
+
+class _Writer(FileSystemWriter):
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            # torch's report of a failed write. What led to it would not survive the way to the other ranks.
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            raise cause or error from None
+
+
+class Reader(FileSystemReader):
+    """Reads parts of the tensors in a checkpoint, without running code that may be in it.
+
+    ``fetch`` is asked for each file, by its name, before it is opened.
+    """
+
+    def __init__(self, folder: Path, fetch: Callable[[str], None] = lambda name: None) -> None:
+        super().__init__(folder)
+        self._folder, self._fetch = folder, fetch
+        self._metadata: Metadata | None = None
+
+    def read_metadata(self) -> Metadata:
+        """Raises ValueError if the metadata file is not what ``write`` left."""
+        if self._metadata is None:
+            self._fetch(".metadata")
+            try:
+                with (self._folder / ".metadata").open("rb") as file:
+                    self._metadata = _PlainUnpickler(file).load()
+            except (OSError, pickle.UnpicklingError, EOFError, AttributeError) as error:
+                raise ValueError(f"{self._folder}: its metadata cannot be read ({error})") from None
+        assert self._metadata is not None
+        return self._metadata
+
+    @property
+    def shapes(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """Every tensor's whole shape and dtype, by name."""
+        found = self.read_metadata().state_dict_metadata
+        return {name: (meta.size, meta.properties.dtype) for name, meta in found.items()}  # type: ignore[union-attr]
+
+    def read(self, tensors: dict[str, Tensor]) -> None:
+        """Fill ``tensors`` (whole ones, or this rank's parts of DTensors), which keep their dtype.
+
+        Raises:
+            ValueError: one is missing or has another shape.
+        """
+        for name, tensor in tensors.items():
+            if name not in self.shapes:
+                raise ValueError(f"{self._folder}: has no tensor {name}")
+            if self.shapes[name][0] != tensor.shape:
+                shape = tuple(self.shapes[name][0])
+                raise ValueError(f"{self._folder}: {name} has shape {shape}, not {tuple(tensor.shape)}")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each rank reads for itself
+            load(tensors, storage_reader=self, no_dist=True)
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Any:
+        for name in {self.storage_data[item.storage_index].relative_path for item in plan.items}:
+            self._fetch(name)
+        return super().read_data(plan, planner)
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _METADATA_TYPES.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in it")

@@ -1,0 +1,99 @@
+"""What of a Trainer a checkpoint holds, and how it is put back.
+
+Composer's own loading knows one file or its own sharding; ours takes any mesh to any other. The Trainer needs
+its time and its data set's position, and nothing else of Composer's state: seed and durations come from the
+configuration, and the learning rate from the time.
+"""
+
+from __future__ import annotations
+
+import datetime
+import io
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from composer import State, Trainer
+from composer.utils import dist
+from torch import Tensor
+
+from dbrx_train.checkpoint.folder import Checkpoint
+from dbrx_train.checkpoint.tensors import Reader, model_tensors, optimizer_tensors
+from dbrx_train.model.decoder import Dbrx
+
+__all__ = ["facts", "model_of", "restore", "restore_random", "tensors"]
+
+
+def model_of(state: State) -> Dbrx:
+    """The model inside Composer's wrappers."""
+    composed = state.model.module if state.is_model_ddp else state.model
+    model: Dbrx = composed.model
+    return model
+
+
+def tensors(state: State) -> dict[str, Tensor]:
+    """Model, optimizer and this rank's random states; the first two are not copied."""
+    model = model_of(state)
+    return (
+        model_tensors(model)
+        | optimizer_tensors(model, state.optimizers[0])
+        | {f"random.{dist.get_global_rank()}": _random_state()}
+    )
+
+
+def facts(state: State) -> dict[str, Any]:
+    """Time and position in the data, as plain values."""
+    times = state.timestamp.state_dict()
+    return {
+        "time": {k: v.total_seconds() if isinstance(v, datetime.timedelta) else v for k, v in times.items()},
+        "data": state.train_dataloader.dataset.state_dict(state.timestamp.sample_in_epoch.value, True),
+    }
+
+
+def restore(trainer: Trainer, checkpoint: Checkpoint, reader: Reader) -> Tensor | None:
+    """Put a new Trainer where the checkpoint was saved.
+
+    Returns this rank's random states, for ``restore_random`` once nothing else will draw before the next
+    step; None if other numbers of ranks saved than read.
+
+    Raises:
+        ValueError: tensors are missing or do not fit.
+    """
+    state, model = trainer.state, model_of(trainer.state)
+    found = model_tensors(model) | optimizer_tensors(model, state.optimizers[0])
+    name = f"random.{dist.get_global_rank()}"
+    same_world = checkpoint.facts["ranks"] == dist.get_world_size()
+    drawn = torch.empty(reader.shapes[name][0], dtype=torch.uint8) if same_world else None
+    reader.read(found if drawn is None else found | {name: drawn})
+    times = checkpoint.facts["time"]
+    spans = {key: datetime.timedelta(seconds=value) for key, value in times.items() if key.endswith("_wct")}
+    state.load_state_dict(
+        {"timestamp": {"Timestamp": times | spans}, "dataset_state": {"train": checkpoint.facts["data"]}},
+        trainer.logger,
+    )
+    return drawn
+
+
+def _random_state() -> Tensor:
+    """The states of all generators of this rank, as bytes."""
+    kind, numbers, *rest = np.random.get_state(legacy=True)
+    states = {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.array(numbers)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+    torch.save(states, file := io.BytesIO())
+    return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+
+
+def restore_random(drawn: Tensor) -> None:
+    """Undo ``_random_state``."""
+    states = torch.load(io.BytesIO(drawn.numpy().tobytes()), weights_only=True)
+    kind, numbers, *rest = states["numpy"]
+    random.setstate(states["python"])
+    np.random.set_state((kind, numbers.numpy(), *rest))
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

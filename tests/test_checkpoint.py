@@ -1,0 +1,177 @@
+"""A checkpoint counts only when it is whole, and fits every mesh."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import torchrun
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from dbrx_train.checkpoint import folder as folders
+from dbrx_train.checkpoint.tensors import Reader, model_tensors, optimizer_tensors, write
+from dbrx_train.checkpoint.weights import consolidate, load_model
+from dbrx_train.config import OptimizerConfig
+from dbrx_train.model.config import DbrxConfig
+from dbrx_train.model.decoder import Dbrx
+from dbrx_train.train.optimizers import build_optimizer
+
+PROGRAM = str(Path(__file__).with_name("checkpoint_ranks.py"))
+MESHES = {
+    1: [[1, 1, 1]],
+    2: [[1, 2, 1], [2, 1, 1], [1, 2, 2]],
+    4: [[1, 4, 1], [2, 2, 1], [1, 4, 4], [1, 4, 2], [2, 2, 2]],
+}
+CONFIG = DbrxConfig(
+    d_model=16,
+    n_layers=1,
+    n_heads=2,
+    n_kv_heads=1,
+    ffn_hidden_size=7,
+    num_experts=4,
+    top_k=2,
+    vocab_size=51,
+    loss_free_bias_rate=0.1,
+)
+FACTS = {
+    "config": {"model": CONFIG.to_dict(), "tokenizer": {"name": "cl100k_base", "vocab_file": None}},
+    "data": {},
+    "time": {"batch": 3, "token": 96},
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Dbrx:
+    return Dbrx(CONFIG, seed=1)
+
+
+@pytest.fixture
+def checkpoint(model: Dbrx, tmp_path: Path) -> Path:
+    path = folders.step_folder(tmp_path / "checkpoints", 3)
+    optimizer = build_optimizer(model, OptimizerConfig())
+    sizes = write(path, model_tensors(model) | optimizer_tensors(model, optimizer), None)
+    folders.mark(path, FACTS | {"files": sizes})
+    return path
+
+
+def nobody(line: str) -> None:
+    raise AssertionError(line)
+
+
+@pytest.mark.slow
+def test_saved_on_any_mesh_it_reads_on_any_other(tmp_path: Path) -> None:
+    for ranks, meshes in MESHES.items():
+        torchrun(ranks, PROGRAM, "save", str(tmp_path), json.dumps(meshes))
+    assert len(list(tmp_path.iterdir())) == 18
+    for ranks, meshes in MESHES.items():
+        assert json.loads(torchrun(ranks, PROGRAM, "read", str(tmp_path), json.dumps(meshes))) == []
+
+
+def test_making_an_optimizers_state_changes_nothing_else(model: Dbrx) -> None:
+    for name in ("adamw", "lionw"):
+        optimizer = build_optimizer(model, OptimizerConfig(name=name, weight_decay=0.5))
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        rates = [group["lr"] for group in optimizer.param_groups]
+        found = optimizer_tensors(model, optimizer)
+        assert len(found) == len(list(model.parameters())) * (3 if name == "adamw" else 1)
+        assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+        assert [group["lr"] for group in optimizer.param_groups] == rates
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_without_its_mark_it_is_none(checkpoint: Path) -> None:
+    root = checkpoint.parent
+    assert folders.saved(root) == [checkpoint]
+    assert folders.read(checkpoint).tokens == 96
+    (checkpoint / folders.MARK).unlink()
+    assert folders.saved(root) == []
+    assert folders.newest(root, nobody) is None
+    folders.remove_torn(root)
+    assert not checkpoint.exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda path: (path / "__0_0.distcp").unlink(), r"__0_0\.distcp is missing"),
+        (lambda path: (path / "__0_0.distcp").open("ab").write(b"x"), r"__0_0\.distcp has [\d,]+ bytes, not"),
+        (lambda path: (path / folders.MARK).write_text("{"), "not a whole checkpoint"),
+        (lambda path: (path / folders.MARK).write_text("[]"), "not a whole checkpoint"),
+        (lambda path: (path / folders.MARK).write_text("{}"), "lacks entries"),
+    ],
+)
+def test_what_is_not_whole_is_named_and_passed_over(checkpoint: Path, damage, says: str) -> None:  # type: ignore[no-untyped-def]
+    damage(checkpoint)
+    heard: list[str] = []
+    assert folders.newest(checkpoint.parent, heard.append) is None
+    (line,) = heard
+    assert line.startswith(f"passed over {checkpoint}: ")
+    with pytest.raises(ValueError, match=says):
+        folders.read(checkpoint)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, ...]:
+        return eval, ("open('ran', 'w')",)
+
+
+def test_no_code_in_a_checkpoint_is_run(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(ValueError, match=r"metadata cannot be read \(builtins.eval has no place in it\)"):
+        _ = Reader(checkpoint).shapes
+    assert not (tmp_path / "ran").exists()
+
+
+def test_tensors_that_do_not_fit_are_named(checkpoint: Path) -> None:
+    reader = Reader(checkpoint)
+    with pytest.raises(ValueError, match=r"has no tensor model\.nothing"):
+        reader.read({"model.nothing": torch.empty(1)})
+    with pytest.raises(ValueError, match=r"model\.lm_head\.weight has shape \(51, 16\), not \(51, 17\)"):
+        reader.read({"model.lm_head.weight": torch.empty(51, 17)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_in_one_file(model: Dbrx, checkpoint: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    out = tmp_path / "model.safetensors"
+    assert consolidate(checkpoint, out, dtype, nobody) == out.stat().st_size
+    found, parameters = load_file(out), dict(model.named_parameters())
+    assert found.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(found[name], tensor.to(dtype) if name in parameters else tensor)
+    with safe_open(out, "pt") as file:
+        assert json.loads(file.metadata()["config"]) == FACTS["config"]
+    again, tokenizer = load_model(out, nobody)
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, found[name].float())
+    assert tokenizer == FACTS["config"]["tokenizer"]
+    with pytest.raises(ValueError, match="exists already"):
+        consolidate(checkpoint, out, dtype, nobody)
+
+
+def test_a_model_comes_from_a_run_or_a_checkpoint(model: Dbrx, checkpoint: Path) -> None:
+    for path in (checkpoint, checkpoint.parent, checkpoint.parent.parent):
+        found, _ = load_model(path, nobody)
+        assert all(torch.equal(t, model.state_dict()[name]) for name, t in found.state_dict().items())
+
+
+@pytest.mark.parametrize("content", [None, "", "text", "safetensors of another maker"])
+def test_what_holds_no_weights_is_refused(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "there"
+    if content is None:
+        path.mkdir()
+    elif content.startswith("safetensors"):
+        from safetensors.torch import save_file
+
+        save_file({"x": torch.zeros(1)}, path)
+    else:
+        path.write_text(content)
+    says = "neither a run with checkpoints nor a checkpoint" if content is None else "not weights that"
+    with pytest.raises(ValueError, match=f"there: {says}"):
+        load_model(path, nobody)

@@ -1,0 +1,227 @@
+"""Checkpoints of real runs: while training goes on, on an object store, as weights for another run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+import torch
+from composer import Logger, State
+from conftest import run_yaml, saved_tensors, torchrun
+from moto.server import ThreadedMotoServer
+
+from dbrx_train.checkpoint import folder as folders
+from dbrx_train.checkpoint.remote import Remote
+from dbrx_train.config import ConfigError, load
+from dbrx_train.train.builder import open_remote, run
+from dbrx_train.train.callbacks import checkpoints
+from dbrx_train.train.callbacks.checkpoints import Checkpoints
+
+# Nothing in these depends on how long the run is to be.
+QUICK = ["evaluation.max_samples=0", "data.mix=[{at: 0tok, weights: {web: 1, code: 1}}]"]
+QUICK += ["optimization.learning_rate.schedule=constant"]
+
+
+@pytest.fixture
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of a bucket on an S3 server of this machine."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for key, value in {
+        "S3_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(key, value)
+    boto3.client("s3", endpoint_url=f"http://{host}:{port}").create_bucket(Bucket="runs")
+    yield "s3://runs/deep/er"
+    server.stop()
+
+
+def equal(one: Path, other: Path) -> bool:
+    a, b = saved_tensors(one), saved_tensors(other)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.slow
+def test_what_is_written_beside_training_is_what_was_due(
+    workplace: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(
+        load(
+            run_yaml(workplace, in_tmp, "direct"), [*QUICK, "checkpoints.interval=1ba", "checkpoints.keep=9"]
+        )
+    )
+    moved_on, seen = threading.Event(), list[tuple[str, int]]()
+    write, step, wait = checkpoints.write, [0], Checkpoints.wait
+
+    def late(folder: Path, *rest: Any) -> dict[str, int]:
+        moved_on.wait(60)
+        seen.append((folder.stem, step[0]))
+        return write(folder, *rest)
+
+    def batch_start(self: Checkpoints, state: State, logger: Logger) -> None:
+        step[0] = state.timestamp.batch.value
+        if self.pending is not None:
+            moved_on.set()
+
+    def waited(self: Checkpoints) -> None:
+        moved_on.set()
+        wait(self)
+        moved_on.clear()
+
+    monkeypatch.setattr(checkpoints, "write", late)
+    monkeypatch.setattr(Checkpoints, "batch_start", batch_start)
+    monkeypatch.setattr(Checkpoints, "wait", waited)
+    options = ["checkpoints.interval=3ba", "checkpoints.asynchronous=true"]
+    run(load(run_yaml(workplace, in_tmp, "beside"), [*QUICK, *options]))
+    assert seen[:2] == [("ba3", 3), ("ba6", 6)], "written while the step after it is taken"
+    found = folders.saved(in_tmp / "beside" / "checkpoints")
+    assert [path.name for path in found] == ["ba8", "ba6", "ba3"]
+    for path in found:
+        assert equal(path, in_tmp / "direct" / "checkpoints" / path.name)
+
+
+@pytest.mark.slow
+def test_a_failure_beside_training_ends_the_run_and_loses_nothing_saved(
+    workplace: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = checkpoints.write
+
+    def full(folder: Path, *rest: Any) -> dict[str, int]:
+        if folder.stem == "ba4":
+            raise OSError(28, "No space left on device", str(folder))
+        return write(folder, *rest)
+
+    monkeypatch.setattr(checkpoints, "write", full)
+    config = load(run_yaml(workplace, in_tmp, "full"), [*QUICK, "checkpoints.asynchronous=true"])
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        run(config)
+    assert caught.value.filename == str(in_tmp / "full" / "checkpoints" / "ba4")
+    assert [path.name for path in folders.saved(in_tmp / "full" / "checkpoints")] == ["ba2"]
+
+
+@pytest.mark.slow
+def test_an_object_store_has_all_that_a_new_machine_needs(
+    workplace: Path, in_tmp: Path, bucket: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(load(run_yaml(workplace, in_tmp, "straight"), QUICK))
+    path, remote = run_yaml(workplace, in_tmp, "moved"), f"checkpoints.remote={bucket}"
+    for asynchronous in ("true", "false"):
+        shutil.rmtree(in_tmp / "moved", ignore_errors=True)
+        begin = [
+            *QUICK,
+            f"{remote}-{asynchronous}",
+            f"run_name=moved-{asynchronous}",
+            f"folder={in_tmp}/moved",
+        ]
+        begin += [f"checkpoints.asynchronous={asynchronous}"]
+        run(load(path, [*begin, "max_duration=4ba"]))
+        shutil.rmtree(in_tmp / "moved")
+        capsys.readouterr()
+        # Two ranks, each of which fetches the parts of one, and leaves its own there.
+        options = [*begin, "parallelism.expert=2", "max_duration=6ba"]
+        said = torchrun(2, "-m", "dbrx_train", "train", str(path), *options)
+        assert "ba4.fetched, after 512 tokens" in said
+        assert sorted(p.name for p in (in_tmp / "moved" / "checkpoints").iterdir()) == ["ba6"]
+        shutil.rmtree(in_tmp / "moved")
+        run(load(path, begin))
+        assert "ba6.fetched, after 768 tokens" in capsys.readouterr().out
+        found = saved_tensors(in_tmp / "moved" / "checkpoints" / "ba8")
+        for name, tensor in saved_tensors(in_tmp / "straight" / "checkpoints" / "ba8").items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+    # A mark comes last: without it, what lies there does not count.
+    key = f"{bucket.removeprefix('s3://runs/')}-false/ba8/{folders.MARK}"
+    boto3.client("s3", endpoint_url=os.environ["S3_ENDPOINT_URL"]).delete_object(Bucket="runs", Key=key)
+    shutil.rmtree(in_tmp / "moved")
+    run(load(path, begin))
+    assert "ba6.fetched" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_copy_that_fails_leaves_the_checkpoint_here(
+    workplace: Path, in_tmp: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = Remote.upload
+
+    def lost(remote: Remote, folder: Path, names: list[str]) -> None:
+        if folder.stem == "ba4":
+            raise ConnectionError("connection lost")
+        upload(remote, folder, names)
+
+    monkeypatch.setattr(Remote, "upload", lost)
+    config = load(run_yaml(workplace, in_tmp, "cut"), [*QUICK, f"checkpoints.remote={bucket}"])
+    root = in_tmp / "cut" / "checkpoints"
+    says = f"{root}/ba4 is whole, but cannot be copied to checkpoints.remote \\(rank 0: connection lost\\)"
+    with pytest.raises(RuntimeError, match=says):
+        run(config)
+    assert folders.read(root / "ba4").tokens == 512
+    found = open_remote(config)
+    assert found is not None
+    newest = found.newest(root)
+    assert newest is not None
+    assert newest.step == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("uri", ["no/url", "nowhere://bucket/x", "s3://no-such-bucket/x"])
+def test_a_store_that_is_not_there_is_one_line(workplace: Path, in_tmp: Path, bucket: str, uri: str) -> None:
+    with pytest.raises(ConfigError, match=f"checkpoints.remote: {uri} ") as caught:
+        run(load(run_yaml(workplace, in_tmp, "lost"), [*QUICK, f"checkpoints.remote={uri}"]))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_run_begins_with_the_weights_of_another(
+    workplace: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(load(run_yaml(workplace, in_tmp, "base"), QUICK))
+    base = saved_tensors(in_tmp / "base" / "checkpoints" / "ba8")
+    command = [
+        sys.executable,
+        "-m",
+        "dbrx_train",
+        "checkpoint",
+        "consolidate",
+        "base",
+        "--out",
+        "base.safetensors",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"base.safetensors: {(in_tmp / 'base.safetensors').stat().st_size:,} bytes\n"
+    still = ["max_duration=1ba", "optimization.optimizer.lr=1e-30"]
+    for i, source in enumerate(("base", "base/checkpoints/ba8", "base.safetensors")):
+        path = run_yaml(workplace, in_tmp, f"next{i}")
+        options = [*QUICK, *still, f"init_from.path={source}"]
+        if i == 1:
+            run(load(path, options))
+        else:
+            torchrun(2, "-m", "dbrx_train", "train", str(path), *options, "parallelism.expert=2")
+        found = saved_tensors(in_tmp / f"next{i}" / "checkpoints" / "ba1")
+        models = [name for name in base if name.startswith("model.")]
+        assert all(torch.equal(found[name], base[name]) for name in models)
+        assert any((found[name] != base[name]).any() for name in base.keys() - models)
+    path = run_yaml(workplace, in_tmp, "wrong")
+    for options, says in (
+        (["init_from.path=nowhere"], "init_from.path: nowhere: neither a run with checkpoints nor"),
+        (["init_from.path=base", "model.n_layers=3"], r"model.n_layers: 3 here, but base was saved with 2$"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            run(load(path, [*QUICK, *options]))
