@@ -37,6 +37,20 @@ class Precision(StrEnum):
     bfloat16 = auto()
 
 
+class Trained(StrEnum):
+    """Which turns of a conversation are trained on."""
+
+    assistant = auto()
+    all = auto()
+
+
+class Long(StrEnum):
+    """What becomes of a conversation that is longer than a sample."""
+
+    truncate = auto()
+    drop = auto()
+
+
 def main() -> None:
     """Entry point: turns a user's mistake into one line and exit code 2."""
     warnings.formatwarning = _one_line
@@ -112,6 +126,36 @@ def data_prepare(
         val_fraction=val_fraction,
         processes=processes,
         vocab_file=vocab_file,
+    )
+    print(summary)
+
+
+@data_app.command("prepare-chat")
+def data_prepare_chat(
+    sources: Annotated[list[str], typer.Argument(help="Files, folders or globs: JSON lines.")],
+    out: Annotated[str, typer.Option(help="The folder to make.")],
+    seq_len: Annotated[int, typer.Option(help="Tokens per sample.")] = 2048,
+    loss: Annotated[Trained, typer.Option(help="The turns to train on.")] = Trained.assistant,
+    long: Annotated[Long, typer.Option(help="What becomes of conversations over --seq-len.")] = Long.truncate,
+    preferences: Annotated[
+        bool, typer.Option("--preferences", help="Lines hold a chosen and a rejected answer, for DPO.")
+    ] = False,
+    val_fraction: Annotated[float, typer.Option(help="Share of the conversations held out.")] = 0.05,
+    processes: Annotated[int | None, typer.Option(help="Worker processes; default: one per core.")] = None,
+    vocab_file: Annotated[str | None, typer.Option(help="A .tiktoken vocabulary to use instead.")] = None,
+) -> None:
+    """Turn conversations in SOURCES into shards: ChatML, whole within samples, with a loss mask."""
+    from dbrx_train.data.chat import ChatFormat
+    from dbrx_train.data.prepare import prepare
+
+    summary = prepare(
+        sources,
+        out,
+        seq_len=seq_len,
+        val_fraction=val_fraction,
+        processes=processes,
+        vocab_file=vocab_file,
+        chat=ChatFormat(loss.value, long.value, preferences),
     )
     print(summary)
 

@@ -141,34 +141,36 @@ def test_streaming_reads_what_was_written(tmp_path: Path) -> None:
     assert run(tmp_path / "in", tmp_path / "out", val_fraction=0.2).already_done
 
 
+@pytest.mark.parametrize("columns", [mds.COLUMNS, mds.MASKED_COLUMNS])
 @pytest.mark.parametrize(("seq_len", "samples"), [(5, 3), (255, 2), (256, 900), (70000, 3)])
 def test_shards_are_those_of_streamings_writer(
-    seq_len: int, samples: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    seq_len: int, samples: int, columns: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     streaming = pytest.importorskip("streaming")
     limit = 600_000
     monkeypatch.setattr(mds, "SHARD_BYTES", limit)
-    config = {**mds._CONFIG, "size_limit": limit}
-    monkeypatch.setattr(mds, "_CONFIG", config)
-    monkeypatch.setattr(mds, "_CONFIG_BYTES", json.dumps(config, sort_keys=True).encode())
-    rows = np.random.default_rng(0).integers(0, 100352, (samples, seq_len), dtype=np.uint32)
-    ours = mds.ShardWriter(tmp_path / "ours", seq_len)
+    random = np.random.default_rng(0)
+    rows = random.integers(0, 100352, (samples, seq_len), dtype=np.uint32)
+    masks = random.integers(0, 2, (samples, seq_len), dtype=np.uint8)
+    ours = mds.ShardWriter(tmp_path / "ours", seq_len, columns)
     theirs = streaming.MDSWriter(
-        columns=mds.COLUMNS,
+        columns=columns,
         out=str(tmp_path / "theirs"),
         compression="zstd",
         hashes=["xxh64"],
         size_limit=limit,
     )
     with theirs:
-        for row in rows:
-            ours.write(row)
-            theirs.write({"tokens": row})
+        for row, mask in zip(rows, masks, strict=True):
+            ours.write(row, mask if "loss" in columns else None)
+            theirs.write({"tokens": row} | ({"loss": mask} if "loss" in columns else {}))
     ours.close()
     mds.write_index(tmp_path / "ours", ours.shards)
     assert contents(tmp_path / "ours") == contents(tmp_path / "theirs")
-    read = [mds.read_shard(tmp_path / "ours", shard) for shard in ours.shards]
-    assert np.array_equal(np.concatenate(read), rows)
+    for column, expected in (("tokens", rows), ("loss", masks)):
+        if column in columns:
+            read = [mds.read_shard(tmp_path / "ours", shard, column) for shard in ours.shards]
+            assert np.array_equal(np.concatenate(read), expected)
 
 
 def test_the_number_of_processes_changes_no_byte(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dbrx_train.data.dataset import ScheduledDataset
+from dbrx_train.data.tokenizer import Tokenizer
+from dbrx_train.model.loss import IGNORE_INDEX
 
 __all__ = ["build_loader", "collate", "document_ids"]
 
@@ -28,13 +30,19 @@ def collate(samples: Sequence[dict[str, Any]], *, eos_id: int) -> dict[str, Tens
     """Batch samples: ``input_ids``, ``labels`` and ``document_ids``, int64 [batch, sequence].
 
     ``source`` and ``sample_id`` [batch] say where each is from. The labels are the inputs: the loss
-    shifts them.
+    shifts them. In samples that come with a ``loss`` mask, labels are -100 where it is False, and padding
+    belongs to document -1.
     """
     tokens = torch.stack([torch.as_tensor(sample["tokens"]) for sample in samples])
+    labels, documents = tokens.clone(), document_ids(tokens, eos_id)
+    for row, sample in enumerate(samples):
+        if "loss" in sample:
+            labels[row, ~torch.as_tensor(sample["loss"])] = IGNORE_INDEX
+            documents[row, tokens[row] == Tokenizer.pad_id] = -1
     return {
         "input_ids": tokens,
-        "labels": tokens.clone(),
-        "document_ids": document_ids(tokens, eos_id),
+        "labels": labels,
+        "document_ids": documents,
         "source": torch.tensor([sample["source"] for sample in samples]),
         "sample_id": torch.tensor([sample["sample_id"] for sample in samples]),
     }

@@ -47,7 +47,8 @@ class ScheduledDataset(IterableDataset[list[Sample]]):
     """This rank's samples of every step, in the schedule's order; ``build_loader`` makes batches of them.
 
     A sample is ``{"tokens": int64 [sequence], "source": int, "sample_id": int}``: ``source`` counts in
-    ``schedule.sources``, ``sample_id`` is the sample's number within its source.
+    ``schedule.sources``, ``sample_id`` is the sample's number within its source. Samples of conversations
+    have a ``loss`` mask too, bool [sequence].
     """
 
     def __init__(
@@ -143,13 +144,13 @@ class ScheduledDataset(IterableDataset[list[Sample]]):
             self._cache.shrink()
 
     def _read(self, store: ShardStore, source: int, shard: int, index: int) -> Sample:
-        tokens, seq_len = store.read(shard, index), self.sample_lengths[store.name]
-        if len(tokens) != seq_len:
+        sample, seq_len = store.read(shard, index), self.sample_lengths[store.name]
+        if (length := len(sample["tokens"])) != seq_len:
             raise DataError(
-                f"sources.{store.name}: has samples of {len(tokens)} tokens, not seq_len {seq_len}; "
-                f"set seq_len to {len(tokens)} or prepare it again"
+                f"sources.{store.name}: has samples of {length} tokens, not seq_len {seq_len}; "
+                f"set seq_len to {length} or prepare it again"
             )
-        return {"tokens": tokens, "source": source, "sample_id": int(store.first_sample[shard]) + index}
+        return {**sample, "source": source, "sample_id": int(store.first_sample[shard]) + index}
 
     def _addresses(self, worker: int, workers: int) -> Iterator[list[Address]]:
         """The addresses of this rank's samples in every batch that falls to a worker."""
@@ -296,7 +297,7 @@ def _warmup(past: list[list[int]], tokens: int) -> str:
 
 
 class EvalDataset(Dataset[Sample]):
-    """One source's held-out samples, all of them, in order: ``{"tokens", "source", "sample_id"}``.
+    """One source's held-out samples, all of them, in order, with the keys of ``ScheduledDataset``'s.
 
     Map-style, so that a DistributedSampler (Composer's ``dist.get_sampler``) shards it over ranks.
     """
@@ -325,8 +326,8 @@ class EvalDataset(Dataset[Sample]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         shard = int(np.searchsorted(self._ends, index, "right"))
-        tokens = self.store.read(shard, index - int(self.store.first_sample[shard]))
-        if len(tokens) != self.seq_len:
-            found = f"has samples of {len(tokens)} tokens, not seq_len {self.seq_len}"
+        sample = self.store.read(shard, index - int(self.store.first_sample[shard]))
+        if (length := len(sample["tokens"])) != self.seq_len:
+            found = f"has samples of {length} tokens, not seq_len {self.seq_len}"
             raise DataError(f"sources.{self.store.name}: {found}; prepare it again")
-        return {"tokens": tokens, "source": 0, "sample_id": index}
+        return {**sample, "source": 0, "sample_id": index}

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from dbrx_train.data.longline import string_chunks
 from dbrx_train.data.sources import COMPRESSION, Span, open_parquet
 
-__all__ = ["Listener", "Place", "cut", "documents"]
+__all__ = ["Listener", "Place", "cut", "documents", "mended", "rows"]
 
 CHUNK = 1 << 20
 LONG_LINE = 1 << 24
@@ -150,6 +150,35 @@ def _text(span: Span, listener: Listener) -> Iterator[str]:
 
 
 def _json_lines(span: Span, text_field: str, listener: Listener) -> Iterator[tuple[Place, Iterator[str]]]:
+    for where, line in _lines(span, listener):
+        if isinstance(line, mmap.mmap):
+            yield where, _mended(string_chunks(line, text_field, where()), where, listener)
+        else:
+            yield where, _mended([_text_of(line, text_field, where)], where, listener)
+
+
+def rows(span: Span, wanted: str, listener: Listener) -> Iterator[tuple[Place, dict[str, Any]]]:
+    """Each line's JSON object, with its place; ``wanted`` says in errors what it should have.
+
+    Raises:
+        ValueError: ``FILE:LINE: …`` for a line that is no JSON object; ``FILE: …`` for a damaged file.
+    """
+    try:
+        for where, line in _lines(span, listener):
+            yield where, _row_of(line[:], wanted, where)
+    except OSError as error:
+        if error.errno is None:  # pyarrow's, about the content
+            raise ValueError(f"{span.path}: damaged ({error})") from error
+        raise
+
+
+def mended(text: str, where: Place, listener: Listener) -> str:
+    """Text of a row, with what is no UTF-8 replaced and reported."""
+    return next(_mended([text], where, listener))
+
+
+def _lines(span: Span, listener: Listener) -> Iterator[tuple[Place, bytes | mmap.mmap]]:
+    """The lines that are not blank; very long ones as memory maps, each closed before the next line."""
     with _open(span, listener) as (stream, report):
         compressed = span.path.endswith(tuple(COMPRESSION))
         position = span.start + _skip_begun_line(stream, span)
@@ -166,11 +195,11 @@ def _json_lines(span: Span, text_field: str, listener: Listener) -> Iterator[tup
             if len(line) == LONG_LINE and not line.endswith(b"\n"):
                 with _mapped(line, stream) as mapped:
                     position += len(mapped)
-                    yield where, _mended(string_chunks(mapped, text_field, where()), where, listener)
+                    yield where, mapped
             else:
                 position += len(line)
                 if not line.isspace():
-                    yield where, _mended([_text_of(line, text_field, where)], where, listener)
+                    yield where, line
             report()
 
 
@@ -202,13 +231,18 @@ def _count_lines(path: str, stop: int) -> int:
     return lines
 
 
-def _text_of(line: bytes, text_field: str, where: Place) -> str:
+def _row_of(line: bytes, wanted: str, where: Place) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8", "surrogateescape").removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where()}: not valid JSON ({error})") from error
     if not isinstance(row, dict):
-        raise ValueError(f"{where()}: expected a JSON object with a field {text_field!r}, not {line[:20]!r}…")
+        raise ValueError(f"{where()}: expected a JSON object with {wanted}, not {line[:20]!r}…")
+    return row
+
+
+def _text_of(line: bytes, text_field: str, where: Place) -> str:
+    row = _row_of(line, f"a field {text_field!r}", where)
     if text_field not in row:
         names = ", ".join(map(repr, list(row)[:8])) or "none"
         raise ValueError(f"{where()}: no field {text_field!r}; it has {names} (choose with --text-field)")

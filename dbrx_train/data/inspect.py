@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -18,6 +19,8 @@ from dbrx_train.data.tokenizer import Tokenizer, load_tokenizer
 __all__ = ["inspect"]
 
 BOUNDARY = "──────── end of document ────────"
+MASKED = "⟦", "⟧"
+"""Around what a conversation's sample is not trained on."""
 _BAR = 40
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -42,25 +45,31 @@ def inspect(
         ValueError: the folder is not whole, or has no such split or sample.
     """
     manifest = check_dataset(folder, None, split=split)
+    documents = "conversations" if manifest.chat else "documents"
     lines = [f"{folder}: {manifest.tokenizer}, samples of {manifest.seq_len:,} tokens", "", "sources"]
     for source in manifest.sources:
         lines.append(f"  {source['given']}: {source['files']:,} files, {source['bytes'] / 1e6:,.2f} MB")
     lines += ["", "splits"]
-    lines += [f"  {name}: {_totals(part)}" for name, part in manifest.splits.items()]
+    lines += [f"  {name}: {_totals(part, documents)}" for name, part in manifest.splits.items()]
     if manifest.problems:
         lines += ["", "problems"]
         for kind, problem in manifest.problems.items():
             lines.append(f"  {kind}: {problem.count:,}, first {', '.join(problem.examples)}")
-    lines += ["", f"documents of {split} by length in tokens", *_histogram(manifest.splits[split].lengths)]
-    index, tokens = _pick(Path(folder, split), manifest, split, sample)
-    lines += ["", f"sample {index:,} of {split}", *_decoded(tokens, manifest, vocab_file, characters)]
+    lines += ["", f"{documents} of {split} by length in tokens", *_histogram(manifest.splits[split].lengths)]
+    index, tokens, loss = _pick(Path(folder, split), manifest, split, sample)
+    title = f"sample {index:,} of {split}"
+    if loss is not None:
+        title += (
+            f": {int(loss.sum()):,} of {len(tokens):,} tokens are trained on, not those in {' '.join(MASKED)}"
+        )
+    lines += ["", title, *_decoded(tokens, loss, manifest, vocab_file, characters)]
     return "\n".join(lines)
 
 
-def _totals(split: Split) -> str:
+def _totals(split: Split, documents: str) -> str:
     per_token = split.text_bytes / max(1, split.tokens - split.documents)
     return (
-        f"{split.documents:,} documents, {split.tokens:,} tokens, {per_token:.2f} bytes per token, "
+        f"{split.documents:,} {documents}, {split.tokens:,} tokens, {per_token:.2f} bytes per token, "
         f"{split.samples:,} samples"
     )
 
@@ -73,38 +82,60 @@ def _histogram(lengths: list[int]) -> Iterator[str]:
         yield f"  {label:>27} {lengths[power]:>10,} {bar}".rstrip()
 
 
-def _pick(folder: Path, manifest: Manifest, split: str, wanted: int | None) -> tuple[int, NDArray[np.uint32]]:
-    """A sample's number and its tokens, of shape [seq_len]."""
+def _pick(
+    folder: Path, manifest: Manifest, split: str, wanted: int | None
+) -> tuple[int, NDArray[np.uint32], NDArray[np.uint8] | None]:
+    """A sample's number, its tokens, of shape [seq_len], and its loss mask, alike, if it has one."""
     samples = manifest.splits[split].samples
     if wanted is not None and not 0 <= wanted < samples:
         raise ValueError(f"sample: {wanted} does not exist; {split} has samples 0 to {samples - 1}")
     first = 0
     for shard in json.loads((folder / INDEX).read_text(encoding="utf-8"))["shards"]:
-        if wanted is None:
+        if wanted is None or wanted < first + shard["samples"]:
             rows = read_shard(folder, shard)
             with_end = (rows == Tokenizer.eos_id).any(axis=1)
-            chosen = int(with_end.argmax())
-            return chosen, rows[chosen]
-        if wanted < first + shard["samples"]:
-            return wanted, read_shard(folder, shard)[wanted - first]
+            row = int(with_end.argmax()) if wanted is None else wanted - first
+            loss = read_shard(folder, shard, "loss")[row] if "loss" in shard["column_names"] else None
+            return first + row, rows[row], loss
         first += shard["samples"]
     raise AssertionError("the index was checked to hold every sample")
 
 
 def _decoded(
-    tokens: NDArray[np.uint32], manifest: Manifest, vocab_file: str | None, characters: int
+    tokens: NDArray[np.uint32],
+    loss: NDArray[np.uint8] | None,
+    manifest: Manifest,
+    vocab_file: str | None,
+    characters: int,
 ) -> Iterator[str]:
     name = manifest.tokenizer
     tokenizer = load_tokenizer(name, vocab_file) if vocab_file or name == "cl100k_base" else None
     if tokenizer is None or tokenizer.fingerprint != manifest.tokenizer_fingerprint:
         yield f"  (not decoded: it needs the vocabulary file of {name!r} that it was prepared with)"
         return
-    ends = np.flatnonzero(tokens == tokenizer.eos_id)
-    documents = np.split(tokens, ends + 1)
+    padding = int((tokens == tokenizer.pad_id).sum()) if loss is not None else 0
+    real = len(tokens) - padding
+    ends = np.flatnonzero(tokens == tokenizer.eos_id) + 1
+    mask = np.ones(len(tokens), np.uint8) if loss is None else loss
     text = f"\n{BOUNDARY}\n".join(
-        tokenizer.decode(ids[ids != tokenizer.eos_id].tolist()) for ids in documents
+        _text(tokens[begin:end], mask[begin:end], tokenizer)
+        for begin, end in itertools.pairwise([0, *ends[ends < real], real])
     )
     shown = _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text[:characters])
     yield from (f"  │ {line}" for line in shown.split("\n"))
     if len(text) > characters:
         yield f"  … and {len(text) - characters:,} characters more"
+    if padding:
+        yield f"  … and {padding:,} tokens of padding"
+
+
+def _text(tokens: NDArray[np.uint32], mask: NDArray[np.uint8], tokenizer: Tokenizer) -> str:
+    """A document's text, without its end, with marks around what is masked."""
+    kept = tokens != tokenizer.eos_id
+    tokens, mask = tokens[kept], mask[kept]
+    turns = np.flatnonzero(np.diff(mask)) + 1
+    parts = []
+    for begin, end in itertools.pairwise([0, *turns, len(tokens)]):
+        text = tokenizer.decode(tokens[begin:end].tolist())
+        parts.append(text if mask[begin:end].all() else text.join(MASKED))
+    return "".join(parts)

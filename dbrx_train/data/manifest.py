@@ -41,7 +41,7 @@ class Split:
     ``tokens`` counts the end-of-text token of each document; ``samples`` of them have ``seq_len`` tokens
     each, and the ``dropped_tokens`` at the very end, fewer than ``seq_len``, are in no sample.
     ``text_bytes`` is the UTF-8 size of the documents, ``lengths[i]`` the number of documents of
-    [2^i, 2^(i+1)) tokens.
+    [2^i, 2^(i+1)) tokens. Of conversations, none is dropped for want of tokens, and samples are padded.
     """
 
     documents: int
@@ -77,6 +77,11 @@ class Manifest:
     def seq_len(self) -> int:
         """Tokens of each sample."""
         return int(self.options["seq_len"])
+
+    @property
+    def chat(self) -> dict[str, Any] | None:
+        """How conversations were read (``ChatFormat``'s fields); None for text."""
+        return self.options.get("chat")
 
     def check_length(self, folder: str | os.PathLike[str], seq_len: int | None) -> None:
         """Raise ValueError, naming ``folder``, if a run asks for samples of another length."""

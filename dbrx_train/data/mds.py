@@ -18,24 +18,14 @@ import xxhash
 import zstd
 from numpy.typing import NDArray
 
-__all__ = ["COLUMNS", "INDEX", "ShardWriter", "read_shard", "write_index"]
+__all__ = ["COLUMNS", "INDEX", "MASKED_COLUMNS", "ShardWriter", "read_shard", "write_index"]
 
 COLUMNS = {"tokens": "ndarray:uint32"}
+MASKED_COLUMNS = {"loss": "ndarray:uint8", **COLUMNS}
+"""With 1 where a token's prediction is trained; sorted by name, as MDS has them."""
 INDEX = "index.json"
 SHARD_BYTES = 1 << 25
 """Uncompressed size at which a shard is closed: a worker holds a few times as much."""
-
-_CONFIG: dict[str, Any] = {
-    "version": 2,
-    "format": "mds",
-    "compression": "zstd",
-    "hashes": ["xxh64"],
-    "size_limit": SHARD_BYTES,
-    "column_names": list(COLUMNS),
-    "column_encodings": list(COLUMNS.values()),
-    "column_sizes": [None],
-}
-_CONFIG_BYTES = json.dumps(_CONFIG, sort_keys=True).encode()
 
 
 class ShardWriter:
@@ -44,21 +34,30 @@ class ShardWriter:
     Args:
         folder: made when the first shard is written.
         seq_len: tokens of each sample.
+        columns: ``COLUMNS``, or ``MASKED_COLUMNS`` if samples come with a loss mask.
     """
 
-    def __init__(self, folder: Path, seq_len: int) -> None:
+    def __init__(self, folder: Path, seq_len: int, columns: dict[str, str] = COLUMNS) -> None:
         self.folder = folder
         self.shards: list[dict[str, Any]] = []
         """One entry for the index per shard written."""
-        self._head = _sample_head(seq_len)
+        self._config = _config(columns)
+        self._config_bytes = json.dumps(self._config, sort_keys=True).encode()
         self._samples: list[bytes] = []
+        shape = _shape_head(seq_len)
+        widths = [np.dtype(_dtype(encoding)).itemsize for encoding in columns.values()]
+        sizes = [len(shape) + width * seq_len for width in widths]
+        self._head, self._shape = np.array(sizes, "<u4").tobytes(), shape
         # 4 bytes of offset go with each sample
-        sample_bytes = 4 + len(self._head) + 4 * seq_len
-        self._samples_per_shard = max(1, (SHARD_BYTES - 8 - len(_CONFIG_BYTES)) // sample_bytes)
+        sample_bytes = 4 + len(self._head) + sum(sizes)
+        self._samples_per_shard = max(1, (SHARD_BYTES - 8 - len(self._config_bytes)) // sample_bytes)
 
-    def write(self, tokens: NDArray[np.uint32]) -> None:
-        """Add one sample, of shape [seq_len]."""
-        self._samples.append(self._head + tokens.astype("<u4", copy=False).tobytes())
+    def write(self, tokens: NDArray[np.uint32], loss: NDArray[np.uint8] | None = None) -> None:
+        """Add one sample, of shape [seq_len], with its loss mask if the columns have one."""
+        sample = self._head
+        if loss is not None:
+            sample += self._shape + loss.astype(np.uint8, copy=False).tobytes()
+        self._samples.append(sample + self._shape + tokens.astype("<u4", copy=False).tobytes())
         if len(self._samples) == self._samples_per_shard:
             self._flush()
 
@@ -69,8 +68,9 @@ class ShardWriter:
 
     def _flush(self) -> None:
         sizes = [len(sample) for sample in self._samples]
-        offsets = np.cumsum([4 + 4 * (len(sizes) + 1) + len(_CONFIG_BYTES), *sizes], dtype="<u4")
-        raw = b"".join([np.uint32(len(sizes)).tobytes(), offsets.tobytes(), _CONFIG_BYTES, *self._samples])
+        config = self._config_bytes
+        offsets = np.cumsum([4 + 4 * (len(sizes) + 1) + len(config), *sizes], dtype="<u4")
+        raw = b"".join([np.uint32(len(sizes)).tobytes(), offsets.tobytes(), config, *self._samples])
         # One thread whatever the machine, as the compressed bytes depend on it
         zipped = zstd.compress(raw, 3, 1)
         name = f"shard.{len(self.shards):05}.mds"
@@ -81,29 +81,46 @@ class ShardWriter:
                 "samples": len(sizes),
                 "raw_data": _describe(name, raw),
                 "zip_data": _describe(f"{name}.zstd", zipped),
-                **_CONFIG,
+                **self._config,
             }
         )
         self._samples = []
 
 
-def _sample_head(seq_len: int) -> bytes:
-    """What precedes a sample's values: its size in bytes, ``ndim | code of the shape's dtype``, shape."""
+def _config(columns: dict[str, str]) -> dict[str, Any]:
+    return {
+        "version": 2,
+        "format": "mds",
+        "compression": "zstd",
+        "hashes": ["xxh64"],
+        "size_limit": SHARD_BYTES,
+        "column_names": list(columns),
+        "column_encodings": list(columns.values()),
+        "column_sizes": [None] * len(columns),
+    }
+
+
+def _dtype(encoding: str) -> str:
+    return encoding.removeprefix("ndarray:")
+
+
+def _shape_head(seq_len: int) -> bytes:
+    """What precedes a column's values in a sample: ``ndim | code of the shape's dtype``, shape."""
     code = next(code for code in range(4) if seq_len < 1 << (8 << code))
-    shape = bytes([1 << 2 | code]) + seq_len.to_bytes(1 << code, "little")
-    return np.uint32(len(shape) + 4 * seq_len).tobytes() + shape
+    return bytes([1 << 2 | code]) + seq_len.to_bytes(1 << code, "little")
 
 
 def _describe(name: str, data: bytes) -> dict[str, Any]:
     return {"basename": name, "bytes": len(data), "hashes": {"xxh64": xxhash.xxh64_hexdigest(data)}}
 
 
-def read_shard(folder: Path, shard: dict[str, Any]) -> NDArray[np.uint32]:
-    """The samples of a shard that :class:`ShardWriter` wrote, of shape [samples, seq_len].
+def read_shard(folder: Path, shard: dict[str, Any], column: str = "tokens") -> NDArray[Any]:
+    """A column of the samples of a shard that :class:`ShardWriter` wrote, of shape [samples, seq_len].
 
     Args:
         folder: where the index lies.
         shard: the index's entry.
+        column: ``tokens`` (uint32), or ``loss`` (uint8) where the shard has it.
     """
     raw_file = folder / shard["raw_data"]["basename"]
     if raw_file.is_file():
@@ -112,9 +129,13 @@ def read_shard(folder: Path, shard: dict[str, Any]) -> NDArray[np.uint32]:
         raw = zstd.decompress((folder / shard["zip_data"]["basename"]).read_bytes())
     samples = int(np.frombuffer(raw, "<u4", 1)[0])
     first, second = (int(offset) for offset in np.frombuffer(raw, "<u4", 2, offset=4))
-    shape_bytes = 1 << (raw[first + 4] & 3)
+    names = shard["column_names"]
+    number, sizes = names.index(column), np.frombuffer(raw, "<u4", len(names), offset=first)
+    begin = 4 * len(names) + int(sizes[:number].sum())
+    shape_bytes = 1 << (raw[first + begin] & 3)
     rows = np.frombuffer(raw, np.uint8, offset=first).reshape(samples, second - first)
-    return np.ascontiguousarray(rows[:, 5 + shape_bytes :]).view("<u4")
+    values = rows[:, begin + 1 + shape_bytes : begin + int(sizes[number])]
+    return np.ascontiguousarray(values).view(_dtype(shard["column_encodings"][number]))
 
 
 def write_index(folder: Path, shards: Iterable[dict[str, Any]]) -> None:

@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from filelock import FileLock, Timeout
 
+from dbrx_train.data.chat import ChatFormat
 from dbrx_train.data.manifest import (
     MANIFEST,
     VERSION,
@@ -32,9 +32,9 @@ from dbrx_train.data.manifest import (
     write_json,
     write_manifest,
 )
-from dbrx_train.data.mds import ShardWriter, write_index
+from dbrx_train.data.mds import write_index
 from dbrx_train.data.sources import Catalog, find_files, plan_parts
-from dbrx_train.data.tokenize import EXAMPLES, SPLITS, Job, Packer, has_marks, read_mark
+from dbrx_train.data.tokenize import EXAMPLES, SPLITS, Job, has_marks, read_mark
 from dbrx_train.data.tokenizer import Tokenizer, load_tokenizer
 from dbrx_train.data.workers import run_parts
 
@@ -62,10 +62,15 @@ class Summary:
 
     def __str__(self) -> str:
         lines = [f"{self.out}: already prepared" if self.already_done else f"{self.out}: prepared"]
+        chat = self.manifest.chat is not None
         for name, split in self.manifest.splits.items():
+            documents = "conversations" if chat else "documents"
+            room = f"{split.dropped_tokens:,} tokens at the end fill none"
+            if chat:
+                room = f"{1 - split.tokens / (split.samples * self.manifest.seq_len):.1%} padding"
             lines.append(
-                f"  {name}: {split.documents:,} documents, {split.tokens:,} tokens, {split.samples:,} "
-                f"samples of {self.manifest.seq_len:,} ({split.dropped_tokens:,} tokens at the end fill none)"
+                f"  {name}: {split.documents:,} {documents}, {split.tokens:,} tokens, {split.samples:,} "
+                f"samples of {self.manifest.seq_len:,} ({room})"
             )
         if self.manifest.options["val_fraction"] and "val" not in self.manifest.splits:
             lines.append("  val: nothing; --val-fraction holds out whole documents, and these are few")
@@ -92,6 +97,7 @@ def prepare(
     tokenizer: str = "cl100k_base",
     vocab_file: str | None = None,
     progress: bool = True,
+    chat: ChatFormat | None = None,
 ) -> Summary:
     """Tokenize documents and pack them into samples of ``seq_len`` tokens, as MDS under ``out``.
 
@@ -103,6 +109,10 @@ def prepare(
 
     Blank documents are skipped, bytes that are no UTF-8 become U+FFFD, and files named twice are read
     once: each is counted, and its first places named, in the summary and the manifest.
+
+    With ``chat``, sources are JSON lines of conversations (:mod:`.chat`): they are packed whole, none is cut
+    across samples, and a loss mask goes with the tokens. A conversation goes to a split by the hash of what
+    comes before the first answer.
 
     Args:
         sources: files, folders (recursively) and globs: text, ``.jsonl`` (one document a line) and
@@ -116,6 +126,7 @@ def prepare(
         tokenizer: name of the vocabulary.
         vocab_file: a vocabulary file to use instead, see :func:`.tokenizer.load_tokenizer`.
         progress: show a progress bar if standard error is a terminal.
+        chat: how to read and train on conversations; None for text.
 
     Raises:
         ValueError: an option or an input is wrong, ``out`` cannot be written, is in use, or holds something
@@ -126,15 +137,21 @@ def prepare(
     vocabulary = load_tokenizer(tokenizer, vocab_file)
     folder = Path(out)
     try:
-        catalog = find_files(sources, suffixes)
-        plan = _describe(catalog, vocabulary, seq_len, text_field, suffixes, val_fraction)
+        catalog = find_files(sources, suffixes if chat is None else ())
+        options: dict[str, Any] = {"seq_len": seq_len, "val_fraction": val_fraction}
+        if chat is None:
+            options |= {"text_field": text_field, "suffixes": list(suffixes)}
+        else:
+            _refuse_parquet(catalog)
+            options |= {"chat": asdict(chat)}
+        plan = _describe(catalog, vocabulary, options)
         if (folder / MANIFEST).is_file():
             return _already_done(folder, plan, started)
         with _claimed(folder, plan):
             if (folder / MANIFEST).is_file():  # another process finished while this one waited
                 return _already_done(folder, plan, started)
             parts = plan_parts(catalog, text_field)
-            job = Job(folder, folder / WORK, vocabulary, seq_len, text_field, val_fraction)
+            job = Job(folder, folder / WORK, vocabulary, seq_len, text_field, val_fraction, chat)
             todo = [index for index in range(len(parts)) if read_mark(job, index) is None]
             run_parts(job, parts, todo, processes or _cores(), progress)
             manifest = _finish(job, len(parts), catalog, plan)
@@ -158,26 +175,20 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _describe(
-    catalog: Catalog,
-    tokenizer: Tokenizer,
-    seq_len: int,
-    text_field: str,
-    suffixes: Sequence[str],
-    val_fraction: float,
-) -> dict[str, Any]:
+def _refuse_parquet(catalog: Catalog) -> None:
+    for path, kind in catalog.files:
+        if kind != "jsonl":
+            raise ValueError(f"{path}: conversations are read from JSON lines, .jsonl (.gz, .zst), only")
+
+
+def _describe(catalog: Catalog, tokenizer: Tokenizer, options: dict[str, Any]) -> dict[str, Any]:
     """What decides the output, as it goes into the manifest; JSON values only."""
     return {
         "version": VERSION,
         "tokenizer": tokenizer.name,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
-        "options": {
-            "seq_len": seq_len,
-            "text_field": text_field,
-            "suffixes": list(suffixes),
-            "val_fraction": val_fraction,
-        },
+        "options": options,
         "sources": [asdict(source) for source in catalog.sources],
     }
 
@@ -264,7 +275,8 @@ def _finish(job: Job, parts: int, catalog: Catalog, plan: dict[str, Any]) -> Man
     if "train" not in splits:
         _clear(job.out)
         shutil.rmtree(job.work)
-        raise ValueError(f"{job.out}: the sources hold fewer than seq_len = {job.seq_len} tokens to train on")
+        few = f"fewer than seq_len = {job.seq_len} tokens" if job.chat is None else "no whole conversation"
+        raise ValueError(f"{job.out}: the sources hold {few} to train on")
     problems = _merge_problems(job, parts, catalog)
     manifest = Manifest(**plan, splits=splits, problems=problems)
     write_manifest(job.out, manifest)
@@ -275,8 +287,7 @@ def _merge_split(job: Job, parts: int, name: str) -> Split | None:
     """Write the split's index; None if it has not a single sample."""
     folder = job.out / name
     shutil.rmtree(folder / REST, ignore_errors=True)
-    writer = ShardWriter(folder / REST, job.seq_len)
-    packer = Packer(writer, job.seq_len)
+    packer = job.packer(folder / REST)
     shards: list[dict[str, Any]] = []
     counts = {"documents": 0, "tokens": 0, "text_bytes": 0}
     lengths: list[int] = []
@@ -285,16 +296,16 @@ def _merge_split(job: Job, parts: int, name: str) -> Split | None:
         assert mark is not None
         split = mark["splits"][name]
         shards += split["shards"]
-        packer.add(np.array(split["rest"], dtype=np.uint32))
+        packer.take(split["rest"])
         counts = {key: count + split[key] for key, count in counts.items()}
         lengths = [
             a + b for a, b in zip(lengths or [0] * len(split["lengths"]), split["lengths"], strict=True)
         ]
-    dropped = len(packer.close())
-    for shard in writer.shards:
+    dropped = packer.finish()
+    for shard in packer.shards:
         for form in ("raw_data", "zip_data"):
             shard[form]["basename"] = f"{REST}/{shard[form]['basename']}"
-    shards += writer.shards
+    shards += packer.shards
     samples = sum(shard["samples"] for shard in shards)
     if not samples:
         return None

@@ -180,12 +180,17 @@ class ShardStore:
         # One for each content, as other data may have been prepared in this place before
         return self._spare / hashlib.sha256(self._index[shard][1]).hexdigest()[:16]
 
-    def read(self, shard: int, index: int) -> NDArray[np.int64]:
-        """A sample's tokens, as an array of one's own: [sequence]. Raises DataError if it cannot be read."""
+    def read(self, shard: int, index: int) -> dict[str, NDArray[Any]]:
+        """A sample: ``tokens``, int64 [sequence], and a ``loss`` mask, bool, where the shard has one.
+
+        The arrays are one's own. Raises DataError if it cannot be read.
+        """
         reader = self._reader(shard)
         for _ in range(_RETRIES):
             try:
-                return np.array(reader[index]["tokens"], np.int64)
+                sample = reader[index]
+                mask = {"loss": sample["loss"].astype(bool)} if "loss" in sample else {}
+                return {"tokens": np.array(sample["tokens"], np.int64), **mask}
             except FileNotFoundError:
                 self.prepare(shard)
             except (OSError, ValueError, LookupError) as error:

@@ -100,7 +100,7 @@ def find_files(sources: Sequence[str], suffixes: Sequence[str]) -> Catalog:
 def _resolve(given: str, suffixes: Sequence[str]) -> Iterator[tuple[str, str]]:
     """(path, name within the source) of each readable file."""
     path = os.path.expanduser(given)
-    known = f"{', '.join(suffixes)}, .jsonl (.gz, .zst) or .parquet"
+    known = ", ".join([*suffixes, ".jsonl (.gz, .zst) or .parquet"])
     if os.path.isfile(path):
         if _kind(path, suffixes) is None:
             raise ValueError(f"{given}: of no known type; it must end in {known} (more with `suffixes`)")

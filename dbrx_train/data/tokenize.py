@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from dbrx_train.data.chat import ChatFormat, Conversation, conversations
 from dbrx_train.data.documents import Place, cut, documents
 from dbrx_train.data.manifest import write_json
-from dbrx_train.data.mds import ShardWriter
+from dbrx_train.data.mds import COLUMNS, MASKED_COLUMNS, ShardWriter
+from dbrx_train.data.packing import Packer, WholePacker
 from dbrx_train.data.sources import Part
 from dbrx_train.data.tokenizer import Tokenizer
 
-__all__ = ["EXAMPLES", "SPLITS", "Job", "Meter", "Packer", "has_marks", "read_mark", "run_part"]
+__all__ = ["EXAMPLES", "SPLITS", "Job", "Meter", "has_marks", "read_mark", "run_part"]
 
 SPLITS = ("train", "val")
 EXAMPLES = 5
@@ -46,44 +47,22 @@ class Job:
     seq_len: int
     text_field: str
     val_fraction: float
+    chat: ChatFormat | None = None
+    """How lines are read as conversations; None for text."""
 
-
-class Packer:
-    """Packs documents of any length, one after the other, into samples of ``seq_len`` tokens."""
-
-    def __init__(self, writer: ShardWriter, seq_len: int) -> None:
-        self._writer = writer
-        self._seq_len = seq_len
-        self._held: list[NDArray[np.uint32]] = []
-        self._size = 0
-        self.tokens = 0
-        """Tokens added so far."""
-
-    def add(self, ids: NDArray[np.uint32]) -> None:
-        """Add ids of shape [tokens] and write each sample that they complete."""
-        self._held.append(ids)
-        self._size += len(ids)
-        self.tokens += len(ids)
-        if self._size >= self._seq_len:
-            joined = np.concatenate(self._held)
-            whole = self._size - self._size % self._seq_len
-            for sample in joined[:whole].reshape(-1, self._seq_len):
-                self._writer.write(sample)
-            self._held = [joined[whole:].copy()]
-            self._size -= whole
-
-    def close(self) -> list[int]:
-        """Close the last shard; returns the tokens left over, fewer than ``seq_len``."""
-        self._writer.close()
-        return [int(token) for ids in self._held for token in ids]
+    def packer(self, folder: Path) -> Packer | WholePacker:
+        """Packs samples into shards in ``folder``."""
+        if self.chat is None:
+            return Packer(ShardWriter(folder, self.seq_len, COLUMNS), self.seq_len)
+        pad_id = self.tokenizer.pad_id
+        return WholePacker(ShardWriter(folder, self.seq_len, MASKED_COLUMNS), self.seq_len, pad_id)
 
 
 @dataclass
 class _Split:
     """What a part gives to one split."""
 
-    writer: ShardWriter
-    packer: Packer
+    packer: Packer | WholePacker
     documents: int = 0
     text_bytes: int = 0
     lengths: list[int] = field(default_factory=lambda: [0] * 48)
@@ -100,7 +79,7 @@ class _Split:
             "text_bytes": self.text_bytes,
             "lengths": self.lengths,
             "rest": rest,
-            "shards": self.writer.shards,
+            "shards": self.packer.shards,
         }
 
 
@@ -147,10 +126,13 @@ def run_part(job: Job, index: int, part: Part, meter: Meter) -> None:
     for name in SPLITS:
         folder = job.out / name / f"{index:05}"
         shutil.rmtree(folder, ignore_errors=True)
-        writer = ShardWriter(folder, job.seq_len)
-        splits[name] = _Split(writer, Packer(writer, job.seq_len))
+        splits[name] = _Split(job.packer(folder))
     log = _Log(meter)
     for span in part:
+        if job.chat is not None:
+            for conversation in conversations(span, job.chat, job.tokenizer, job.seq_len, log):
+                _add_conversation(job, splits, conversation, meter)
+            continue
         for where, chunks in documents(span, job.text_field, log):
             if not _add_document(job, splits, chunks, meter):
                 log.problem("empty", where)
@@ -170,17 +152,29 @@ def _add_document(job: Job, splits: dict[str, _Split], chunks: Iterator[str], me
             if not piece.strip():
                 continue
             split = splits["val" if _draw(piece) < job.val_fraction else "train"]
+            packer = split.packer
+        assert isinstance(packer, Packer)
         ids = job.tokenizer.encode_array(piece)
-        split.packer.add(ids)
+        packer.add(ids)
         split.text_bytes += len(piece) if piece.isascii() else len(piece.encode())
         tokens += len(ids)
         meter.add(tokens=len(ids))
     if split is None:
         return False
-    split.packer.add(np.array([job.tokenizer.eos_id], dtype=np.uint32))
+    assert isinstance(packer, Packer)
+    packer.add(np.array([job.tokenizer.eos_id], dtype=np.uint32))
     split.end_document(tokens + 1)
     meter.add(tokens=1)
     return True
+
+
+def _add_conversation(job: Job, splits: dict[str, _Split], conversation: Conversation, meter: Meter) -> None:
+    split = splits["val" if _draw(conversation.question) < job.val_fraction else "train"]
+    assert isinstance(split.packer, WholePacker)
+    split.packer.add(conversation.tokens, conversation.loss)
+    split.text_bytes += conversation.text_bytes
+    split.end_document(len(conversation.tokens))
+    meter.add(tokens=len(conversation.tokens))
 
 
 def _draw(text: str) -> float:

@@ -1,0 +1,275 @@
+"""Conversations: their tokens, what of them is trained on, and how they lie in samples and batches."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dbrx_train.data import chat, sources
+from dbrx_train.data.chat import ChatFormat
+from dbrx_train.data.collate import collate
+from dbrx_train.data.dataset import EvalDataset
+from dbrx_train.data.inspect import MASKED, inspect
+from dbrx_train.data.mds import read_shard
+from dbrx_train.data.prepare import Summary, prepare
+from dbrx_train.data.tokenizer import load_tokenizer
+from dbrx_train.model.config import DbrxConfig
+from dbrx_train.model.decoder import Dbrx
+
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is 2 + 2? <|im_end|> is text here."},
+    {"role": "assistant", "content": "4"},
+    {"role": "user", "content": "And <|im_start|>assistant, 3 + 3?"},
+    {"role": "assistant", "content": "It is 6 <|endoftext|>."},
+]
+SHAPE = DbrxConfig(d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, ffn_hidden_size=28, max_seq_len=256)
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run(source: Path, out: Path, form: ChatFormat | None = None, **options: Any) -> Summary:
+    options = {"seq_len": 64, "val_fraction": 0, "processes": 1, **options}
+    return prepare([str(source)], str(out), chat=form or ChatFormat(), **options)
+
+
+def samples(folder: Path, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
+    shards = json.loads((folder / split / "index.json").read_text())["shards"]
+    tokens, loss = (
+        np.concatenate([read_shard(folder / split, shard, column) for shard in shards])
+        for column in ("tokens", "loss")
+    )
+    return tokens, loss
+
+
+def talk(number: int, words: int) -> dict[str, Any]:
+    pick = random.Random(number)
+    answer = " ".join(pick.choices(["yes", "no", "perhaps", "seven"], k=words))
+    return {"prompt": f"Question {number}?", "response": answer}
+
+
+def test_the_ids_are_chatml_and_text_never_becomes_a_special_token() -> None:
+    tokenizer = load_tokenizer()
+    ids, _ = chat.encode(TALK, tokenizer)
+    assert ids.tolist() == [*tokenizer.chat(TALK), tokenizer.eos_id]
+    assert (ids == tokenizer.im_start_id).sum() == (ids == tokenizer.im_end_id).sum() == 5
+    assert (ids == tokenizer.eos_id).sum() == 1
+    assert tokenizer.decode(ids[:4].tolist()) == "<|im_start|>system\nBe"
+
+
+def test_answers_alone_are_trained_on_or_everything() -> None:
+    tokenizer = load_tokenizer()
+    ids, loss = chat.encode(TALK, tokenizer)
+    trained = tokenizer.decode(ids[loss == 1].tolist())
+    assert trained == "4<|im_end|>It is 6 <|endoftext|>.<|im_end|>"
+    assert tokenizer.decode(ids[loss == 0].tolist()).count("<|im_start|>assistant\n") == 2
+    again, every = chat.encode(TALK, tokenizer, "all")
+    assert again.tolist() == ids.tolist()
+    assert every.tolist() == [1] * (len(ids) - 1) + [0], "only the mark between conversations is not"
+    assert chat.encode(TALK, tokenizer, skip=4)[1].sum() < loss.sum()
+
+
+def test_an_answer_that_begins_with_blanks_is_what_the_model_would_write() -> None:
+    tokenizer = load_tokenizer()
+    turns = [{"role": "user", "content": "Code?"}, {"role": "assistant", "content": "\n\n    x = 1"}]
+    ids, loss = chat.encode(turns, tokenizer)
+    opened = tokenizer.chat(turns[:1], add_generation_prompt=True)
+    assert ids[: len(opened)].tolist() == opened
+    assert tokenizer.decode(ids[loss == 1].tolist()) == "\n\n    x = 1<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("row", "question"),
+    [
+        ({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}, "Hi"),
+        ({"prompt": "Hi", "response": "Ho"}, "Hi"),
+        ({"prompt": "Hi", "completion": "Ho"}, "Hi"),
+        ({"instruction": "Hi", "context": "", "response": "Ho", "category": "open_qa"}, "Hi"),
+        ({"instruction": "Hi", "context": "you", "response": "Ho"}, "Hi\n\nyou"),
+        ({"instruction": "Hi", "input": "you", "output": "Ho"}, "Hi\n\nyou"),
+    ],
+)
+def test_every_form_of_a_line(row: dict[str, Any], question: str, tmp_path: Path) -> None:
+    run(write(tmp_path / "a.jsonl", [row]), tmp_path / "out")
+    (tokens,), _ = samples(tmp_path / "out")
+    expected = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\nHo<|im_end|><|endoftext|>"
+    tokenizer = load_tokenizer()
+    assert tokenizer.decode(tokens.tolist()) == expected + "<|pad|>" * (tokens == tokenizer.pad_id).sum()
+
+
+def test_conversations_are_packed_whole_and_none_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "MIN_PART_BYTES", 2000)
+    rows = [talk(i, 1 + i * 7 % 40) for i in range(200)]
+    path = write(tmp_path / "a.jsonl", rows)
+    summary = run(path, tmp_path / "out", val_fraction=0.2)
+    assert summary.parts > 5
+    tokenizer, found = load_tokenizer(), list[str]()
+    for split in ("train", "val"):
+        tokens, loss = samples(tmp_path / "out", split)
+        assert not loss[tokens == tokenizer.pad_id].any()
+        for row in tokens:
+            *whole, padding = tokenizer.decode(row.tolist()).split("<|endoftext|>")
+            assert set(padding.split("<|pad|>")) == {""}
+            assert all(text.startswith("<|im_start|>user\nQuestion") for text in whole)
+            found += whole
+        made = summary.manifest.splits[split]
+        assert (made.samples, made.tokens) == (len(tokens), (tokens != tokenizer.pad_id).sum())
+    answers = sorted(re.sub(r".*assistant\n|<\|im_end\|>", "", text, flags=re.DOTALL) for text in found)
+    assert answers == sorted(row["response"] for row in rows)
+    train = summary.manifest.splits["train"]
+    assert train.tokens / (train.samples * 64) > 0.85
+    assert run(path, tmp_path / "out", val_fraction=0.2).already_done
+
+    run(path, tmp_path / "two", val_fraction=0.2, processes=2)
+    for split in ("train", "val"):
+        for a, b in zip(samples(tmp_path / "out", split), samples(tmp_path / "two", split), strict=True):
+            assert np.array_equal(a, b), "whatever the number of processes"
+
+
+@pytest.mark.parametrize("long", ["truncate", "drop"])
+def test_long_empty_and_broken_text_is_counted_with_its_place(long: str, tmp_path: Path) -> None:
+    rows = [
+        talk(0, 5),
+        talk(1, 500),
+        {"prompt": "x " * 200, "response": "y"},
+        {"prompt": "a", "response": " "},
+    ]
+    rows += [{"messages": []}, {"messages": [{"role": "user", "content": "Nobody answers."}]}]
+    path = write(tmp_path / "a.jsonl", rows)
+    path.write_bytes(path.read_bytes() + b'{"prompt": "caf\xe9", "response": "yes"}\n')
+    summary = run(path, tmp_path / "out", ChatFormat(long=long))
+    problems = {kind: (found.count, found.examples) for kind, found in summary.manifest.problems.items()}
+    places = [f"{path}:{line}" for line in range(8)]
+    expected = {"empty": (3, places[4:7]), "undecodable": (1, [places[7]])}
+    if long == "truncate":  # a cut that leaves no answer leaves nothing to train on
+        expected |= {"truncated": (1, [places[2]]), "too_long": (1, [places[3]])}
+    else:
+        expected |= {"too_long": (2, places[2:4])}
+    assert problems == expected
+    tokens, loss = samples(tmp_path / "out")
+    assert (tokens == load_tokenizer().eos_id).sum() == summary.manifest.splits["train"].documents
+    assert loss.any(axis=1).all()
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"text": "a"}, "no conversation; it must have messages, or a prompt .* has the fields 'text'"),
+        ({"messages": "a"}, "messages is str; it must be a list of turns"),
+        ({"messages": ["a"]}, r"messages\[0\] is str; it must have role and content"),
+        ({"messages": [{"role": "human", "content": "a"}]}, r"messages\[0\].role is 'human'; it must be one"),
+        ({"messages": [{"role": "user", "content": None}]}, r"messages\[0\].content is NoneType; it must be"),
+        ({"prompt": 1, "response": "a"}, "field 'prompt' holds int; it must hold text"),
+        ([1], "expected a JSON object with messages, or a prompt"),
+    ],
+)
+def test_a_line_that_is_no_conversation_is_refused_with_its_place(
+    row: Any, says: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "a.jsonl", [talk(0, 3), row])
+    with pytest.raises(ValueError, match=rf"a.jsonl:2: {says}") as caught:
+        run(path, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"a.parquet: conversations are read from JSON lines"):
+        run(tmp_path / "a.parquet", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"loss: 'user' is not one of assistant, all"):
+        ChatFormat(loss="user")
+    path = write(tmp_path / "a.jsonl", [talk(0, 3)])
+    run(path, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"was begun otherwise: chat was .* and is .*'loss': 'all'"):
+        run(path, tmp_path / "out", ChatFormat(loss="all"))
+
+
+def test_batches_mask_labels_and_padding_and_leave_plain_samples_alone(tmp_path: Path) -> None:
+    run(write(tmp_path / "a.jsonl", [talk(i, 5 + i) for i in range(4)]), tmp_path / "out")
+    data = EvalDataset(str(tmp_path / "out"), seq_len=64, split="train")
+    plain = {"tokens": np.arange(64), "source": 1, "sample_id": 0}
+    tokenizer = load_tokenizer()
+    batch = collate([data[0], plain], eos_id=tokenizer.eos_id)
+    tokens, labels, documents = (batch[key] for key in ("input_ids", "labels", "document_ids"))
+    mask = torch.as_tensor(data[0]["loss"])
+    assert torch.equal(labels[0], tokens[0].where(mask, -100))
+    assert torch.equal(documents[0] == -1, tokens[0] == tokenizer.pad_id)
+    assert documents[0].max() >= 1
+    assert torch.equal(labels[1], tokens[1])
+    alone = collate([plain], eos_id=tokenizer.eos_id)
+    assert torch.equal(alone["document_ids"][0], documents[1])
+
+
+def test_a_packed_sample_trains_like_its_conversations_apart(tmp_path: Path) -> None:
+    """No attention across conversations: the loss is the mean over answers' tokens of each one alone."""
+    run(write(tmp_path / "a.jsonl", [talk(i, 4 + 3 * i) for i in range(3)]), tmp_path / "out")
+    tokenizer = load_tokenizer()
+    data = EvalDataset(str(tmp_path / "out"), seq_len=64, split="train")
+    model = Dbrx(SHAPE, seed=1)
+    batch = collate([data[i] for i in range(len(data))], eos_id=tokenizer.eos_id)
+    keys = ("labels", "document_ids")
+    packed = model(batch["input_ids"], **{key: batch[key] for key in keys})
+    total, count = 0.0, 0
+    for number in range(3):
+        turns = [{"role": role, "content": talk(number, 4 + 3 * number)[key]}
+                 for role, key in (("user", "prompt"), ("assistant", "response"))]  # fmt: skip
+        ids, loss = chat.encode(turns, tokenizer)
+        tokens = torch.from_numpy(ids.astype(np.int64))
+        one = model(tokens[None], labels=tokens.where(torch.from_numpy(loss == 1), -100)[None])
+        total += float(one.losses["cross_entropy"] * one.num_labels)
+        count += int(one.num_labels)
+    assert int(packed.num_labels) == count
+    assert float(packed.losses["cross_entropy"]) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_inspect_marks_what_is_masked(tmp_path: Path) -> None:
+    run(write(tmp_path / "a.jsonl", [{"messages": TALK}]), tmp_path / "out", seq_len=128)
+    shown = inspect(tmp_path / "out")
+    assert "1 conversations" in shown
+    begin, end = MASKED
+    text = "\n".join(line.removeprefix("  │ ") for line in shown.splitlines())
+    assert f"{begin}<|im_start|>system\nBe brief.<|im_end|>" in text
+    assert f"<|im_start|>assistant\n{end}4<|im_end|>{begin}\n<|im_start|>user" in text
+    assert re.search(r"\d+ of 128 tokens are trained on", shown)
+    assert re.search(r"… and \d+ tokens of padding", shown)
+
+
+def test_preferences_lie_side_by_side(tmp_path: Path) -> None:
+    turns = TALK[:4]
+    forms = [
+        {"prompt": "Hi", "chosen": "Good day.", "rejected": "What?"},
+        {"prompt": turns, "chosen": [TALK[4]], "rejected": [{"role": "assistant", "content": "No."}]},
+        {"chosen": TALK, "rejected": [*turns, {"role": "assistant", "content": "No."}]},
+        {"prompt": "Hi", "chosen": "Same.", "rejected": "Same."},
+        {"prompt": "Long?", "chosen": "yes " * 300, "rejected": "no"},
+    ]
+    path = write(tmp_path / "a.jsonl", forms)
+    summary = run(path, tmp_path / "out", ChatFormat(preferences=True), seq_len=256)
+    kinds = {kind: found.count for kind, found in summary.manifest.problems.items()}
+    assert kinds == {"identical": 1, "truncated": 1}
+    tokenizer = load_tokenizer()
+    tokens, loss = samples(tmp_path / "out")
+    trained = []
+    for row, mask in zip(tokens, loss, strict=True):
+        for part in np.split(np.arange(len(row)), np.flatnonzero(row == tokenizer.eos_id) + 1)[:-1]:
+            trained.append(tokenizer.decode(row[part][mask[part] == 1].tolist()))
+    last = ["It is 6 <|endoftext|>.<|im_end|>", "No.<|im_end|>"]
+    assert sorted(zip(trained[::2], trained[1::2], strict=True))[:3] == sorted(
+        [("Good day.<|im_end|>", "What?<|im_end|>"), tuple(last), tuple(last)]
+    )
+    with pytest.raises(ValueError, match=r"a.jsonl:1: no preference; it must have chosen and rejected"):
+        run(write(tmp_path / "a.jsonl", [talk(0, 3)]), tmp_path / "no", ChatFormat(preferences=True))
+    with pytest.raises(ValueError, match=r"loss: preferences compare answers"):
+        ChatFormat(loss="all", preferences=True)
