@@ -230,13 +230,29 @@ def checkpoint_consolidate(
     out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
     dtype: Annotated[Precision, typer.Option(help="Of the parameters.")] = Precision.float32,
 ) -> None:
-    """Write the weights in CHECKPOINT to one safetensors file."""
+    """Write the weights in CHECKPOINT to one safetensors file; adapters are merged into them."""
     import torch
 
     from dbrx_train.checkpoint.weights import consolidate
 
     size = consolidate(checkpoint, out, getattr(torch, dtype), lambda line: print(line, file=sys.stderr))
     print(f"{out}: {size:,} bytes")
+
+
+@checkpoint_app.command("adapter")
+def checkpoint_adapter(
+    checkpoint: Annotated[Path, typer.Argument(help="A run that trained adapters, or its checkpoint.")],
+    out: Annotated[Path, typer.Option(help="The folder to make.")],
+) -> None:
+    """Write the adapters of CHECKPOINT alone: attention's in PEFT's format, the experts' beside them.
+
+    `checkpoint consolidate` merges them into the weights.
+    """
+    from dbrx_train.checkpoint.adapter import EXPERTS_FILE, write_adapter
+
+    for name in write_adapter(checkpoint, out, lambda line: print(line, file=sys.stderr)):
+        note = " (ours: PEFT knows none for experts, and does not load it)" if name == EXPERTS_FILE else ""
+        print(f"{out / name}: {(out / name).stat().st_size:,} bytes{note}")
 
 
 @app.command()

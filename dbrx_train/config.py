@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dbrx_train.data.mix import MixSchedule
 from dbrx_train.duration import Clock
-from dbrx_train.model.config import DbrxConfig
+from dbrx_train.model.config import LORA_TARGETS, DbrxConfig
 
 
 class ConfigError(ValueError):
@@ -260,6 +260,28 @@ class InitFromConfig:
 
 
 @dataclass
+class LoraConfig:
+    rank: int | None = _doc(
+        "train low-rank adapters of this rank beside the weights of `init_from`, which stay as they are; "
+        "null: train the weights",
+        None,
+    )
+    alpha: float = _doc("adapters count `alpha / rank`-fold", 16.0)
+    targets: list[str] = _doc(
+        "the matrices that have them: attention's `Wqkv` and `out_proj`, and every expert's `w1`, `v1`, `w2`",
+        lambda: list(LORA_TARGETS),
+    )
+
+    def check(self) -> None:
+        rank = self.rank
+        _require(rank is None or rank >= 1, f"lora.rank: must be at least 1 or null, not {rank}")
+        _require(0 < self.alpha < inf, f"lora.alpha: must be positive, not {self.alpha}")
+        _require(bool(self.targets), f"lora.targets: name at least one of {', '.join(LORA_TARGETS)}")
+        for target in self.targets:
+            _one_of("lora.targets", target, LORA_TARGETS)
+
+
+@dataclass
 class LoggingConfig:
     mlflow_uri: str = _doc("MLflow tracking URI", "sqlite:///mlruns.db")
     experiment: str = _doc("MLflow experiment", "dbrx-train")
@@ -306,6 +328,7 @@ class RunConfig:
     tokenizer: TokenizerConfig = _doc("the tokenizer that the data was prepared with", TokenizerConfig)
     optimization: OptimizationConfig = _doc("batches, optimizer and learning rate", OptimizationConfig)
     init_from: InitFromConfig = _doc("where the first weights come from; default: drawn", InitFromConfig)
+    lora: LoraConfig = _doc("adapters instead of all weights", LoraConfig)
     parallelism: ParallelismConfig = _doc("how the model is spread over ranks", ParallelismConfig)
     checkpoints: CheckpointsConfig = _doc("when to save and what to keep", CheckpointsConfig)
     logging: LoggingConfig = _doc("what is shown and where it is kept", LoggingConfig)
@@ -322,6 +345,7 @@ class RunConfig:
             self.optimization,
             self.optimization.optimizer,
             self.optimization.learning_rate,
+            self.lora,
             self.parallelism,
             self.checkpoints,
             self.logging,
@@ -330,6 +354,10 @@ class RunConfig:
             section.check()
         _one_of("device", self.device, ("auto", "cpu", "gpu"))
         _one_of("precision", self.precision, ("fp32", "amp_bf16"))
+        _require(
+            self.lora.rank is None or self.init_from.path is not None,
+            "lora.rank: adapters stand beside weights; say whose with init_from.path",
+        )
         _require(bool(self.run_name.strip()), "run_name: must not be empty")
         _require(0 <= self.seed < 2**32, f"seed: must be at least 0 and below 2**32, not {self.seed}")
         longest = self.model.max_seq_len

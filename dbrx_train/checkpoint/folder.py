@@ -19,7 +19,18 @@ from typing import Any
 
 from dbrx_train.config import first_line
 
-__all__ = ["MARK", "Checkpoint", "mark", "newest", "read", "remove", "remove_torn", "saved", "step_folder"]
+__all__ = [
+    "MARK",
+    "Checkpoint",
+    "mark",
+    "newest",
+    "open_newest",
+    "read",
+    "remove",
+    "remove_torn",
+    "saved",
+    "step_folder",
+]
 
 MARK = "checkpoint.json"
 _STEP = re.compile(r"ba(\d+)")
@@ -73,6 +84,20 @@ def newest(root: Path, passed_over: Callable[[str], None]) -> Checkpoint | None:
         except ValueError as error:
             passed_over(f"passed over {error}")
     return None
+
+
+def open_newest(path: Path, passed_over: Callable[[str], None]) -> Checkpoint:
+    """The checkpoint in a folder, or the newest whole one of the run in it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if (path / MARK).exists():
+        return read(path)
+    found = newest(path, passed_over) or newest(path / "checkpoints", passed_over)
+    if found is None:
+        raise ValueError(f"{path}: neither a run with checkpoints nor a checkpoint")
+    return found
 
 
 def read(path: Path) -> Checkpoint:

@@ -45,8 +45,9 @@ _METADATA_TYPES = {
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, not copied."""
-    return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    """Parameters and buffers, not copied; parameters that are frozen, beside adapters, are left out."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {f"model.{name}": tensor for name, tensor in model.state_dict().items() if name not in frozen}
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -56,7 +57,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     return {
         f"optimizer.{name}.{key}": value
         for name, parameter in model.named_parameters()
-        for key, value in optimizer.state[parameter].items()
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 

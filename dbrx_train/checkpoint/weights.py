@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dbrx_train.checkpoint import folder as folders
+from dbrx_train.checkpoint.adapter import base_of, is_adapter, read_merged
 from dbrx_train.checkpoint.tensors import Reader
 from dbrx_train.config import first_line
 from dbrx_train.model.config import DbrxConfig
@@ -37,18 +38,18 @@ class Weights:
 def open_weights(path: Path, passed_over: Callable[[str], None]) -> Weights:
     """The weights in a run's folder, a checkpoint's, or a file that ``consolidate`` wrote.
 
+    Of a run that trained adapters they are the merged ones.
+
     Raises:
         ValueError: there are none.
     """
     if path.is_file():
         return _open_file(path)
-    if (path / folders.MARK).exists():
-        found: folders.Checkpoint | None = folders.read(path)
-    else:
-        found = folders.newest(path, passed_over) or folders.newest(path / "checkpoints", passed_over)
-    if found is None:
-        raise ValueError(f"{path}: neither a run with checkpoints nor a checkpoint")
+    found = folders.open_newest(path, passed_over)
     reader = Reader(found.folder)
+    if is_adapter(found.config):
+        base = open_weights(base_of(found), passed_over)
+        return Weights(found.config, lambda tensors: read_merged(tensors, base.read, found.config, reader))
     return Weights(found.config, lambda tensors: reader.read({f"model.{k}": v for k, v in tensors.items()}))
 
 

@@ -12,6 +12,8 @@ from typing import Any, Self
 BALANCE_LOSSES = ("megablocks", "huggingface", "none")
 EXPERT_IMPLS = ("auto", "loop", "grouped")
 INIT_METHODS = ("normal", "trunc_normal", "kaiming_normal")
+LORA_TARGETS = ("Wqkv", "out_proj", "w1", "v1", "w2")
+"""The matrices that adapters may be beside: attention's two, an expert's three."""
 
 _HF_NORM_EPS = 1e-5  # fixed in the Hugging Face class
 

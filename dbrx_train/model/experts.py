@@ -36,7 +36,7 @@ def grouped(
 
     The grouped product never asks the device for the counts, so the host can run ahead.
     """
-    if _grouped_mm_fits(x_ND, w1_EFD):
+    if grouped_mm_fits(x_ND, w1_EFD):
         mm = torch.nn.functional.grouped_mm  # type: ignore[attr-defined,unused-ignore]
         ends = tokens_per_expert.cumsum(0).to(torch.int32)
         gate = mm(x_ND, w1_EFD.transpose(1, 2), offs=ends)
@@ -52,7 +52,7 @@ def grouped(
     )
 
 
-def _grouped_mm_fits(x_ND: Tensor, w_EFD: Tensor) -> bool:
+def grouped_mm_fits(x_ND: Tensor, w_EFD: Tensor) -> bool:
     """Newer torch has it, wants rows that are multiples of 16 bytes, and is no use to a single expert."""
     aligned = all(width * x_ND.element_size() % 16 == 0 for width in w_EFD.shape[1:])
     return hasattr(torch.nn.functional, "grouped_mm") and aligned and w_EFD.shape[0] > 1

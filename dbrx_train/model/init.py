@@ -49,7 +49,9 @@ def draw_rows(
         digest = hashlib.sha256(f"{seed}/{name}/{first // ROWS_PER_BLOCK}".encode()).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "big"))
         block = torch.empty(last - first, width, dtype=torch.float32, device="cpu")
-        if config.init_method == "trunc_normal":
+        if std == 0:
+            block.zero_()
+        elif config.init_method == "trunc_normal":
             nn.init.trunc_normal_(block, std=std, a=-3 * std, b=3 * std, generator=generator)
         else:
             block.normal_(std=std, generator=generator)
@@ -61,8 +63,13 @@ def weight_std(name: str, config: DbrxConfig, width: int) -> float:
     """Standard deviation of the matrix `name`.
 
     kaiming_normal is sqrt(2 / fan_in) (arXiv 1502.01852, as LLM Foundry uses it); w2 is stored input by
-    output, so its fan-in is ffn_hidden_size. Residual scaling is that of GPT-2.
+    output, so its fan-in is ffn_hidden_size. Residual scaling is that of GPT-2. Of adapters, A is drawn as
+    PEFT's is (but normal), and B is 0.
     """
+    if name.endswith("lora_B"):
+        return 0.0
+    if name.endswith("lora_A"):
+        return 1 / math.sqrt(3 * width)
     is_w2 = name.endswith("w2")
     std = config.init_std
     if config.init_method == "kaiming_normal":

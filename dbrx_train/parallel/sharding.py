@@ -20,7 +20,7 @@ from dbrx_train.model.experts import Experts
 from dbrx_train.model.init import draw_rows, is_norm
 from dbrx_train.parallel.expert_parallel import TokenExchange
 from dbrx_train.parallel.gloo import mend_fsdp_on_cpu
-from dbrx_train.parallel.mesh import Meshes, MeshShape
+from dbrx_train.parallel.mesh import Meshes, MeshShape, nearest_divisor
 
 __all__ = ["init_shards", "parallelize"]
 
@@ -47,6 +47,7 @@ def parallelize(
     if not all(parameter.is_meta for parameter in model.parameters()):
         raise ValueError('model: has weights, which would be lost; make it under torch.device("meta")')
     shape.check(model.config)
+    _check_adapters(model, shape)
     if device_type == "cpu":
         mend_fsdp_on_cpu()
     meshes = shape.build(device_type)
@@ -74,6 +75,19 @@ def parallelize(
     init_shards(model, seed)
 
 
+def _check_adapters(model: Dbrx, shape: MeshShape) -> None:
+    """Of spread experts, the rows of adapters too must divide over a group; ValueError if they do not."""
+    if shape.expert == 1:
+        return
+    for name, parameter in model.named_parameters():
+        if ".experts." in name and parameter.shape[0] % shape.shard:
+            fitting = nearest_divisor(parameter.shape[0], shape.shard)
+            raise ValueError(
+                f"shard: {shape.shard} does not divide the {parameter.shape[0]} rows of {name}, which spread "
+                f"experts need; use {fitting}, or another lora.rank"
+            )
+
+
 def _float32_parts(block: Block) -> list[nn.Module]:
     parts = [block.norm_attn_norm.norm_1, block.norm_attn_norm.norm_2, block.ffn.router]
     return [part for part in parts if part is not None]
@@ -84,7 +98,7 @@ def _spread_experts(experts: Experts, meshes: Meshes) -> None:
     assert meshes.expert is not None
     for name, parameter in list(experts.mlp.named_parameters()):
         spread = distribute_tensor(parameter.data, meshes.expert, [Shard(0)])
-        experts.mlp.register_parameter(name, nn.Parameter(spread))
+        experts.mlp.register_parameter(name, nn.Parameter(spread, parameter.requires_grad))
     experts.exchange = TokenExchange(meshes.expert.get_group())
 
 

@@ -22,6 +22,7 @@ from dbrx_train.checkpoint.weights import open_weights
 from dbrx_train.config import ConfigError, RunConfig, first_line, flatten, naming, to_dict, to_yaml
 from dbrx_train.data.tokenizer import Tokenizer, load_tokenizer
 from dbrx_train.model.decoder import Dbrx
+from dbrx_train.model.lora import adapt, is_factor
 from dbrx_train.parallel import MeshShape, parallelize
 from dbrx_train.train import environment, report
 from dbrx_train.train.callbacks.checkpoints import Checkpoints
@@ -48,7 +49,8 @@ _FIXED_WEIGHTS = (
     "model.ffn_hidden_size",
     "model.num_experts",
 )
-_FIXED = (*_FIXED_WEIGHTS, "optimization.optimizer.name")
+_FIXED = (*_FIXED_WEIGHTS, "optimization.optimizer.name", "lora.rank")
+_FIXED_ADAPTERS = ("lora.alpha", "lora.targets")
 
 
 def run(config: RunConfig) -> None:
@@ -66,14 +68,15 @@ def run(config: RunConfig) -> None:
     found = _newest(config, remote)
     weights = None
     if found:
+        fixed = _FIXED if config.lora.rank is None else (*_FIXED, *_FIXED_ADAPTERS)
         _check_same(
-            _FIXED, config, found.folder, found.config, "; give the run another run_name= to start afresh"
+            fixed, config, found.folder, found.config, "; give the run another run_name= to start afresh"
         )
         if found.tokens >= config.clock.total_tokens:
             end = f"{found.folder} holds its end"
             _say(f"{config.run_name} is done: {end}. A larger max_duration= continues it.")
             return
-    elif config.init_from.path is not None:
+    if config.init_from.path is not None and (found is None or config.lora.rank is not None):
         with naming("init_from.path: "):
             weights = open_weights(Path(config.init_from.path), _say)
         _check_same(_FIXED_WEIGHTS, config, Path(config.init_from.path), weights.config)
@@ -85,11 +88,12 @@ def run(config: RunConfig) -> None:
     peak, origin = peak_flops(device, config.precision, config.logging.peak_flops)
     trainer = build_trainer(config, tokenizer, device, store, peak, remote)
     try:
+        if weights:
+            state = model_of(trainer.state).state_dict()
+            weights.read({name: tensor for name, tensor in state.items() if not is_factor(name)})
         if found:
             _say(f"{config.run_name} goes on from {found.folder}, after {found.tokens:,} tokens")
             resume(trainer, found, remote)
-        elif weights:
-            weights.read(model_of(trainer.state).state_dict())
         _record(config, store, f"{peak:.4g} FLOP/s, {origin}")
         if config.evaluation.at_start and found is None and trainer.state.evaluators:
             trainer.eval()
@@ -173,11 +177,11 @@ def resume(trainer: Trainer, checkpoint: Checkpoint, remote: Remote | None = Non
 
 
 def build_model(config: RunConfig, device: str) -> Dbrx:
-    """The run's model with weights drawn from its seed; over several ranks, sharded."""
+    """The run's model, and its adapters, with weights drawn from its seed; over several ranks, sharded."""
     if dist.get_world_size() == 1:
-        return Dbrx(config.model, seed=config.seed)
+        return _adapted(Dbrx(config.model, seed=config.seed), config)
     with torch.device("meta"):
-        model = Dbrx(config.model)
+        model = _adapted(Dbrx(config.model), config)
     parallelize(
         model,
         mesh_shape(config, dist.get_world_size()),
@@ -186,6 +190,12 @@ def build_model(config: RunConfig, device: str) -> Dbrx:
         param_dtype=torch.bfloat16 if config.precision == "amp_bf16" else None,
         reshard_after_forward=config.parallelism.reshard_after_forward,
     )
+    return model
+
+
+def _adapted(model: Dbrx, config: RunConfig) -> Dbrx:
+    if config.lora.rank is not None:
+        adapt(model, config.lora.rank, config.lora.alpha, config.lora.targets, config.seed)
     return model
 
 

@@ -57,6 +57,11 @@ class ComposerDbrx(ComposerModel):  # type: ignore[misc]
         metric.update(outputs.losses["cross_entropy"], weight=outputs.num_labels)
 
     def flops_per_batch(self, batch: Batch) -> float:
-        """Training FLOPs of a batch by ``DbrxConfig.flops_per_token``; Composer's SpeedMonitor reads this."""
+        """Training FLOPs of a batch by ``DbrxConfig.flops_per_token``; Composer's SpeedMonitor reads this.
+
+        Frozen weights get no gradient, which spares 2 FLOPs a parameter; adapters are too small to count.
+        """
+        config = self.model.config
         tokens, seq_len = batch["input_ids"].numel(), batch["input_ids"].shape[1]
-        return float(tokens * self.model.config.flops_per_token(seq_len))
+        spared = 0 if self.model.lm_head.weight.requires_grad else 2 * config.num_active_params_non_embedding
+        return float(tokens * (config.flops_per_token(seq_len) - spared))

@@ -53,7 +53,7 @@ class LionW(torch.optim.Optimizer):
 def parameter_groups(model: Dbrx, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Norms never decay; embedding and head by choice; routers may have a learning rate of their own.
 
-    Every group remembers its peak learning rate as ``peak_lr``.
+    Every group remembers its peak learning rate as ``peak_lr``. Parameters that are frozen are in none.
     """
     routers = {id(p) for m in model.modules() if isinstance(m, Router) for p in m.parameters()}
     embeddings = {id(p) for m in (model.transformer.wte, model.lm_head) for p in m.parameters()}
@@ -71,7 +71,7 @@ def parameter_groups(model: Dbrx, config: OptimizerConfig) -> list[dict[str, Any
         return "embeddings" if id(p) in embeddings else "matrices"
 
     members: dict[str, list[nn.Parameter]] = {}
-    for p in model.parameters():
+    for p in filter(lambda p: p.requires_grad, model.parameters()):
         members.setdefault(group_of(p), []).append(p)
     groups = []
     for name, params in members.items():
