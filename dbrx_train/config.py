@@ -282,6 +282,19 @@ class LoraConfig:
 
 
 @dataclass
+class PreferencesConfig:
+    beta: float | None = _doc(
+        "direct preference optimisation (DPO) of the model in `init_from`, on sources prepared with "
+        "`--preferences`: how dear it is to leave it, 0.1 as a rule; null: next-token prediction",
+        None,
+    )
+
+    def check(self) -> None:
+        beta = self.beta
+        _require(beta is None or 0 < beta < inf, f"preferences.beta: must be positive or null, not {beta}")
+
+
+@dataclass
 class LoggingConfig:
     mlflow_uri: str = _doc("MLflow tracking URI", "sqlite:///mlruns.db")
     experiment: str = _doc("MLflow experiment", "dbrx-train")
@@ -329,6 +342,7 @@ class RunConfig:
     optimization: OptimizationConfig = _doc("batches, optimizer and learning rate", OptimizationConfig)
     init_from: InitFromConfig = _doc("where the first weights come from; default: drawn", InitFromConfig)
     lora: LoraConfig = _doc("adapters instead of all weights", LoraConfig)
+    preferences: PreferencesConfig = _doc("learning from pairs of answers", PreferencesConfig)
     parallelism: ParallelismConfig = _doc("how the model is spread over ranks", ParallelismConfig)
     checkpoints: CheckpointsConfig = _doc("when to save and what to keep", CheckpointsConfig)
     logging: LoggingConfig = _doc("what is shown and where it is kept", LoggingConfig)
@@ -346,6 +360,7 @@ class RunConfig:
             self.optimization.optimizer,
             self.optimization.learning_rate,
             self.lora,
+            self.preferences,
             self.parallelism,
             self.checkpoints,
             self.logging,
@@ -357,6 +372,10 @@ class RunConfig:
         _require(
             self.lora.rank is None or self.init_from.path is not None,
             "lora.rank: adapters stand beside weights; say whose with init_from.path",
+        )
+        _require(
+            self.preferences.beta is None or self.init_from.path is not None,
+            "preferences.beta: needs a model whose answers to compare; name it with init_from.path",
         )
         _require(bool(self.run_name.strip()), "run_name: must not be empty")
         _require(0 <= self.seed < 2**32, f"seed: must be at least 0 and below 2**32, not {self.seed}")

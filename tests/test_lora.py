@@ -152,7 +152,7 @@ def test_every_gradient_of_adapters_on_every_mesh() -> None:
         assert found["initial"] == 0, "factors are drawn alike, bit for bit"
         assert max(found["gradients"].values()) < 1e-5, found["gradients"]
         assert found["frozen"] == 0
-        assert found["weights"] < 1e-5
+        assert found["weights"] < 1e-4, "after two steps of Adam, which divides small gradients by small"
         assert found["read"] == 0, "a checkpoint of these factors alone is read back"
 
 

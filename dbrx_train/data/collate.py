@@ -31,7 +31,7 @@ def collate(samples: Sequence[dict[str, Any]], *, eos_id: int) -> dict[str, Tens
 
     ``source`` and ``sample_id`` [batch] say where each is from. The labels are the inputs: the loss
     shifts them. In samples that come with a ``loss`` mask, labels are -100 where it is False, and padding
-    belongs to document -1.
+    belongs to document -1. What samples have as ``reference`` is stacked.
     """
     tokens = torch.stack([torch.as_tensor(sample["tokens"]) for sample in samples])
     labels, documents = tokens.clone(), document_ids(tokens, eos_id)
@@ -39,12 +39,14 @@ def collate(samples: Sequence[dict[str, Any]], *, eos_id: int) -> dict[str, Tens
         if "loss" in sample:
             labels[row, ~torch.as_tensor(sample["loss"])] = IGNORE_INDEX
             documents[row, tokens[row] == Tokenizer.pad_id] = -1
+    references = [torch.as_tensor(sample["reference"]) for sample in samples if "reference" in sample]
     return {
         "input_ids": tokens,
         "labels": labels,
         "document_ids": documents,
         "source": torch.tensor([sample["source"] for sample in samples]),
         "sample_id": torch.tensor([sample["sample_id"] for sample in samples]),
+        **({"reference": torch.stack(references)} if references else {}),
     }
 
 

@@ -24,6 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from streaming.base.distributed import get_rank, get_world_size
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
@@ -89,6 +90,8 @@ class ScheduledDataset(IterableDataset[list[Sample]]):
         self.clock = clock
         self.sample_lengths = schedule.sample_lengths(clock)
         self.predownload = predownload
+        self.reference: Mapping[str, NDArray[np.float32]] = {}
+        """By source, what a run knows of each sample beforehand, [samples, …]: a sample's ``reference``."""
         self.position = 0
         self._shuffling: dict[str, Any] = {
             "shuffle": shuffle,
@@ -150,7 +153,10 @@ class ScheduledDataset(IterableDataset[list[Sample]]):
                 f"sources.{store.name}: has samples of {length} tokens, not seq_len {seq_len}; "
                 f"set seq_len to {length} or prepare it again"
             )
-        return {**sample, "source": source, "sample_id": int(store.first_sample[shard]) + index}
+        number = int(store.first_sample[shard]) + index
+        if store.name in self.reference:
+            sample["reference"] = self.reference[store.name][number]
+        return {**sample, "source": source, "sample_id": number}
 
     def _addresses(self, worker: int, workers: int) -> Iterator[list[Address]]:
         """The addresses of this rank's samples in every batch that falls to a worker."""
@@ -316,6 +322,8 @@ class EvalDataset(Dataset[Sample]):
         Shards are fetched when they are first read.
         """
         self.seq_len = seq_len
+        self.reference: NDArray[np.float32] | None = None
+        """As ``ScheduledDataset``'s, of this source."""
         self.store = ShardStore(name or local, Source(local, remote, split))
         self._ends: Ints = np.cumsum(self.store.samples_per_shard)
 
@@ -330,4 +338,6 @@ class EvalDataset(Dataset[Sample]):
         if (length := len(sample["tokens"])) != self.seq_len:
             found = f"has samples of {length} tokens, not seq_len {self.seq_len}"
             raise DataError(f"sources.{self.store.name}: {found}; prepare it again")
+        if self.reference is not None:
+            sample["reference"] = self.reference[index]
         return {**sample, "source": 0, "sample_id": index}

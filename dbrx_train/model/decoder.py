@@ -35,7 +35,11 @@ class DbrxOutput:
     logits: Tensor | None = None
     """[B, S, V], where asked for or where there are no labels."""
     loss: Tensor | None = None
-    """Scalar: cross-entropy plus every auxiliary loss times its weight. The one to differentiate."""
+    """Scalar: cross-entropy plus every auxiliary loss times its weight. The one to differentiate.
+
+    Where log-probabilities were asked for, the auxiliary losses alone."""
+    log_probs: Tensor | None = None
+    """[B, S] float32, where asked for: of the label that each token predicts; 0 where it predicts none."""
     losses: dict[str, Tensor] = field(default_factory=dict)
     """Raw terms, unweighted and detached: cross_entropy and, where in use, balance, router_z, output_z."""
     num_labels: Tensor | None = None
@@ -150,6 +154,7 @@ class Dbrx(nn.Module):
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
         return_logits: bool = False,
+        return_log_probs: bool = False,
     ) -> DbrxOutput:
         """input_ids [B, S] -> logits, loss and routing statistics.
 
@@ -158,6 +163,7 @@ class Dbrx(nn.Module):
         token sees its own document only, and no token predicts the next document's first. Without, padding
         must trail. Padding never counts in a loss or a statistic.
         cache: earlier tokens of these sequences, extended by input_ids; cannot be joined with document_ids.
+        return_log_probs: of each label, with gradient, for losses of one's own; `loss` is then without them.
         Raises ValueError for shapes that do not fit.
         """
         self._check_inputs(input_ids, labels, document_ids, cache)
@@ -170,8 +176,19 @@ class Dbrx(nn.Module):
             output.logits = self.lm_head(hidden_BSD)
         if labels is not None:
             targets = shift_labels(labels, document_ids, self.config.mask_documents)
-            self._add_losses(output, self.lm_head(hidden_BSD, targets), routings, token_mask)
+            if return_log_probs:
+                head = self._log_probs(output, hidden_BSD, targets)
+            else:
+                head = self.lm_head(hidden_BSD, targets)
+            self._add_losses(output, head, routings, token_mask)
         return output
+
+    def _log_probs(self, output: DbrxOutput, hidden_BSD: Tensor, targets: Tensor) -> HeadLoss:
+        """Add them to the output; returns a loss of 0 with the cross-entropy that they mean."""
+        log_probs: Tensor = self.lm_head(hidden_BSD, targets, log_probs=True)
+        output.log_probs = log_probs
+        count, zero = (targets != IGNORE_INDEX).sum(), log_probs.new_zeros(())
+        return HeadLoss(zero, -log_probs.detach().sum() / count.clamp(min=1), zero, count)
 
     def _add_losses(
         self, output: DbrxOutput, head: HeadLoss, routings: list[Routing], token_mask: Tensor | None

@@ -9,6 +9,7 @@ Shape suffixes: T tokens, D d_model, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -40,10 +41,18 @@ class LMHead(nn.Linear):
         self.chunk_size = chunk_size
         self.z_weight = z_weight
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor | HeadLoss:  # type: ignore[override]
-        """hidden [..., D] -> logits [..., V]; with labels [...] (shifted already, -100 ignored), the loss."""
+    def forward(  # type: ignore[override]
+        self, hidden: Tensor, labels: Tensor | None = None, log_probs: bool = False
+    ) -> Tensor | HeadLoss:
+        """hidden [..., D] -> logits [..., V]; with labels [...] (shifted already, -100 ignored), the loss.
+
+        With ``log_probs``, each label's log-probability instead, float32 [...], 0 where it is ignored.
+        """
         if labels is None:
             return super().forward(hidden)
+        if log_probs:
+            rows, flat = hidden.reshape(-1, hidden.shape[-1]), labels.flatten().long()
+            return chunked_log_probs(rows, self.weight, flat, self.chunk_size).view(labels.shape)
         return chunked_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]),
             self.weight,
@@ -65,6 +74,68 @@ def chunked_cross_entropy(
         hidden_TD, weight_VD, labels_T, chunk_size, z_weight, wants_grad
     )
     return HeadLoss(*terms)
+
+
+def chunked_log_probs(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk_size: int) -> Tensor:
+    """Log-probability of each label, float32 [T], 0 for ignored ones; `chunk_size` tokens at a time.
+
+    As their gradients are not known before the end, the backward pass makes the logits once more.
+    """
+    log_probs: Tensor = _ChunkedLogProbs.apply(hidden_TD, weight_VD, labels_T, chunk_size)  # type: ignore[no-untyped-call]
+    return log_probs
+
+
+class _ChunkedLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk_size: int) -> Tensor:
+        ctx.dtype, ctx.chunk_size = compute_dtype(hidden_TD), chunk_size
+        ctx.save_for_backward(hidden_TD, weight_VD, labels_T)
+        chunks = _LogProbChunks(hidden_TD, weight_VD, labels_T, ctx.dtype, chunk_size)
+        parts = [(-terms[:, 0]).where(real[:, 0], 0.0) for _, terms, real in chunks]
+        return torch.cat(parts)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_TD, weight_VD, labels_T = ctx.saved_tensors
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden_TD) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
+        chunks = _LogProbChunks(hidden_TD, weight_VD, labels_T, ctx.dtype, ctx.chunk_size)
+        for chunk, _, real in chunks:
+            # Minus, as d CE = probs - onehot; what scales a token is left to where the products are narrow.
+            scale = -grad_T[chunk, None] * real
+            grad = chunks.grad(chunk)
+            if grad_hidden is not None:
+                grad_hidden[chunk] = (grad @ chunks.weight) * scale
+            if grad_weight is not None:
+                _add_product_(grad_weight, grad.T, (chunks.hidden[chunk] * scale).to(grad.dtype))
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight_VD.dtype)
+        return grad_hidden, grad_weight, None, None
+
+
+class _LogProbChunks:
+    """Iterates over chunks: where, their terms (see `_ChunkSoftmax`), and which have a label, [C, 1]."""
+
+    def __init__(
+        self, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, dtype: torch.dtype, chunk_size: int
+    ) -> None:
+        self.hidden, self.weight, self._labels = hidden_TD.to(dtype), weight_VD.to(dtype), labels_T
+        self._size = chunk_size
+        self._softmax = _ChunkSoftmax(self.weight, min(chunk_size, labels_T.shape[0]))
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        with torch.autocast(self.hidden.device.type, enabled=False):
+            for start in range(0, self._labels.shape[0], self._size):
+                chunk = slice(start, start + self._size)
+                labels = self._labels[chunk, None]
+                terms = self._softmax.terms(self.hidden[chunk], labels.clamp(min=0))
+                yield chunk, terms, labels != IGNORE_INDEX
+
+    def grad(self, chunk: slice) -> Tensor:
+        """Gradient of the latest chunk's cross-entropies with respect to the logits, [C, V]."""
+        return self._softmax.grad(self._labels[chunk, None].clamp(min=0), 0.0)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -36,6 +36,7 @@ from dbrx_train.train.composer_model import ComposerDbrx
 from dbrx_train.train.loaders import check_sources, evaluators, samples_of, train_data, train_dataset
 from dbrx_train.train.mlflow_store import STORE_ERRORS, MLflowStore
 from dbrx_train.train.optimizers import build_optimizer
+from dbrx_train.train.reference import set_reference
 from dbrx_train.train.state import model_of, restore
 from dbrx_train.train.throughput import peak_flops
 
@@ -94,6 +95,8 @@ def run(config: RunConfig) -> None:
         if found:
             _say(f"{config.run_name} goes on from {found.folder}, after {found.tokens:,} tokens")
             resume(trainer, found, remote)
+        if config.preferences.beta is not None:
+            set_reference(config, trainer, tokenizer, made=found is not None)
         _record(config, store, f"{peak:.4g} FLOP/s, {origin}")
         if config.evaluation.at_start and found is None and trainer.state.evaluators:
             trainer.eval()
@@ -122,7 +125,11 @@ def build_trainer(
 ) -> Trainer:
     """The Trainer of a run at its beginning. ``peak_flops``: of one device, for MFU."""
     on_cpu = device == "cpu"
-    model = ComposerDbrx(build_model(config, device), cpu_autocast=on_cpu and config.precision == "amp_bf16")
+    model = ComposerDbrx(
+        build_model(config, device),
+        cpu_autocast=on_cpu and config.precision == "amp_bf16",
+        beta=config.preferences.beta,
+    )
     clock, optimization = config.clock, config.optimization
     often = clock.interval(config.logging.interval)
     most = max(stage.tokens_per_batch for stage in clock.stages)

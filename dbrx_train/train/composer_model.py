@@ -7,8 +7,7 @@ from composer.models import ComposerModel
 from torchmetrics import MeanMetric, Metric
 
 from dbrx_train.model.decoder import Dbrx, DbrxOutput
-
-Batch = dict[str, torch.Tensor]
+from dbrx_train.train.preferences import TERMS, Batch, pairs_present, preference_loss
 
 
 class CrossEntropy(MeanMetric):
@@ -25,24 +24,42 @@ class Perplexity(CrossEntropy):
         return super().compute().exp()
 
 
+class PairMean(MeanMetric):
+    """Mean over pairs of one of the terms of ``preference_loss``."""
+
+    def __init__(self, term: str) -> None:
+        super().__init__(nan_strategy="disable")
+        self.term = term
+
+
 class ComposerDbrx(ComposerModel):  # type: ignore[misc]
     """Wraps ``Dbrx``; batches are those of ``dbrx_train.data.collate``.
 
     Args:
         model: the decoder, sharded or not.
         cpu_autocast: run in bfloat16 autocast on a CPU, for which Composer itself knows float32 only.
+        beta: of DPO, where batches are of pairs; None for next-token prediction.
     """
 
-    def __init__(self, model: Dbrx, *, cpu_autocast: bool = False) -> None:
+    def __init__(self, model: Dbrx, *, cpu_autocast: bool = False, beta: float | None = None) -> None:
         super().__init__()
         self.model = model
         self.cpu_autocast = cpu_autocast
+        self.beta = beta
 
     def forward(self, batch: Batch) -> DbrxOutput:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.cpu_autocast):
             output: DbrxOutput = self.model(
-                batch["input_ids"], labels=batch["labels"], document_ids=batch["document_ids"]
+                batch["input_ids"],
+                labels=batch["labels"],
+                document_ids=batch["document_ids"],
+                return_log_probs=self.beta is not None,
             )
+        if self.beta is not None and "reference" in batch:
+            assert output.loss is not None
+            loss, terms = preference_loss(output, batch, self.beta)
+            output.loss = output.loss + loss
+            output.losses |= terms
         return output
 
     def loss(self, outputs: DbrxOutput, batch: Batch) -> dict[str, torch.Tensor]:
@@ -50,9 +67,15 @@ class ComposerDbrx(ComposerModel):  # type: ignore[misc]
         return {"total": outputs.loss, **outputs.losses}
 
     def get_metrics(self, is_train: bool) -> dict[str, Metric]:
-        return {} if is_train else {"cross_entropy": CrossEntropy(), "perplexity": Perplexity()}
+        if is_train:
+            return {}
+        pairs = {} if self.beta is None else {name: PairMean(name) for name in TERMS}
+        return {"cross_entropy": CrossEntropy(), "perplexity": Perplexity(), **pairs}
 
     def update_metric(self, batch: Batch, outputs: DbrxOutput, metric: Metric) -> None:
+        if isinstance(metric, PairMean):
+            metric.update(outputs.losses[metric.term], weight=pairs_present(batch).sum())
+            return
         assert isinstance(metric, CrossEntropy)
         metric.update(outputs.losses["cross_entropy"], weight=outputs.num_labels)
 

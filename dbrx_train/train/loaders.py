@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -13,12 +14,12 @@ from torch.utils.data import DataLoader, Subset
 from dbrx_train.config import ConfigError, RunConfig
 from dbrx_train.data.collate import build_loader, collate
 from dbrx_train.data.dataset import EvalDataset, ScheduledDataset
-from dbrx_train.data.manifest import check_dataset, read_manifest
+from dbrx_train.data.manifest import Manifest, check_dataset, read_manifest
 from dbrx_train.data.shards import Source
 from dbrx_train.data.tokenizer import Tokenizer
 from dbrx_train.model.decoder import shift_labels
 from dbrx_train.model.loss import IGNORE_INDEX
-from dbrx_train.train.composer_model import Batch
+from dbrx_train.train.preferences import Batch, pairs_present
 
 
 def check_sources(config: RunConfig, tokenizer: Tokenizer) -> None:
@@ -41,8 +42,27 @@ def check_sources(config: RunConfig, tokenizer: Tokenizer) -> None:
             manifest = check()
             if config.evaluation.max_samples and "val" in manifest.splits:
                 check(split="val")
+            _check_kind(config, source.local, manifest)
         except ValueError as error:
             raise ConfigError(f"data.sources.{name}: {error}") from None
+
+
+def _check_kind(config: RunConfig, folder: str, manifest: Manifest) -> None:
+    pairs = bool(manifest.chat and manifest.chat["preferences"])
+    if pairs and config.preferences.beta is None:
+        raise ValueError(f"{folder}: holds preferences; set preferences.beta, or prepare other data")
+    if not pairs and config.preferences.beta is not None:
+        raise ValueError(
+            f"{folder}: holds no preferences, which preferences.beta asks for; prepare them with "
+            f"`data prepare-chat --preferences`"
+        )
+    if manifest.chat and not config.model.mask_documents:
+        raise ValueError(f"{folder}: holds conversations, to be kept apart; set model.mask_documents=true")
+
+
+def count_pairs(batch: Batch) -> dict[str, int]:
+    """All tokens of a batch, and its pairs, each of which counts alike in the loss."""
+    return {"total": batch["input_ids"].numel(), "loss_generating": int(pairs_present(batch).sum())}
 
 
 def count_tokens(batch: Batch, *, mask_documents: bool) -> dict[str, int]:
@@ -85,7 +105,9 @@ def train_data(config: RunConfig, tokenizer: Tokenizer) -> DataSpec:
         num_workers=config.data.num_workers,
         pin_memory=torch.cuda.is_available(),
     )
-    count = partial(count_tokens, mask_documents=config.model.mask_documents)
+    count: Callable[[Batch], dict[str, int]] = count_pairs
+    if config.preferences.beta is None:
+        count = partial(count_tokens, mask_documents=config.model.mask_documents)
     split = partial(split_batch, seq_len=config.data.seq_len)
     return DataSpec(loader, get_num_tokens_in_batch=count, split_batch=split)
 

@@ -1,0 +1,47 @@
+"""Direct preference optimisation (DPO, arXiv 2305.18290): the loss of a batch of pairs of answers.
+
+In a sample, documents 2p and 2p + 1 are the chosen and the rejected side of pair p. ``reference`` in a batch,
+[batch, documents], is what the answers' log-probabilities were under the model that training began with;
+NaN where a sample has no such document.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dbrx_train.model.decoder import DbrxOutput
+
+Batch = dict[str, Tensor]
+
+TERMS = ("dpo", "reward_margin", "reward_accuracy", "log_prob_chosen", "log_prob_rejected")
+"""What ``preference_loss`` reports, means over pairs."""
+
+
+def document_log_probs(log_probs: Tensor, document_ids: Tensor, documents: int) -> Tensor:
+    """Sums over each document: log_probs and document_ids [B, S] -> float32 [B, documents]."""
+    numbers = torch.arange(documents, device=document_ids.device)
+    member = (document_ids[:, None] == numbers[:, None]).float()
+    return (member @ log_probs.float()[..., None])[..., 0]
+
+
+def pairs_present(batch: Batch) -> Tensor:
+    """Whether a sample has such a pair, [batch, pairs]."""
+    return ~batch["reference"][:, ::2].isnan()
+
+
+def preference_loss(output: DbrxOutput, batch: Batch, beta: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean over pairs of -log sigmoid(beta ((pi_c - ref_c) - (pi_r - ref_r))), and ``TERMS``, detached.
+
+    A reward is beta (pi - ref); the margin is the chosen answer's over the rejected one's, and the accuracy
+    how often it is positive.
+    """
+    assert output.log_probs is not None
+    present, reference = pairs_present(batch), batch["reference"].float()
+    sums = document_log_probs(output.log_probs, batch["document_ids"], reference.shape[1])
+    chosen, rejected = sums[:, ::2][present], sums[:, 1::2][present]
+    margin = beta * (chosen - reference[:, ::2][present] - rejected + reference[:, 1::2][present])
+    loss = -F.logsigmoid(margin).mean()
+    values = (-F.logsigmoid(margin), margin, (margin > 0).float(), chosen, rejected)
+    return loss, {name: value.detach().mean() for name, value in zip(TERMS, values, strict=True)}
