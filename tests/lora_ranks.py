@@ -20,21 +20,23 @@ from parallel_ranks import CONFIG, apart, backward, whole
 from dbrx_train.checkpoint.tensors import Reader, model_tensors, write
 from dbrx_train.config import OptimizerConfig
 from dbrx_train.model.decoder import Dbrx
-from dbrx_train.model.lora import adapt, is_factor
+from dbrx_train.model.lora import adapt, is_factor, narrow
 from dbrx_train.parallel import MeshShape, parallelize
 from dbrx_train.train.optimizers import build_optimizer
 
 
-def compare(mesh: list[int]) -> dict[str, Any]:
+def compare(mesh: list[int], dtype: torch.dtype | None) -> dict[str, Any]:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     replicate, shard, expert = mesh
     shape = MeshShape.of(ranks, replicate=replicate, shard=shard, expert=expert)
     with torch.device("meta"):
         sharded = Dbrx(CONFIG)
-    adapt(sharded, 2, 4.0)
-    parallelize(sharded, shape, device_type="cpu", seed=3)
     alone = Dbrx(CONFIG, seed=3)
-    adapt(alone, 2, 4.0, seed=3)
+    for model in (sharded, alone):
+        adapt(model, 2, 4.0, seed=3)
+        if dtype is not None:
+            narrow(model, dtype)
+    parallelize(sharded, shape, device_type="cpu", seed=3, param_dtype=dtype)
     names = [name for name, _ in alone.named_parameters()]
     pairs = list(zip(names, sharded.parameters(), alone.parameters(), strict=True))
     result: dict[str, Any] = {"mesh": mesh, "initial": max(apart(p, q) for _, p, q in pairs)}
@@ -44,8 +46,8 @@ def compare(mesh: list[int]) -> dict[str, Any]:
     for batch in tokens:
         count = batch[:, 1:].numel()
         mine = batch.view(ranks, -1, 5)[rank]
-        backward(sharded, mine, mine, count / ranks, None)
-        backward(alone, batch, batch, count, None)
+        backward(sharded, mine, mine, count / ranks, dtype)
+        backward(alone, batch, batch, count, dtype)
         trained = [(name, p, q) for name, p, q in pairs if is_factor(name)]
         result["gradients"] = {name: apart(p.grad, q.grad) for name, p, q in trained}
         for each in optimizers:
@@ -72,7 +74,7 @@ def read_back(model: Dbrx) -> float:
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    found = [compare(mesh) for mesh in json.loads(sys.argv[1])]
+    found = [compare(mesh, dtype) for mesh in json.loads(sys.argv[1]) for dtype in (None, torch.bfloat16)]
     if dist.get_rank() == 0:
         print(json.dumps(found), flush=True)
     dist.barrier()

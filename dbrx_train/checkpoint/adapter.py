@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.tensors import Reader
-from dbrx_train.model.lora import factor_names
+from dbrx_train.model.lora import factor_names, is_factor
 from dbrx_train.parallel.sharding import local_rows
 
 __all__ = ["base_of", "is_adapter", "read_merged", "write_adapter"]
@@ -105,14 +105,12 @@ def write_adapter(path: Path, out: Path, passed_over: Callable[[str], None]) -> 
     factors = {
         name.removeprefix("model."): torch.empty(shape, dtype=dtype)
         for name, (shape, dtype) in reader.shapes.items()
-        if name.startswith("model.") and name.endswith(("lora_A", "lora_B"))
+        if name.startswith("model.") and is_factor(name)
     }
     reader.read({f"model.{name}": tensor for name, tensor in factors.items()})
     experts = {name: tensor for name, tensor in factors.items() if ".experts." in name}
-    attention = {
-        f"base_model.model.{name}.weight": tensor for name, tensor in factors.items() if name not in experts
-    }
-    targets = sorted({name.split(".")[-2] for name in factors if name not in experts})
+    attention = {f"base_model.model.{name}": factors[name] for name in factors if name not in experts}
+    targets = sorted({name.split(".")[-3] for name in attention})
     out.mkdir(parents=True)
     written = []
     if experts:

@@ -78,9 +78,13 @@ class GatedExperts(nn.Module):
 
     def forward(self, x_ND: Tensor, tokens_per_expert: Tensor) -> Tensor:
         """x [N, D] sorted by expert, tokens_per_expert [E] -> [N, D], computed in x's dtype."""
+        return self.run(x_ND, *self.by_expert(x_ND.dtype), tokens_per_expert)
+
+    def by_expert(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """w1, v1 and w2 of the experts that this rank holds, [E, F, D]."""
         own = (w.to_local() if isinstance(w, DTensor) else w for w in (self.w1, self.v1, self.w2))
-        w1, v1, w2 = (w.to(x_ND.dtype).view(-1, self.ffn_hidden_size, w.shape[-1]) for w in own)
-        return self.run(x_ND, w1, v1, w2, tokens_per_expert)
+        w1, v1, w2 = (w.to(dtype).view(-1, self.ffn_hidden_size, w.shape[-1]) for w in own)
+        return w1, v1, w2
 
 
 class Experts(nn.Module):

@@ -66,9 +66,9 @@ def weight_std(name: str, config: DbrxConfig, width: int) -> float:
     output, so its fan-in is ffn_hidden_size. Residual scaling is that of GPT-2. Of adapters, A is drawn as
     PEFT's is (but normal), and B is 0.
     """
-    if name.endswith("lora_B"):
+    if name.endswith(("lora_B.weight", "_B")):
         return 0.0
-    if name.endswith("lora_A"):
+    if name.endswith(("lora_A.weight", "_A")):
         return 1 / math.sqrt(3 * width)
     is_w2 = name.endswith("w2")
     std = config.init_std

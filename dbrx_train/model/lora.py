@@ -18,11 +18,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from dbrx_train.model.config import LORA_TARGETS, DbrxConfig
-from dbrx_train.model.decoder import Dbrx
+from dbrx_train.model.decoder import Block, Dbrx
 from dbrx_train.model.experts import GatedExperts, grouped_mm_fits
 from dbrx_train.model.init import draw_rows
 
-__all__ = ["adapt", "factor_names", "is_factor"]
+__all__ = ["adapt", "factor_modules", "factor_names", "is_factor", "narrow"]
 
 _IN_ATTENTION = ("Wqkv", "out_proj")
 
@@ -51,32 +51,52 @@ def adapt(model: Dbrx, rank: int, alpha: float, targets: Sequence[str] = LORA_TA
     for name, parameter in model.named_parameters():
         if is_factor(name) and not parameter.is_meta:
             rows, width = parameter.shape
-            drawn = draw_rows(name, model.config, seed, (rows, width), 0, rows)
-            parameter.data.copy_(drawn)
+            parameter.data.copy_(draw_rows(name, model.config, seed, (rows, width), 0, rows))
+
+
+def narrow(model: Dbrx, dtype: torch.dtype) -> None:
+    """Keep the frozen matrices of an adapted model in ``dtype``, for use under autocast to it.
+
+    It changes no number, as they would be cast in every product. What autocast leaves in float32 (embedding,
+    norms, routers) stays, as do the factors.
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith(("Wqkv.weight", "out_proj.weight", "mlp.w1", "mlp.v1", "mlp.w2", "lm_head.weight")):
+            parameter.data = parameter.data.to(dtype)
 
 
 def factor_names(weight: str) -> tuple[str, str]:
     """The names of a weight's A and B, whether it has them or not."""
-    stem = weight.removesuffix("weight") if weight.endswith(".weight") else f"{weight}_"
-    return f"{stem}lora_A", f"{stem}lora_B"
+    *module, last = weight.split(".")
+    if last == "weight":
+        stem = ".".join(module)
+        return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
+    stem = ".".join([*module, "lora", last])
+    return f"{stem}_A", f"{stem}_B"
 
 
 def is_factor(name: str) -> bool:
     """True for an A or B, by its parameter name."""
-    return name.endswith(("lora_A", "lora_B"))
+    return any(part in ("lora", "lora_A", "lora_B") for part in name.split("."))
+
+
+def factor_modules(block: Block) -> list[nn.Module]:
+    """The modules of a block whose own parameters are factors; none if it has no adapters."""
+    return [module for name, module in block.named_modules() if is_factor(name.split(".")[-1])]
 
 
 class AdaptedLinear(nn.Linear):
-    """A linear layer with the weight of another one, frozen, and two factors beside it."""
+    """A linear layer with the weight of another one, frozen, and two narrow ones beside it."""
 
     def __init__(self, linear: nn.Linear, rank: int, scale: float) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        self.scale, self.weight = scale, linear.weight
-        self.lora_A = nn.Parameter(self.weight.new_empty(rank, self.in_features))
-        self.lora_B = nn.Parameter(self.weight.new_empty(self.out_features, rank))
+        self.scale, self.weight, device = scale, linear.weight, linear.weight.device
+        self.lora_A = nn.Linear(self.in_features, rank, bias=False, device=device)
+        self.lora_B = nn.Linear(rank, self.out_features, bias=False, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+        added: Tensor = self.lora_B(self.lora_A(x))
+        return super().forward(x) + self.scale * added
 
 
 class AdaptedExperts(GatedExperts):
@@ -87,42 +107,60 @@ class AdaptedExperts(GatedExperts):
     ) -> None:
         with torch.device("meta"):
             super().__init__(config)
-        self.rank, self.scale = rank, scale
-        for name in ("w1", "v1", "w2"):
-            weight = getattr(experts, name)
-            setattr(self, name, weight)
-            if name in targets:
-                factors = (config.num_experts * rank, config.d_model), (weight.shape[0], rank)
-                for factor, shape in zip(factor_names(name), factors, strict=True):
-                    self.register_parameter(factor, nn.Parameter(weight.new_empty(shape)))
+        self.w1, self.v1, self.w2 = experts.w1, experts.v1, experts.w2
+        self.lora = ExpertFactors(config, rank, scale, targets, experts.w1.device)
 
     def forward(self, x_ND: Tensor, tokens_per_expert: Tensor) -> Tensor:
         """As GatedExperts."""
-        counts, width = tokens_per_expert, self.ffn_hidden_size
-
-        def narrow_first(x_NK: Tensor, name: str) -> Tensor:
-            y_NF = segment_mm(x_NK, self._of(name, width, x_NK).mT, counts)
-            if not hasattr(self, factor_names(name)[0]):
-                return y_NF
-            A_ErD, B_EFr = self._factors(name, x_NK)
-            return y_NF + self.scale * segment_mm(segment_mm(x_NK, A_ErD.mT, counts), B_EFr.mT, counts)
-
-        hidden_NF = F.silu(narrow_first(x_ND, "w1")) * narrow_first(x_ND, "v1")
-        y_ND = segment_mm(hidden_NF, self._of("w2", width, x_ND), counts)
-        if hasattr(self, "w2_lora_A"):  # w2 is stored input by output
-            A_ErD, B_EFr = self._factors("w2", x_ND)
-            y_ND = y_ND + self.scale * segment_mm(segment_mm(hidden_NF, B_EFr, counts), A_ErD, counts)
+        y_ND: Tensor = self.lora(x_ND, *self.by_expert(x_ND.dtype), tokens_per_expert)
         return y_ND
 
-    def _factors(self, name: str, like: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = factor_names(name)
-        return self._of(a, self.rank, like), self._of(b, self.ffn_hidden_size, like)
 
-    def _of(self, name: str, rows: int, like: Tensor) -> Tensor:
-        """A parameter by expert, [this rank's experts, rows, width], in the dtype of the products."""
-        parameter = getattr(self, name)
-        own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        return own.to(like.dtype).view(-1, rows, own.shape[-1])
+class ExpertFactors(nn.Module):
+    """The factors of all experts of a layer, and what becomes of tokens with them.
+
+    A module of its own, called once a pass, so that its parameters can be gathered apart from the weights.
+    """
+
+    def __init__(
+        self, config: DbrxConfig, rank: int, scale: float, targets: Sequence[str], device: torch.device
+    ) -> None:
+        super().__init__()
+        self.rank, self.ffn_hidden_size, self.scale = rank, config.ffn_hidden_size, scale
+        for name in targets:
+            for factor, rows, width in (("A", rank, config.d_model), ("B", config.ffn_hidden_size, rank)):
+                empty = torch.empty(config.num_experts * rows, width, device=device)
+                self.register_parameter(f"{name}_{factor}", nn.Parameter(empty))
+
+    def forward(
+        self, x_ND: Tensor, w1_EFD: Tensor, v1_EFD: Tensor, w2_EFD: Tensor, tokens_per_expert: Tensor
+    ) -> Tensor:
+        """An ``ExpertsFn`` (see experts.py): ((silu(x w1') * (x v1')) w2 with factors beside each."""
+        counts = tokens_per_expert
+
+        def narrowing(name: str, w_EFD: Tensor) -> Tensor:
+            y_NF = segment_mm(x_ND, w_EFD.mT, counts)
+            if (factors := self._factors(name, x_ND)) is None:
+                return y_NF
+            A_ErD, B_EFr = factors
+            return y_NF + self.scale * segment_mm(segment_mm(x_ND, A_ErD.mT, counts), B_EFr.mT, counts)
+
+        hidden_NF = F.silu(narrowing("w1", w1_EFD)) * narrowing("v1", v1_EFD)
+        y_ND = segment_mm(hidden_NF, w2_EFD, counts)
+        if (factors := self._factors("w2", x_ND)) is None:
+            return y_ND
+        A_ErD, B_EFr = factors  # w2 is stored input by output
+        return y_ND + self.scale * segment_mm(segment_mm(hidden_NF, B_EFr, counts), A_ErD, counts)
+
+    def _factors(self, name: str, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """A [E, r, D] and B [E, F, r] of this rank's experts, in the dtype of the products."""
+        if not hasattr(self, f"{name}_A"):
+            return None
+        A, B = (
+            (w.to_local() if isinstance(w, DTensor) else w).to(like.dtype)
+            for w in (getattr(self, f"{name}_A"), getattr(self, f"{name}_B"))
+        )
+        return A.view(-1, self.rank, A.shape[1]), B.view(-1, self.ffn_hidden_size, self.rank)
 
 
 def segment_mm(x_NK: Tensor, w_EKM: Tensor, tokens_per_expert: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from dbrx_train.model.decoder import Block, Dbrx
 from dbrx_train.model.experts import Experts
 from dbrx_train.model.init import draw_rows, is_norm
+from dbrx_train.model.lora import ExpertFactors, factor_modules
 from dbrx_train.parallel.expert_parallel import TokenExchange
 from dbrx_train.parallel.gloo import mend_fsdp_on_cpu
 from dbrx_train.parallel.mesh import Meshes, MeshShape, nearest_divisor
@@ -60,9 +61,14 @@ def parallelize(
         inner = []
         if shape.expert > 1:
             _spread_experts(block.ffn.experts, meshes)
+            if param_dtype is not None:
+                for factors in _expert_factors(block):
+                    inner.append(fully_shard(factors, mesh=meshes.experts, **exact))
             inner.append(fully_shard(block.ffn.experts, mesh=meshes.experts, **lower))
         if param_dtype is not None:
-            fully_shard(_float32_parts(block), mesh=meshes.dense, **exact)
+            spread = _expert_factors(block) if shape.expert > 1 else []
+            parts = [part for part in _float32_parts(block) if part not in spread]
+            fully_shard(parts, mesh=meshes.dense, **exact)
             inner.append(block.norm_attn_norm.norm_1)
         units.append([fully_shard(block, mesh=meshes.dense, **lower), *inner])
     fully_shard(transformer.norm_f, mesh=meshes.dense, **exact)
@@ -90,15 +96,20 @@ def _check_adapters(model: Dbrx, shape: MeshShape) -> None:
 
 def _float32_parts(block: Block) -> list[nn.Module]:
     parts = [block.norm_attn_norm.norm_1, block.norm_attn_norm.norm_2, block.ffn.router]
-    return [part for part in parts if part is not None]
+    return [*(part for part in parts if part is not None), *factor_modules(block)]
+
+
+def _expert_factors(block: Block) -> list[nn.Module]:
+    return [module for module in factor_modules(block) if isinstance(module, ExpertFactors)]
 
 
 def _spread_experts(experts: Experts, meshes: Meshes) -> None:
     """Leave on each rank its own experts alone, and have tokens exchanged with the others."""
     assert meshes.expert is not None
-    for name, parameter in list(experts.mlp.named_parameters()):
-        spread = distribute_tensor(parameter.data, meshes.expert, [Shard(0)])
-        experts.mlp.register_parameter(name, nn.Parameter(spread, parameter.requires_grad))
+    for module in experts.mlp.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            spread = distribute_tensor(parameter.data, meshes.expert, [Shard(0)])
+            module.register_parameter(name, nn.Parameter(spread, parameter.requires_grad))
     experts.exchange = TokenExchange(meshes.expert.get_group())
 
 

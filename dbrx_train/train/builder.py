@@ -22,7 +22,7 @@ from dbrx_train.checkpoint.weights import open_weights
 from dbrx_train.config import ConfigError, RunConfig, first_line, flatten, naming, to_dict, to_yaml
 from dbrx_train.data.tokenizer import Tokenizer, load_tokenizer
 from dbrx_train.model.decoder import Dbrx
-from dbrx_train.model.lora import adapt, is_factor
+from dbrx_train.model.lora import adapt, is_factor, narrow
 from dbrx_train.parallel import MeshShape, parallelize
 from dbrx_train.train import environment, report
 from dbrx_train.train.callbacks.checkpoints import Checkpoints
@@ -203,6 +203,8 @@ def build_model(config: RunConfig, device: str) -> Dbrx:
 def _adapted(model: Dbrx, config: RunConfig) -> Dbrx:
     if config.lora.rank is not None:
         adapt(model, config.lora.rank, config.lora.alpha, config.lora.targets, config.seed)
+        if config.precision == "amp_bf16":
+            narrow(model, torch.bfloat16)
     return model
 
 
