@@ -265,6 +265,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this much probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="PROMPT is a user's turn: write the answer.")] = False,
 ) -> None:
     """Continue PROMPT with the model in CHECKPOINT."""
     import torch
@@ -278,13 +279,15 @@ def generate(
     model.eval()
     tokenizer = load_tokenizer(**vocabulary)
     ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
+    if chat:
+        ids = tokenizer.chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
     if max(ids) >= model.config.vocab_size:
         raise ValueError(f"{checkpoint}: has {model.config.vocab_size} words, fewer than its tokenizer")
     generator = torch.Generator().manual_seed(seed)
     tokens = continue_ids(
         model, torch.tensor([ids]), max_new_tokens, temperature=temperature, top_p=top_p, generator=generator
     )
-    print(prompt, end="", flush=True)
+    print("" if chat else prompt, end="", flush=True)
     shown, new_ids = "", list[int]()
     for token in map(int, tokens):
         if token in STOP_IDS:

@@ -199,7 +199,7 @@ def test_a_run_saves_adapters_alone_resumes_exactly_and_merges(
 ) -> None:
     straight = lora_run(workplace, base, tmp_path, "straight")
     saved = saved_tensors(straight / "checkpoints" / "ba4")
-    assert all("lora" in name for name in saved), "no frozen weight is in it"
+    assert all("lora" in name or "norm" in name.split(".")[-2] for name in saved), "no frozen weight is in it"
     broken = lora_run(workplace, base, tmp_path, "broken")
     shutil.rmtree(broken / "checkpoints" / "ba4")
     assert lora_run(workplace, base, tmp_path, "broken") == broken  # from ba2
@@ -228,6 +228,22 @@ def test_a_run_saves_adapters_alone_resumes_exactly_and_merges(
         write_adapter(straight, tmp_path / "adapter", print)
     with pytest.raises(ValueError, match="holds no adapters"):
         write_adapter(base, tmp_path / "none", print)
+
+    # The base run goes on: the weights in its folder are others now
+    shutil.copytree(base, tmp_path / "base")
+    moved = lora_run(workplace, tmp_path / "base", tmp_path, "moved", "max_duration=2ba")
+    path = run_yaml(workplace, tmp_path, "base")
+    run(load(path, ["max_duration=4ba", "evaluation.max_samples=0"]))
+    with pytest.raises(
+        ValueError, match=r"its weights are not those that the adapters in .*ba2 were trained"
+    ):
+        load_model(moved, print)
+    with pytest.raises(ConfigError, match=r"init_from.path: .*/base: its weights are not those"):
+        lora_run(workplace, tmp_path / "base", tmp_path, "moved")
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"holds adapters of the weights in .*/base, which is not there"):
+        load_model(moved, print)
+
     with pytest.raises(ConfigError, match=r"lora.rank: None here, but .* was saved with 2"):
         run(load(run_yaml(workplace, tmp_path, "straight")))
     with pytest.raises(ConfigError, match=r"lora.alpha: 4.0 here, but .* was saved with 16.0"):

@@ -1,6 +1,7 @@
 """Adapters out of the checkpoints of a run that trained them: merged into the weights, or alone.
 
-Such a checkpoint holds the factors alone; the weights beside them lie where the run's ``init_from`` says.
+Such a checkpoint holds the factors (and the norms, by which the weights beside them are known again); these
+weights lie where the run's ``init_from`` says.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from torch import Tensor
 
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.tensors import Reader
+from dbrx_train.model.init import is_norm
 from dbrx_train.model.lora import factor_names, is_factor
 from dbrx_train.parallel.sharding import local_rows
 
-__all__ = ["base_of", "is_adapter", "read_merged", "write_adapter"]
+__all__ = ["base_of", "check_base", "is_adapter", "read_merged", "write_adapter"]
 
 PEFT_FILES = "adapter_config.json", "adapter_model.safetensors"
 EXPERTS_FILE = "experts.safetensors"
@@ -40,6 +42,23 @@ def base_of(checkpoint: folders.Checkpoint) -> Path:
     if not path.exists():
         raise ValueError(f"{checkpoint.folder}: holds adapters of the weights in {path}, which is not there")
     return path
+
+
+def check_base(reader: Reader, model: dict[str, Tensor], base: str) -> None:
+    """Make sure that adapters in a checkpoint are of these weights (``model_tensors``), by their norms.
+
+    Raises:
+        ValueError: a run that went on, or another, has changed ``base`` since.
+    """
+    norms = {name: tensor.detach() for name, tensor in model.items() if is_norm(name)}
+    saved = {name: torch.empty_like(tensor) for name, tensor in norms.items()}
+    reader.read(saved)
+    for name, tensor in norms.items():
+        if not torch.equal(local_rows(tensor)[0], local_rows(saved[name])[0]):
+            raise ValueError(
+                f"{base}: its weights are not those that the adapters in {reader.path} were trained beside; "
+                f"restore them"
+            )
 
 
 @torch.no_grad()

@@ -22,6 +22,8 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from dbrx_train.model.init import is_norm
+
 __all__ = ["Reader", "model_tensors", "optimizer_tensors", "staged", "write"]
 
 # All that a metadata file is made of. Anything else in one is not ours, and is not run.
@@ -45,9 +47,16 @@ _METADATA_TYPES = {
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, not copied; parameters that are frozen, beside adapters, are left out."""
+    """Parameters and buffers, not copied.
+
+    Of what is frozen, beside adapters, there are the norms alone: they are small, and tell weights apart.
+    """
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    return {f"model.{name}": tensor for name, tensor in model.state_dict().items() if name not in frozen}
+    return {
+        f"model.{name}": tensor
+        for name, tensor in model.state_dict().items()
+        if name not in frozen or is_norm(name)
+    }
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -14,11 +14,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dbrx_train.checkpoint import folder as folders
-from dbrx_train.checkpoint.adapter import base_of, is_adapter, read_merged
+from dbrx_train.checkpoint.adapter import base_of, check_base, is_adapter, read_merged
 from dbrx_train.checkpoint.tensors import Reader
 from dbrx_train.config import first_line
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.decoder import Dbrx
+from dbrx_train.model.init import is_norm
 from dbrx_train.parallel.sharding import local_rows
 
 __all__ = ["Weights", "consolidate", "load_model", "open_weights"]
@@ -49,6 +50,9 @@ def open_weights(path: Path, passed_over: Callable[[str], None]) -> Weights:
     reader = Reader(found.folder)
     if is_adapter(found.config):
         base = open_weights(base_of(found), passed_over)
+        norms = {name: torch.empty(shape) for name, (shape, _) in reader.shapes.items() if is_norm(name)}
+        base.read({name.removeprefix("model."): tensor for name, tensor in norms.items()})
+        check_base(reader, norms, str(base_of(found)))
         return Weights(found.config, lambda tensors: read_merged(tensors, base.read, found.config, reader))
     return Weights(found.config, lambda tensors: reader.read({f"model.{k}": v for k, v in tensors.items()}))
 

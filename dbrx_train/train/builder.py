@@ -15,9 +15,10 @@ from composer.callbacks import MemoryMonitor, SpeedMonitor
 from composer.utils import dist, maybe_create_object_store_from_uri, parse_uri
 
 from dbrx_train.checkpoint import folder as folders
+from dbrx_train.checkpoint.adapter import check_base
 from dbrx_train.checkpoint.folder import Checkpoint
 from dbrx_train.checkpoint.remote import Remote
-from dbrx_train.checkpoint.tensors import Reader
+from dbrx_train.checkpoint.tensors import Reader, model_tensors
 from dbrx_train.checkpoint.weights import open_weights
 from dbrx_train.config import ConfigError, RunConfig, first_line, flatten, naming, to_dict, to_yaml
 from dbrx_train.data.tokenizer import Tokenizer, load_tokenizer
@@ -94,7 +95,7 @@ def run(config: RunConfig) -> None:
             weights.read({name: tensor for name, tensor in state.items() if not is_factor(name)})
         if found:
             _say(f"{config.run_name} goes on from {found.folder}, after {found.tokens:,} tokens")
-            resume(trainer, found, remote)
+            resume(trainer, found, remote, config.init_from.path if weights else None)
         if config.preferences.beta is not None:
             set_reference(config, trainer, tokenizer, made=found is not None)
         _record(config, store, f"{peak:.4g} FLOP/s, {origin}")
@@ -172,15 +173,27 @@ def build_trainer(
     )
 
 
-def resume(trainer: Trainer, checkpoint: Checkpoint, remote: Remote | None = None) -> None:
-    """Put a new Trainer where ``checkpoint`` was saved; files that are not there come from ``remote``."""
+def resume(
+    trainer: Trainer, checkpoint: Checkpoint, remote: Remote | None = None, base: str | None = None
+) -> None:
+    """Put a new Trainer where ``checkpoint`` was saved; files that are not there come from ``remote``.
+
+    ``base``: where the weights come from that the Trainer's model has beside its adapters, if it has any.
+
+    Raises:
+        ConfigError: the adapters are of other weights.
+    """
 
     def fetch(name: str) -> None:
         if remote is not None:
             remote.fetch(checkpoint.folder, name)
 
     (saver,) = (callback for callback in trainer.state.callbacks if isinstance(callback, Checkpoints))
-    saver.drawn = restore(trainer, checkpoint, Reader(checkpoint.folder, fetch))
+    reader = Reader(checkpoint.folder, fetch)
+    if base is not None:
+        with naming("init_from.path: "):
+            check_base(reader, model_tensors(model_of(trainer.state)), base)
+    saver.drawn = restore(trainer, checkpoint, reader)
 
 
 def build_model(config: RunConfig, device: str) -> Dbrx:
