@@ -12,6 +12,7 @@ import torch
 from conftest import run_yaml, saved_tensors, torchrun
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn import functional as F
 
 from dbrx_train.checkpoint.adapter import product, write_adapter
 from dbrx_train.checkpoint.weights import consolidate, load_model
@@ -98,6 +99,31 @@ def test_every_gradient_is_that_of_the_weights_with_the_product_added(experts: i
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-6, atol=1e-9, msg=name)
         assert parameter.grad.abs().max() > 0, name
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def test_factors_pass_through_torchs_grouped_product_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where this torch has no grouped_mm, a stand-in with its documented meaning."""
+    calls = []
+
+    def grouped_mm(a: Tensor, b: Tensor, *, offs: Tensor) -> Tensor:
+        calls.append(b.shape)
+        sizes = offs.diff(prepend=offs.new_zeros(1)).tolist()
+        return torch.cat([rows @ b[e] for e, rows in enumerate(a.split(sizes))])
+
+    config = DbrxConfig.from_dict({**CONFIG.to_dict(), "ffn_hidden_size": 16})
+    x, counts = torch.randn(40, 24), torch.tensor([2] * 8 + [1] * 24)
+    model = Dbrx(config, seed=3)
+    adapt(model, 4, 8.0, seed=4)
+    for name, parameter in model.named_parameters():
+        if name.endswith("_B"):
+            parameter.data.normal_()
+    layer = model.transformer.blocks[0].ffn.experts.mlp
+    if hasattr(F, "grouped_mm"):
+        monkeypatch.delattr(F, "grouped_mm")
+    plain = layer(x, counts)
+    monkeypatch.setattr(F, "grouped_mm", grouped_mm, raising=False)
+    torch.testing.assert_close(layer(x, counts), plain, rtol=1e-5, atol=1e-5)
+    assert len(calls) == 9, "three matrices, each with two factors"
 
 
 def test_with_full_rank_and_orthogonal_a_the_first_step_is_that_of_the_weights() -> None:
@@ -229,11 +255,13 @@ def test_a_run_saves_adapters_alone_resumes_exactly_and_merges(
     with pytest.raises(ValueError, match="holds no adapters"):
         write_adapter(base, tmp_path / "none", print)
 
-    # The base run goes on: the weights in its folder are others now
+    # The weights in the base run's folder become others
     shutil.copytree(base, tmp_path / "base")
-    moved = lora_run(workplace, tmp_path / "base", tmp_path, "moved", "max_duration=2ba")
+    moved = lora_run(workplace, tmp_path / "base", tmp_path, "moved")
+    shutil.rmtree(moved / "checkpoints" / "ba4")
+    shutil.rmtree(tmp_path / "base")
     path = run_yaml(workplace, tmp_path, "base")
-    run(load(path, ["max_duration=4ba", "evaluation.max_samples=0"]))
+    run(load(path, ["max_duration=2ba", "evaluation.max_samples=0", "seed=5"]))
     with pytest.raises(
         ValueError, match=r"its weights are not those that the adapters in .*ba2 were trained"
     ):

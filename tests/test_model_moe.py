@@ -77,7 +77,7 @@ def test_grouped_calls_torchs_grouped_product_right(monkeypatch: pytest.MonkeyPa
     if not hasattr(F, "grouped_mm"):
         monkeypatch.setattr(F, "grouped_mm", grouped_mm, raising=False)
     counts = [3, 0, 7, 1]
-    assert experts._grouped_mm_fits(torch.empty(1, 16), torch.empty(4, 24, 16))
+    assert experts.grouped_mm_fits(torch.empty(1, 16), torch.empty(4, 24, 16))
     got, got_grads = run_experts("grouped", counts, 16, 24, torch.float32)
     expected, expected_grads = run_experts("loop", counts, 16, 24, torch.float32)
     for a, b in zip([got, *got_grads], [expected, *expected_grads], strict=True):
