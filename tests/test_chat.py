@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from dbrx_train.cli import app
 from dbrx_train.data import chat, sources
 from dbrx_train.data.chat import ChatFormat
 from dbrx_train.data.collate import collate
 from dbrx_train.data.dataset import EvalDataset
 from dbrx_train.data.inspect import MASKED, inspect
+from dbrx_train.data.manifest import read_manifest
 from dbrx_train.data.mds import read_shard
 from dbrx_train.data.prepare import Summary, prepare
 from dbrx_train.data.tokenizer import load_tokenizer
@@ -244,6 +247,17 @@ def test_inspect_marks_what_is_masked(tmp_path: Path) -> None:
     assert f"<|im_start|>assistant\n{end}4<|im_end|>{begin}\n<|im_start|>user" in text
     assert re.search(r"\d+ of 128 tokens are trained on", shown)
     assert re.search(r"… and \d+ tokens of padding", shown)
+
+
+def test_the_commands_options_arrive(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [talk(0, 3), talk(1, 500)])
+    command = ["data", "prepare-chat", str(path), "--out", str(tmp_path / "out"), "--seq-len", "64"]
+    done = CliRunner().invoke(app, [*command, "--loss", "all", "--long", "drop", "--val-fraction", "0"])
+    assert done.exit_code == 0, done.output
+    assert "1 conversations" in done.output
+    assert f"too_long: 1 ({path}:2)" in done.output
+    options = read_manifest(tmp_path / "out").options
+    assert options["chat"] == {"loss": "all", "long": "drop", "preferences": False}
 
 
 def test_preferences_lie_side_by_side(tmp_path: Path) -> None:

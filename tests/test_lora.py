@@ -13,9 +13,11 @@ from conftest import run_yaml, saved_tensors, torchrun
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
+from typer.testing import CliRunner
 
 from dbrx_train.checkpoint.adapter import product, write_adapter
 from dbrx_train.checkpoint.weights import consolidate, load_model
+from dbrx_train.cli import app
 from dbrx_train.config import ConfigError, OptimizerConfig, load
 from dbrx_train.model.config import LORA_TARGETS, DbrxConfig
 from dbrx_train.model.decoder import Dbrx
@@ -223,12 +225,13 @@ def lora_run(workplace: Path, base: Path, folder: Path, name: str, *options: str
 def test_a_run_saves_adapters_alone_resumes_exactly_and_merges(
     workplace: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    straight = lora_run(workplace, base, tmp_path, "straight")
+    own_base = shutil.copytree(base, tmp_path / "base")
+    straight = lora_run(workplace, own_base, tmp_path, "straight")
     saved = saved_tensors(straight / "checkpoints" / "ba4")
-    assert all("lora" in name or "norm" in name.split(".")[-2] for name in saved), "no frozen weight is in it"
-    broken = lora_run(workplace, base, tmp_path, "broken")
-    shutil.rmtree(broken / "checkpoints" / "ba4")
-    assert lora_run(workplace, base, tmp_path, "broken") == broken  # from ba2
+    assert all("lora" in name or "norm" in name.split(".")[-2] for name in saved), "no frozen matrix is in it"
+    shutil.copytree(straight, tmp_path / "broken")
+    shutil.rmtree(tmp_path / "broken" / "checkpoints" / "ba4")
+    broken = lora_run(workplace, own_base, tmp_path, "broken")  # from ba2
     again = saved_tensors(broken / "checkpoints" / "ba4")
     assert all(torch.equal(saved[name], again[name]) for name in saved)
 
@@ -248,34 +251,38 @@ def test_a_run_saves_adapters_alone_resumes_exactly_and_merges(
     flat, _ = load_model(tmp_path / "merged.safetensors", print)
     assert all(torch.equal(p, q) for p, q in zip(flat.parameters(), model.parameters(), strict=True))
 
-    files = write_adapter(straight, tmp_path / "adapter", print)
-    assert set(files) == {"adapter_config.json", "adapter_model.safetensors", "experts.safetensors"}
+    command = ["checkpoint", "adapter", str(straight), "--out", str(tmp_path / "adapter")]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    files = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert files == {"adapter_config.json", "adapter_model.safetensors", "experts.safetensors"}
+    said = CliRunner().invoke(app, ["generate", str(straight), "Hello?", "--chat", "--max-new-tokens", "4"])
+    assert said.exit_code == 0, said.output
+    assert "Hello?" not in said.output
     with pytest.raises(ValueError, match="exists already"):
         write_adapter(straight, tmp_path / "adapter", print)
     with pytest.raises(ValueError, match="holds no adapters"):
         write_adapter(base, tmp_path / "none", print)
 
-    # The weights in the base run's folder become others
-    shutil.copytree(base, tmp_path / "base")
-    moved = lora_run(workplace, tmp_path / "base", tmp_path, "moved")
-    shutil.rmtree(moved / "checkpoints" / "ba4")
-    shutil.rmtree(tmp_path / "base")
-    path = run_yaml(workplace, tmp_path, "base")
-    run(load(path, ["max_duration=2ba", "evaluation.max_samples=0", "seed=5"]))
-    with pytest.raises(
-        ValueError, match=r"its weights are not those that the adapters in .*ba2 were trained"
-    ):
-        load_model(moved, print)
-    with pytest.raises(ConfigError, match=r"init_from.path: .*/base: its weights are not those"):
-        lora_run(workplace, tmp_path / "base", tmp_path, "moved")
-    shutil.rmtree(tmp_path / "base")
-    with pytest.raises(ValueError, match=r"holds adapters of the weights in .*/base, which is not there"):
-        load_model(moved, print)
-
     with pytest.raises(ConfigError, match=r"lora.rank: None here, but .* was saved with 2"):
         run(load(run_yaml(workplace, tmp_path, "straight")))
     with pytest.raises(ConfigError, match=r"lora.alpha: 4.0 here, but .* was saved with 16.0"):
         lora_run(workplace, base, tmp_path, "straight", "lora.alpha=4")
+
+    # The weights in the base run's folder become others
+    shutil.rmtree(own_base)
+    path = run_yaml(workplace, tmp_path, "base")
+    run(load(path, ["max_duration=2ba", "evaluation.max_samples=0", "seed=5"]))
+    with pytest.raises(
+        ValueError, match=r"its weights are not those that the adapters in .*ba4 were trained"
+    ):
+        load_model(broken, print)
+    shutil.rmtree(broken / "checkpoints" / "ba4")
+    with pytest.raises(ConfigError, match=r"init_from.path: .*/base: its weights are not those"):
+        lora_run(workplace, own_base, tmp_path, "broken")
+    shutil.rmtree(own_base)
+    with pytest.raises(ValueError, match=r"holds adapters of the weights in .*/base, which is not there"):
+        load_model(broken, print)
 
 
 @pytest.mark.slow

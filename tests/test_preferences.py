@@ -132,6 +132,7 @@ def options(root: Path, *more: str) -> list[str]:
         "preferences.beta=0.5",
         "optimization.optimizer.lr=3e-3",
         "evaluation.max_samples=16",
+        "evaluation.interval=8ba",
         *more,
     ]
 
@@ -168,7 +169,7 @@ def test_a_run_learns_to_prefer_and_resumes_with_the_reference_that_it_had(
     accuracy = client.get_metric_history(found.info.run_id, "metrics/eval/pairs/reward_accuracy")
     assert accuracy[-1].value == 1
 
-    again("broken")
+    shutil.copytree(tmp_path / "prefer", tmp_path / "broken")
     shutil.rmtree(tmp_path / "broken" / "checkpoints" / "ba8")
     shutil.rmtree(tmp_path / "broken" / "checkpoints" / "ba6")
     table = tmp_path / "broken" / "reference" / "pairs-train.npy"
