@@ -12,6 +12,8 @@ from typing import Any, Self
 BALANCE_LOSSES = ("megablocks", "huggingface", "none")
 EXPERT_IMPLS = ("auto", "loop", "grouped")
 INIT_METHODS = ("normal", "trunc_normal", "kaiming_normal")
+# Of a block; what each means is said where it is done, in parallel.activation_checkpointing.
+ACTIVATION_CHECKPOINTING = ("none", "full", "selective", "norm_attn_norm")
 
 _HF_NORM_EPS = 1e-5  # fixed in the Hugging Face class
 

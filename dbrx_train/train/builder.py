@@ -21,8 +21,6 @@ from dbrx_train.checkpoint.tensors import Reader
 from dbrx_train.checkpoint.weights import open_weights
 from dbrx_train.config import ConfigError, RunConfig, first_line, flatten, naming, to_dict, to_yaml
 from dbrx_train.data.tokenizer import Tokenizer, load_tokenizer
-from dbrx_train.model.decoder import Dbrx
-from dbrx_train.parallel import MeshShape, parallelize
 from dbrx_train.train import environment, report
 from dbrx_train.train.callbacks.checkpoints import Checkpoints
 from dbrx_train.train.callbacks.expert_load import ExpertLoad
@@ -35,6 +33,7 @@ from dbrx_train.train.composer_model import ComposerDbrx
 from dbrx_train.train.loaders import check_sources, evaluators, samples_of, train_data, train_dataset
 from dbrx_train.train.mlflow_store import STORE_ERRORS, MLflowStore
 from dbrx_train.train.optimizers import build_optimizer
+from dbrx_train.train.sharded import ReduceOnce, build_model, check_left_alone, mesh_shape
 from dbrx_train.train.state import model_of, restore
 from dbrx_train.train.throughput import peak_flops
 
@@ -119,12 +118,14 @@ def build_trainer(
     """The Trainer of a run at its beginning. ``peak_flops``: of one device, for MFU."""
     on_cpu = device == "cpu"
     model = ComposerDbrx(build_model(config, device), cpu_autocast=on_cpu and config.precision == "amp_bf16")
+    data = train_data(config, tokenizer)
     clock, optimization = config.clock, config.optimization
     often = clock.interval(config.logging.interval)
     most = max(stage.tokens_per_batch for stage in clock.stages)
     whole = most // config.data.seq_len // dist.get_world_size()
     callbacks = [
         LearningRate(optimization.learning_rate, clock),
+        ReduceOnce(data.split_batch),
         GradientNorm(optimization.clip_grad_norm),
         ExpertLoad(often),
         MixServed(often),
@@ -143,9 +144,9 @@ def build_trainer(
             remote=remote,
         ),
     ]
-    return Trainer(
+    trainer = Trainer(
         model=model,
-        train_dataloader=train_data(config, tokenizer),
+        train_dataloader=data,
         eval_dataloader=evaluators(config, tokenizer),
         max_duration=f"{clock.total_tokens}tok",
         optimizers=build_optimizer(model.model, optimization.optimizer),
@@ -159,6 +160,8 @@ def build_trainer(
         accumulate_train_batch_on_tokens=True,
         seed=config.seed,
     )
+    check_left_alone(trainer, model)
+    return trainer
 
 
 def resume(trainer: Trainer, checkpoint: Checkpoint, remote: Remote | None = None) -> None:
@@ -170,43 +173,6 @@ def resume(trainer: Trainer, checkpoint: Checkpoint, remote: Remote | None = Non
 
     (saver,) = (callback for callback in trainer.state.callbacks if isinstance(callback, Checkpoints))
     saver.drawn = restore(trainer, checkpoint, Reader(checkpoint.folder, fetch))
-
-
-def build_model(config: RunConfig, device: str) -> Dbrx:
-    """The run's model with weights drawn from its seed; over several ranks, sharded."""
-    if dist.get_world_size() == 1:
-        return Dbrx(config.model, seed=config.seed)
-    with torch.device("meta"):
-        model = Dbrx(config.model)
-    parallelize(
-        model,
-        mesh_shape(config, dist.get_world_size()),
-        device_type="cpu" if device == "cpu" else "cuda",
-        seed=config.seed,
-        param_dtype=torch.bfloat16 if config.precision == "amp_bf16" else None,
-        reshard_after_forward=config.parallelism.reshard_after_forward,
-    )
-    return model
-
-
-def mesh_shape(config: RunConfig, world_size: int) -> MeshShape:
-    """The run's mesh on so many ranks.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    parallelism = config.parallelism
-    try:
-        shape = MeshShape.of(
-            world_size,
-            replicate=parallelism.replicate,
-            shard=None if parallelism.shard == "auto" else int(parallelism.shard),
-            expert=parallelism.expert,
-        )
-        shape.check(config.model)
-    except ValueError as error:
-        raise ConfigError(f"parallelism.{error}") from None
-    return shape
 
 
 def check_world(config: RunConfig, world_size: int) -> None:
