@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.folder import Checkpoint
 from dbrx_train.checkpoint.remote import Remote
 from dbrx_train.checkpoint.tensors import Reader
-from dbrx_train.checkpoint.weights import open_weights
+from dbrx_train.checkpoint.weights import Weights, open_weights
 from dbrx_train.config import ConfigError, RunConfig, first_line, flatten, naming, to_dict, to_yaml
 from dbrx_train.data.tokenizer import Tokenizer, load_tokenizer
+from dbrx_train.errors import show
+from dbrx_train.parallel import end_together
 from dbrx_train.train import environment, report
 from dbrx_train.train.callbacks.checkpoints import Checkpoints
 from dbrx_train.train.callbacks.expert_load import ExpertLoad
@@ -57,21 +59,56 @@ def run(config: RunConfig) -> None:
         ConfigError: the configuration does not fit the data, the machine or the saved run.
     """
     device = _device(config)
-    check_world(config, dist.get_world_size())
-    tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.vocab_file)
-    check_sources(config, tokenizer)
     environment.join_ranks(device, config.parallelism.timeout)
-    remote = open_remote(config)
-    found = _newest(config, remote)
+    with ExitStack() as afterwards, end_together(show) as ending:
+        check_world(config, dist.get_world_size())
+        tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.vocab_file)
+        check_sources(config, tokenizer)
+        remote = open_remote(config)
+        found = _newest(config, remote)
+        weights = _check_beginning(config, found)
+        if found and found.tokens >= config.clock.total_tokens:
+            end = f"{found.folder} holds its end"
+            _say(f"{config.run_name} is done: {end}. A larger max_duration= continues it.")
+            return
+        store = _open_store(config, resume=found is not None)
+        ending.at_end = store.fail
+        peak, origin = peak_flops(device, config.precision, config.logging.peak_flops)
+        trainer = build_trainer(config, tokenizer, device, store, peak, remote)
+        afterwards.callback(trainer.close)
+        try:
+            if found:
+                _say(f"{config.run_name} goes on from {found.folder}, after {found.tokens:,} tokens")
+                resume(trainer, found, remote)
+            elif weights:
+                weights.read(model_of(trainer.state).state_dict())
+            _record(config, store, f"{peak:.4g} FLOP/s, {origin}")
+            if config.evaluation.at_start and found is None and trainer.state.evaluators:
+                trainer.eval()
+            trainer.fit()
+            if dist.get_global_rank() == 0:
+                _report(config, store, trainer.state.timestamp.batch.value)
+        except (KeyboardInterrupt, SystemExit):  # Composer turns SIGINT and SIGTERM into SystemExit
+            store.end_status = "KILLED"
+            newest = next(iter(folders.saved(checkpoint_folder(config))), None)
+            _say(f"stopped; the same command goes on from {newest or 'the beginning: nothing was saved yet'}")
+            raise
+        except BaseException:
+            store.end_status = "FAILED"
+            raise
+
+
+def _check_beginning(config: RunConfig, found: Checkpoint | None) -> Weights | None:
+    """What the run begins with, before anything is touched; returns weights that it is to begin with, if any.
+
+    Raises:
+        ConfigError: the saved run, the weights, the data or the disk do not fit.
+    """
     weights = None
     if found:
         _check_same(
             _FIXED, config, found.folder, found.config, "; give the run another run_name= to start afresh"
         )
-        if found.tokens >= config.clock.total_tokens:
-            end = f"{found.folder} holds its end"
-            _say(f"{config.run_name} is done: {end}. A larger max_duration= continues it.")
-            return
     elif config.init_from.path is not None:
         with naming("init_from.path: "):
             weights = open_weights(Path(config.init_from.path), _say)
@@ -80,31 +117,7 @@ def run(config: RunConfig) -> None:
     checkpoint_folder(config).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=config.folder):
         pass  # a read-only or full disk is found out here
-    store = _open_store(config, resume=found is not None)
-    peak, origin = peak_flops(device, config.precision, config.logging.peak_flops)
-    trainer = build_trainer(config, tokenizer, device, store, peak, remote)
-    try:
-        if found:
-            _say(f"{config.run_name} goes on from {found.folder}, after {found.tokens:,} tokens")
-            resume(trainer, found, remote)
-        elif weights:
-            weights.read(model_of(trainer.state).state_dict())
-        _record(config, store, f"{peak:.4g} FLOP/s, {origin}")
-        if config.evaluation.at_start and found is None and trainer.state.evaluators:
-            trainer.eval()
-        trainer.fit()
-        if dist.get_global_rank() == 0:
-            _report(config, store, trainer.state.timestamp.batch.value)
-    except BaseException as error:
-        # Composer turns SIGINT and SIGTERM into SystemExit.
-        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-        store.end_status = "KILLED" if stopped else "FAILED"
-        if stopped:
-            newest = next(iter(folders.saved(checkpoint_folder(config))), None)
-            _say(f"stopped; the same command goes on from {newest or 'the beginning: nothing was saved yet'}")
-        raise
-    finally:
-        trainer.close()
+    return weights
 
 
 def build_trainer(
