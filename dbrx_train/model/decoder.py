@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from dbrx_train.model.attention import (
     LayerCache,
     RotaryEmbedding,
     additive_mask,
+    document_lengths,
 )
 from dbrx_train.model.balance import RoutingStats
 from dbrx_train.model.config import DbrxConfig
@@ -27,6 +29,12 @@ from dbrx_train.model.loss import IGNORE_INDEX, HeadLoss, LMHead
 from dbrx_train.model.moe import MoE
 from dbrx_train.model.precision import compute_dtype
 from dbrx_train.model.router import Routing
+
+# A mask of S x S entries is quick while it is small; in longer samples each document is attended to apart.
+LONGEST_MASK = 8192
+
+Mask: TypeAlias = Tensor | list[list[int]] | None
+"""What attention takes to keep documents apart: `additive_mask`, `document_lengths`, or nothing."""
 
 
 @dataclass
@@ -55,7 +63,7 @@ class NormAttentionNorm(nn.Module):
         self.norm_2 = nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=False)
 
     def forward(
-        self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: LayerCache | None
+        self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, cache: LayerCache | None
     ) -> tuple[Tensor, Tensor]:
         """x -> the residual stream after attention, and the same normalised."""
         x_BSD = x_BSD + self.attn(self.norm_1(x_BSD), rope, mask, cache)
@@ -74,7 +82,7 @@ class Block(nn.Module):
         self,
         x_BSD: Tensor,
         rope: tuple[Tensor, Tensor],
-        mask: Tensor | None = None,
+        mask: Mask = None,
         token_mask: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> tuple[Tensor, Routing | None]:
@@ -101,17 +109,22 @@ class Transformer(nn.Module):
         """input_ids [B, S] -> hidden states [B, S, D] and the layers' routings (none when dense)."""
         past, S = cache.length if cache else 0, input_ids.shape[1]
         positions = torch.arange(past, past + S, device=input_ids.device)[None]
+        mask: Mask = None
         visible = token_mask = None
         if document_ids is not None:
             token_mask = document_ids >= 0
-            visible = document_mask(document_ids) if self.mask_documents else None
+            if self.mask_documents and S > LONGEST_MASK:
+                mask = document_lengths(document_ids)
+            elif self.mask_documents:
+                visible = document_mask(document_ids)
             positions = document_positions(document_ids) if self.reset_positions else positions
         elif past and S > 1:
             visible = torch.ones(S, past + S, dtype=torch.bool, device=input_ids.device).tril(past)
 
         x_BSD = self.wte(input_ids)
         rope = self.rotary(positions)
-        mask = None if visible is None else additive_mask(visible, compute_dtype(x_BSD))
+        if visible is not None:
+            mask = additive_mask(visible, compute_dtype(x_BSD))
         routings = []
         for i, block in enumerate(self.blocks):
             x_BSD, routing = block(x_BSD, rope, mask, token_mask, cache.layers[i] if cache else None)
