@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from dbrx_train import __version__
+from dbrx_train.errors import show
 
 app = typer.Typer(
     name="dbrx-train",
@@ -56,21 +57,11 @@ def main() -> None:
     warnings.formatwarning = _one_line
     try:
         app()
-    except ValueError as error:
-        if os.environ.get("DBRX_TRAIN_LOG") == "debug":
-            raise
-        _fail(str(error))
-    except OSError as error:
-        if error.filename is None or error.strerror is None:
-            raise
-        _fail(f"{error.filename}: {error.strerror}")
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("dbrx_train"):
-            raise
-        _fail(f"{error.name} is not installed; this needs: pip install 'dbrx-train[train]'")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        sys.exit(show(error))
 
 
 def _one_line(
@@ -80,12 +71,6 @@ def _one_line(
     if not Path(filename).is_relative_to(Path(__file__).parent):
         return f"{filename}:{lineno}: {message}\n"
     return f"dbrx-train: warning: {message}\n" if os.environ.get("RANK", "0") == "0" else ""
-
-
-def _fail(message: str) -> None:
-    rank = os.environ.get("RANK", "0")
-    print(f"dbrx-train{'' if rank == '0' else f' (rank {rank})'}: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 def _show_version(wanted: bool) -> None:

@@ -21,7 +21,7 @@ from dbrx_train.checkpoint.tensors import Reader, model_tensors, write
 from dbrx_train.config import OptimizerConfig
 from dbrx_train.model.decoder import Dbrx
 from dbrx_train.model.lora import adapt, is_factor, narrow
-from dbrx_train.parallel import MeshShape, parallelize
+from dbrx_train.parallel import MeshShape, checkpoint_activations, parallelize
 from dbrx_train.train.optimizers import build_optimizer
 
 
@@ -36,6 +36,8 @@ def compare(mesh: list[int], dtype: torch.dtype | None) -> dict[str, Any]:
         adapt(model, 2, 4.0, seed=3)
         if dtype is not None:
             narrow(model, dtype)
+    if dtype is not None:
+        checkpoint_activations(sharded, "full")
     parallelize(sharded, shape, device_type="cpu", seed=3, param_dtype=dtype)
     names = [name for name, _ in alone.named_parameters()]
     pairs = list(zip(names, sharded.parameters(), alone.parameters(), strict=True))

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dbrx_train import Dbrx, DbrxConfig
-from dbrx_train.model import pretrained
+from dbrx_train.model import decoder, pretrained
 from dbrx_train.model.decoder import document_positions
 from dbrx_train.model.generation import KVCache, generate, sample
 from dbrx_train.model.init import ROWS_PER_BLOCK, draw_rows, init_weights
@@ -127,6 +128,54 @@ def test_layers_share_one_document_mask(autocast: bool) -> None:
             model(tokens, labels=tokens, document_ids=document_ids)
         assert len(kept) == 1
         assert next(iter(kept.values())).dtype == (torch.bfloat16 if autocast else torch.float32)
+
+
+def loss_and_gradients(model: Dbrx, tokens: Tensor, document_ids: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss = model(tokens, labels=tokens, document_ids=document_ids).loss
+    assert loss is not None
+    loss.backward()
+    return {"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("reset_positions", [False, True])
+def test_long_samples_are_attended_to_by_document_as_by_mask(
+    reset_positions: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Dbrx(config_of(reset_positions=reset_positions), seed=0)
+    tokens = tokens_of(2, 24)
+    documents = torch.tensor([[0] * 7 + [1] * 16 + [-1], [5] * 24])
+    masked = loss_and_gradients(model, tokens, documents)
+    monkeypatch.setattr(decoder, "LONGEST_MASK", 23)
+    apart = loss_and_gradients(model, tokens, documents)
+    for name, expected in masked.items():
+        torch.testing.assert_close(apart[name], expected, rtol=1e-5, atol=1e-6)
+    documents[0, 2] = 1
+    with pytest.raises(ValueError, match="document_ids: has a document in pieces"):
+        model(tokens, document_ids=documents)
+
+
+def test_a_sample_of_32k_tokens_needs_no_mask() -> None:
+    length = 32_768
+    model = Dbrx(config_of(max_seq_len=length, n_layers=1), seed=0)
+    ends = torch.tensor([9_000, 9_001, 20_000, length])
+    documents = torch.bucketize(torch.arange(length), ends, right=True)[None]
+    tokens = tokens_of(1, length)
+    made = 0
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal made
+            out = func(*args, **(kwargs or {}))
+            made = max(made, out.numel() if isinstance(out, Tensor) else 0)
+            return out
+
+    with Largest():
+        packed = model(tokens, document_ids=documents)
+    assert made < length**2 / 50
+    assert packed.logits is not None
+    alone = model(tokens[:, :9_000])
+    torch.testing.assert_close(packed.logits[:, :9_000], alone.logits, rtol=1e-5, atol=1e-5)
 
 
 def test_without_document_masking_boundaries_are_predicted_but_padding_is_not() -> None:

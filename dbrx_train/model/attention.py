@@ -48,6 +48,37 @@ def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill_(~visible, -torch.inf)
 
 
+def document_lengths(document_ids: Tensor) -> list[list[int]]:
+    """document_ids [B, S] -> the lengths of each sample's documents, in order; the host waits for them.
+
+    Raises ValueError for a document in several pieces.
+    """
+    lengths = []
+    for row in document_ids:
+        ids, counts = row.unique_consecutive(return_counts=True)
+        if ids.numel() != ids.unique().numel():
+            raise ValueError(
+                "document_ids: has a document in pieces; in a sample this long it must lie together"
+            )
+        lengths.append(counts.tolist())
+    return lengths
+
+
+def attend_by_document(
+    q_BHSC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, lengths: list[list[int]], shares_heads: bool
+) -> Tensor:
+    """Causal attention within each document, one after another: no mask, and no work across documents."""
+    rows = []
+    for q, k, v, row in zip(q_BHSC, k_BKSC, v_BKSC, lengths, strict=True):
+        documents = zip(*(t[None].split(row, dim=2) for t in (q, k, v)), strict=True)
+        parts = [
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shares_heads)
+            for q, k, v in documents
+        ]
+        rows.append(torch.cat(parts, dim=2))
+    return torch.cat(rows)
+
+
 class LayerCache:
     """The keys and values of one layer so far; room for `capacity` tokens, taken at the first append."""
 
@@ -101,13 +132,14 @@ class GroupedQueryAttention(nn.Module):
         self,
         x_BSD: Tensor,
         rope: tuple[Tensor, Tensor],
-        mask: Tensor | None = None,
+        mask: Tensor | list[list[int]] | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
         """x [B, S, D] -> [B, S, D].
 
         rope: cos and sin for these S positions. mask: of `additive_mask`, in the dtype of the products,
-        broadcast to [B, H, S, keys]; None is causal. cache: earlier keys and values, extended in place.
+        broadcast to [B, H, S, keys], or of `document_lengths`; None is causal. cache: earlier keys and
+        values, extended in place.
         """
         B, S, _ = x_BSD.shape
         qkv = self.Wqkv(x_BSD)
@@ -119,11 +151,14 @@ class GroupedQueryAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         # Only CUDA's flash kernel, which takes no mask, shares heads without falling back to plain matmuls.
-        shares_heads = q.is_cuda and mask is None
+        shares_heads = q.is_cuda and not isinstance(mask, Tensor)
         if not shares_heads:
             k, v = (t.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1) for t in (k, v))
-        # Without a mask the queries are all of the sequence, or the last one alone, which sees every key.
-        causal = mask is None and S > 1
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shares_heads)
+        if isinstance(mask, list):
+            y = attend_by_document(q, k, v, mask, shares_heads)
+        else:
+            # Without a mask the queries are all of the sequence, or the last one alone, which sees every key.
+            causal = mask is None and S > 1
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=shares_heads)
         out: Tensor = self.out_proj(y.transpose(1, 2).reshape(B, S, -1))
         return out

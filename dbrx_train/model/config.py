@@ -14,6 +14,8 @@ EXPERT_IMPLS = ("auto", "loop", "grouped")
 INIT_METHODS = ("normal", "trunc_normal", "kaiming_normal")
 LORA_TARGETS = ("Wqkv", "out_proj", "w1", "v1", "w2")
 """The matrices that adapters may be beside: attention's two, an expert's three."""
+# Of a block; what each means is said where it is done, in parallel.activation_checkpointing.
+ACTIVATION_CHECKPOINTING = ("none", "full", "selective", "norm_attn_norm")
 
 _HF_NORM_EPS = 1e-5  # fixed in the Hugging Face class
 

@@ -6,7 +6,9 @@ Shape suffixes: B batch, S sequence, D d_model, V vocabulary, L layers, E expert
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from dbrx_train.model.attention import (
     LayerCache,
     RotaryEmbedding,
     additive_mask,
+    document_lengths,
 )
 from dbrx_train.model.balance import RoutingStats
 from dbrx_train.model.config import DbrxConfig
@@ -26,6 +29,12 @@ from dbrx_train.model.loss import IGNORE_INDEX, HeadLoss, LMHead
 from dbrx_train.model.moe import MoE
 from dbrx_train.model.precision import compute_dtype
 from dbrx_train.model.router import Routing
+
+# A mask of S x S entries is quick while it is small; in longer samples each document is attended to apart.
+LONGEST_MASK = 8192
+
+Mask: TypeAlias = Tensor | list[list[int]] | None
+"""What attention takes to keep documents apart: `additive_mask`, `document_lengths`, or nothing."""
 
 
 @dataclass
@@ -58,7 +67,7 @@ class NormAttentionNorm(nn.Module):
         self.norm_2 = nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=False)
 
     def forward(
-        self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: LayerCache | None
+        self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, cache: LayerCache | None
     ) -> tuple[Tensor, Tensor]:
         """x -> the residual stream after attention, and the same normalised."""
         x_BSD = x_BSD + self.attn(self.norm_1(x_BSD), rope, mask, cache)
@@ -77,7 +86,7 @@ class Block(nn.Module):
         self,
         x_BSD: Tensor,
         rope: tuple[Tensor, Tensor],
-        mask: Tensor | None = None,
+        mask: Mask = None,
         token_mask: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> tuple[Tensor, Routing | None]:
@@ -104,17 +113,22 @@ class Transformer(nn.Module):
         """input_ids [B, S] -> hidden states [B, S, D] and the layers' routings (none when dense)."""
         past, S = cache.length if cache else 0, input_ids.shape[1]
         positions = torch.arange(past, past + S, device=input_ids.device)[None]
+        mask: Mask = None
         visible = token_mask = None
         if document_ids is not None:
             token_mask = document_ids >= 0
-            visible = document_mask(document_ids) if self.mask_documents else None
+            if self.mask_documents and S > LONGEST_MASK:
+                mask = document_lengths(document_ids)
+            elif self.mask_documents:
+                visible = document_mask(document_ids)
             positions = document_positions(document_ids) if self.reset_positions else positions
         elif past and S > 1:
             visible = torch.ones(S, past + S, dtype=torch.bool, device=input_ids.device).tril(past)
 
         x_BSD = self.wte(input_ids)
         rope = self.rotary(positions)
-        mask = None if visible is None else additive_mask(visible, compute_dtype(x_BSD))
+        if visible is not None:
+            mask = additive_mask(visible, compute_dtype(x_BSD))
         routings = []
         for i, block in enumerate(self.blocks):
             x_BSD, routing = block(x_BSD, rope, mask, token_mask, cache.layers[i] if cache else None)
@@ -128,11 +142,15 @@ class Dbrx(nn.Module):
 
     Weights are drawn from `seed` (by default torch's initial seed), the same on every device. Under
     `torch.device("meta")` nothing is drawn: call `to_empty(device=...)` and `init_weights(seed)` later.
+
+    `batch_load`, if set, makes of a training pass's tokens per expert [L, E] those that the balance loss is
+    to even out, such as the whole batch's.
     """
 
     def __init__(self, config: DbrxConfig, seed: int | None = None) -> None:
         super().__init__()
         self.config = config
+        self.batch_load: Callable[[Tensor], Tensor] | None = None
         device = torch.empty(0).device  # torch.get_default_device() does not see `with torch.device(...)`
         with torch.device("meta"):  # so that no layer draws weights of its own first
             self.transformer = Transformer(config)
@@ -199,7 +217,11 @@ class Dbrx(nn.Module):
         if config.output_z_loss_weight > 0:
             output.losses["output_z"] = head.z
         if routings and config.balance_loss != "none" and config.balance_loss_weight > 0:
-            raw = balance.balance_loss(routings, config.balance_loss, token_mask)
+            assert output.routing is not None
+            load = output.routing.tokens_per_expert
+            if self.batch_load is not None and self.training:
+                load = self.batch_load(load)
+            raw = balance.balance_loss(routings, config.balance_loss, token_mask, load)
             output.losses["balance"] = raw.detach()
             output.loss = output.loss + config.balance_loss_weight * raw
         if routings and config.router_z_loss_weight > 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,12 @@ from dbrx_train.checkpoint.adapter import check_base
 from dbrx_train.checkpoint.folder import Checkpoint
 from dbrx_train.checkpoint.remote import Remote
 from dbrx_train.checkpoint.tensors import Reader, model_tensors
-from dbrx_train.checkpoint.weights import open_weights
+from dbrx_train.checkpoint.weights import Weights, open_weights
 from dbrx_train.config import ConfigError, RunConfig, first_line, flatten, naming, to_dict, to_yaml
 from dbrx_train.data.tokenizer import Tokenizer, load_tokenizer
-from dbrx_train.model.decoder import Dbrx
-from dbrx_train.model.lora import adapt, is_factor, narrow
-from dbrx_train.parallel import MeshShape, parallelize
+from dbrx_train.errors import show
+from dbrx_train.model.lora import is_factor
+from dbrx_train.parallel import end_together
 from dbrx_train.train import environment, report
 from dbrx_train.train.callbacks.checkpoints import Checkpoints
 from dbrx_train.train.callbacks.expert_load import ExpertLoad
@@ -38,6 +38,7 @@ from dbrx_train.train.loaders import check_sources, evaluators, samples_of, trai
 from dbrx_train.train.mlflow_store import STORE_ERRORS, MLflowStore
 from dbrx_train.train.optimizers import build_optimizer
 from dbrx_train.train.reference import set_reference
+from dbrx_train.train.sharded import ReduceOnce, build_model, check_left_alone, mesh_shape
 from dbrx_train.train.state import model_of, restore
 from dbrx_train.train.throughput import peak_flops
 
@@ -62,22 +63,60 @@ def run(config: RunConfig) -> None:
         ConfigError: the configuration does not fit the data, the machine or the saved run.
     """
     device = _device(config)
-    check_world(config, dist.get_world_size())
-    tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.vocab_file)
-    check_sources(config, tokenizer)
     environment.join_ranks(device, config.parallelism.timeout)
-    remote = open_remote(config)
-    found = _newest(config, remote)
+    with ExitStack() as afterwards, end_together(show) as ending:
+        check_world(config, dist.get_world_size())
+        tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.vocab_file)
+        check_sources(config, tokenizer)
+        remote = open_remote(config)
+        found = _newest(config, remote)
+        weights = _check_beginning(config, found)
+        if found and found.tokens >= config.clock.total_tokens:
+            end = f"{found.folder} holds its end"
+            _say(f"{config.run_name} is done: {end}. A larger max_duration= continues it.")
+            return
+        store = _open_store(config, resume=found is not None)
+        ending.at_end = store.fail
+        peak, origin = peak_flops(device, config.precision, config.logging.peak_flops)
+        trainer = build_trainer(config, tokenizer, device, store, peak, remote)
+        afterwards.callback(trainer.close)
+        try:
+            if weights:
+                state = model_of(trainer.state).state_dict()
+                weights.read({name: tensor for name, tensor in state.items() if not is_factor(name)})
+            if found:
+                _say(f"{config.run_name} goes on from {found.folder}, after {found.tokens:,} tokens")
+                resume(trainer, found, remote, config.init_from.path if weights else None)
+            if config.preferences.beta is not None:
+                set_reference(config, trainer, tokenizer, made=found is not None)
+            _record(config, store, f"{peak:.4g} FLOP/s, {origin}")
+            if config.evaluation.at_start and found is None and trainer.state.evaluators:
+                trainer.eval()
+            trainer.fit()
+            if dist.get_global_rank() == 0:
+                _report(config, store, trainer.state.timestamp.batch.value)
+        except (KeyboardInterrupt, SystemExit):  # Composer turns SIGINT and SIGTERM into SystemExit
+            store.end_status = "KILLED"
+            newest = next(iter(folders.saved(checkpoint_folder(config))), None)
+            _say(f"stopped; the same command goes on from {newest or 'the beginning: nothing was saved yet'}")
+            raise
+        except BaseException:
+            store.end_status = "FAILED"
+            raise
+
+
+def _check_beginning(config: RunConfig, found: Checkpoint | None) -> Weights | None:
+    """What the run begins with, before anything is touched; returns weights that it is to begin with, if any.
+
+    Raises:
+        ConfigError: the saved run, the weights, the data or the disk do not fit.
+    """
     weights = None
     if found:
         fixed = _FIXED if config.lora.rank is None else (*_FIXED, *_FIXED_ADAPTERS)
         _check_same(
             fixed, config, found.folder, found.config, "; give the run another run_name= to start afresh"
         )
-        if found.tokens >= config.clock.total_tokens:
-            end = f"{found.folder} holds its end"
-            _say(f"{config.run_name} is done: {end}. A larger max_duration= continues it.")
-            return
     if config.init_from.path is not None and (found is None or config.lora.rank is not None):
         with naming("init_from.path: "):
             weights = open_weights(Path(config.init_from.path), _say)
@@ -86,34 +125,7 @@ def run(config: RunConfig) -> None:
     checkpoint_folder(config).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=config.folder):
         pass  # a read-only or full disk is found out here
-    store = _open_store(config, resume=found is not None)
-    peak, origin = peak_flops(device, config.precision, config.logging.peak_flops)
-    trainer = build_trainer(config, tokenizer, device, store, peak, remote)
-    try:
-        if weights:
-            state = model_of(trainer.state).state_dict()
-            weights.read({name: tensor for name, tensor in state.items() if not is_factor(name)})
-        if found:
-            _say(f"{config.run_name} goes on from {found.folder}, after {found.tokens:,} tokens")
-            resume(trainer, found, remote, config.init_from.path if weights else None)
-        if config.preferences.beta is not None:
-            set_reference(config, trainer, tokenizer, made=found is not None)
-        _record(config, store, f"{peak:.4g} FLOP/s, {origin}")
-        if config.evaluation.at_start and found is None and trainer.state.evaluators:
-            trainer.eval()
-        trainer.fit()
-        if dist.get_global_rank() == 0:
-            _report(config, store, trainer.state.timestamp.batch.value)
-    except BaseException as error:
-        # Composer turns SIGINT and SIGTERM into SystemExit.
-        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-        store.end_status = "KILLED" if stopped else "FAILED"
-        if stopped:
-            newest = next(iter(folders.saved(checkpoint_folder(config))), None)
-            _say(f"stopped; the same command goes on from {newest or 'the beginning: nothing was saved yet'}")
-        raise
-    finally:
-        trainer.close()
+    return weights
 
 
 def build_trainer(
@@ -131,12 +143,14 @@ def build_trainer(
         cpu_autocast=on_cpu and config.precision == "amp_bf16",
         beta=config.preferences.beta,
     )
+    data = train_data(config, tokenizer)
     clock, optimization = config.clock, config.optimization
     often = clock.interval(config.logging.interval)
     most = max(stage.tokens_per_batch for stage in clock.stages)
     whole = most // config.data.seq_len // dist.get_world_size()
     callbacks = [
         LearningRate(optimization.learning_rate, clock),
+        ReduceOnce(data.split_batch),
         GradientNorm(optimization.clip_grad_norm),
         ExpertLoad(often),
         MixServed(often),
@@ -155,9 +169,9 @@ def build_trainer(
             remote=remote,
         ),
     ]
-    return Trainer(
+    trainer = Trainer(
         model=model,
-        train_dataloader=train_data(config, tokenizer),
+        train_dataloader=data,
         eval_dataloader=evaluators(config, tokenizer),
         max_duration=f"{clock.total_tokens}tok",
         optimizers=build_optimizer(model.model, optimization.optimizer),
@@ -171,6 +185,8 @@ def build_trainer(
         accumulate_train_batch_on_tokens=True,
         seed=config.seed,
     )
+    check_left_alone(trainer, model)
+    return trainer
 
 
 def resume(
@@ -194,51 +210,6 @@ def resume(
         with naming("init_from.path: "):
             check_base(reader, model_tensors(model_of(trainer.state)), base)
     saver.drawn = restore(trainer, checkpoint, reader)
-
-
-def build_model(config: RunConfig, device: str) -> Dbrx:
-    """The run's model, and its adapters, with weights drawn from its seed; over several ranks, sharded."""
-    if dist.get_world_size() == 1:
-        return _adapted(Dbrx(config.model, seed=config.seed), config)
-    with torch.device("meta"):
-        model = _adapted(Dbrx(config.model), config)
-    parallelize(
-        model,
-        mesh_shape(config, dist.get_world_size()),
-        device_type="cpu" if device == "cpu" else "cuda",
-        seed=config.seed,
-        param_dtype=torch.bfloat16 if config.precision == "amp_bf16" else None,
-        reshard_after_forward=config.parallelism.reshard_after_forward,
-    )
-    return model
-
-
-def _adapted(model: Dbrx, config: RunConfig) -> Dbrx:
-    if config.lora.rank is not None:
-        adapt(model, config.lora.rank, config.lora.alpha, config.lora.targets, config.seed)
-        if config.precision == "amp_bf16":
-            narrow(model, torch.bfloat16)
-    return model
-
-
-def mesh_shape(config: RunConfig, world_size: int) -> MeshShape:
-    """The run's mesh on so many ranks.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    parallelism = config.parallelism
-    try:
-        shape = MeshShape.of(
-            world_size,
-            replicate=parallelism.replicate,
-            shard=None if parallelism.shard == "auto" else int(parallelism.shard),
-            expert=parallelism.expert,
-        )
-        shape.check(config.model)
-    except ValueError as error:
-        raise ConfigError(f"parallelism.{error}") from None
-    return shape
 
 
 def check_world(config: RunConfig, world_size: int) -> None:
