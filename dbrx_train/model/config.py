@@ -205,7 +205,14 @@ class DbrxConfig:
         Face class's defaults. DBRX's balance loss is in the megablocks convention, with which it was
         trained. Raises ValueError for anything that this package cannot compute.
         """
-        return cls(**config_values(source if isinstance(source, Mapping) else _read_json(Path(source))))
+        if isinstance(source, Mapping):
+            return cls(**config_values(source))
+        path = Path(source) / "config.json" if Path(source).is_dir() else Path(source)
+        content = _read_json(path)
+        try:
+            return cls.from_hf(content)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     def to_hf(self) -> dict[str, Any]:
         """The content of a Hugging Face config.json, readable by transformers 4.38 and later.
@@ -221,7 +228,6 @@ def _require(condition: bool, name: str, message: str) -> None:
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:
-    path = path / "config.json" if path.is_dir() else path
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

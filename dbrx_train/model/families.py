@@ -6,7 +6,7 @@ Each of our parameters is one or several of their tensors, one below the other.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,7 @@ class Family:
     model_type: str
     architecture: str
     fields: Mapping[str, tuple[str, Any]]
-    """Key in config.json, with its section -> our option, and what the class takes where the key is absent."""
+    """Key in config.json, with its section -> our option, and the class's default."""
     fixed: Mapping[str, Any]
     """Our options that the class has no key for, and what it always does."""
     required: Mapping[str, tuple[Any, ...]]
@@ -174,7 +174,10 @@ def config_values(hf: Mapping[str, Any]) -> dict[str, Any]:
     values |= dict(family.fixed) | dict(family.adopted)
     values["rope_theta"] = _rope_theta(hf, family)
     values["router_jitter"] = values["router_jitter"] or 0.0
-    _check_heads(hf, values)
+    if hf.get("head_dim") not in (None, values["d_model"] / values["n_heads"]):
+        raise ValueError(f"head_dim: {hf['head_dim']} is not supported; must be width / heads")
+    if values["num_experts"] == 1:
+        raise ValueError("num_experts: must be above 1, as the class always has a router")
     return values
 
 
@@ -238,18 +241,10 @@ def _rope_theta(hf: Mapping[str, Any], family: Family) -> Any:
     own, common = _get(hf, key), rope.get("rope_theta", hf.get("rope_theta"))
     if own is not None and common is not None and own != common:
         raise ValueError(
-            f"{key}: {own} here, but rope_theta is {common} elsewhere in the file; both must be what the model "
+            f"{key}: {own}, but rope_theta is {common} elsewhere in the file; both must be what the model "
             f"was trained with"
         )
     return next((value for value in (own, common) if value is not None), default)
-
-
-def _check_heads(hf: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    wanted = values["d_model"] // max(1, values["n_heads"])
-    if hf.get("head_dim") not in (None, wanted):
-        raise ValueError(f"head_dim: {hf['head_dim']} is not supported; must be width / heads, {wanted}")
-    if values["num_experts"] == 1:
-        raise ValueError("num_experts: must be above 1; a model of one expert has no router in this package")
 
 
 def _get(hf: Mapping[str, Any], key: str, default: Any = None) -> Any:

@@ -1,6 +1,6 @@
 """Weights at rest in safetensors (or older .bin) files: read by rows, written tensor by tensor.
 
-Files are mapped into memory, so nothing is read but what is asked for, and a model may be larger than the host.
+Files are mapped into memory: nothing is read but what is asked for, and a model may be larger than the host.
 """
 
 from __future__ import annotations
@@ -97,10 +97,10 @@ class Stored:
                 known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
                 troubles.append(f"{name} is {str(dtype).removeprefix('torch.')}, must be one of {known}")
         if troubles:
-            raise ValueError(f"{self.path}: does not fit its config.json: {'; '.join(troubles)}")
+            raise ValueError(f"{self.path}: does not fit its configuration: {'; '.join(troubles)}")
 
     def fill(self, parts: Table, wanted: Mapping[str, tuple[Tensor, int]]) -> None:
-        """Read rows of parameters: by name, the tensor that takes them, and its first row's place in the whole.
+        """Read rows of parameters: ``wanted``: by name, a tensor and which row its first is.
 
         What is read is checked on the way, which costs a pass over memory.
 
@@ -121,8 +121,9 @@ class Stored:
     def _check_finite(self, part: Part, values: Tensor) -> None:
         values = values.T if part.transposed else values  # as it lies in the file
         step = max(1, _CHECKED_AT_ONCE // max(1, math.prod(values.shape[1:])))
-        for piece in values.split(step):
-            low, high = torch.aminmax(piece)  # both are NaN if anything is
+        for begin in range(0, len(values), step):
+            piece = values[begin : begin + step]
+            low, high = torch.aminmax(piece)  # both are NaN if any value is
             if not torch.isfinite(low) or not torch.isfinite(high):
                 raise ValueError(f"{self.places[part.name]}: {part.name} holds values that are not finite")
 
@@ -137,7 +138,7 @@ class Stored:
 
 
 def _overlaps(parts: Iterable[Part], rows: Tensor, first: int) -> Iterator[tuple[Part, slice, Tensor]]:
-    """The parts that meet ``rows``, whose first is row ``first`` of the whole: which of theirs, which of ours."""
+    """The parts that meet ``rows``, which begin at row ``first`` of the whole: their rows, and ours."""
     begin = 0
     for part in parts:
         low, high = max(begin, first), min(begin + part.rows, first + len(rows))
@@ -260,7 +261,7 @@ def write(
 def map_file(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> dict[str, Tensor]:
-    """Tensors like those given that lie in a new safetensors file: what is written to them is written to it."""
+    """Tensors like the given ones, in a new safetensors file: what is written to them is written to it."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     places, end = {}, 0
     for name in sorted(

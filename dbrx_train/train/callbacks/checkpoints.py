@@ -102,19 +102,18 @@ class Checkpoints(Callback):  # type: ignore[misc]
     def _write(self, partial: Path, content: dict[str, Tensor], mark: dict[str, Any]) -> None:
         path = partial.with_suffix("")
         try:
-            sizes = write(partial, content, self.group)
+            files = write(partial, content, self.group)
         except OSError as error:
             if dist.get_local_rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise OSError(error.errno, error.strerror, str(path)) from error
-        trouble = self._upload(partial, sizes)
+        trouble = self._upload(partial, files)
         if dist.get_global_rank() == 0:
-            sizes[".metadata"] = (partial / ".metadata").stat().st_size
-            self._keep(partial, mark | {"files": sizes})
+            self._keep(partial, mark | {"files": files})
         troubles = [f"rank {rank}: {text}" for rank, text in enumerate(self._gather(trouble)) if text]
         if dist.get_local_rank() == 0:
             with suppress(FileNotFoundError):  # the hosts share the folder, and rank 0 has kept it
-                self._keep(partial, mark | {"files": sizes})
+                self._keep(partial, mark | {"files": files})
         if troubles:
             raise RuntimeError(f"{path} is whole, but cannot be copied to checkpoints.remote ({troubles[0]})")
         if self.remote is not None and dist.get_global_rank() == 0:
