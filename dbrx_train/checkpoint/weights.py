@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.tensors import Reader
@@ -22,7 +23,7 @@ from dbrx_train.model.families import Table, identity, table
 from dbrx_train.model.pretrained import Stored, map_file, open_files, open_folder
 from dbrx_train.parallel.sharding import local_rows
 
-__all__ = ["Weights", "consolidate", "load_model", "meta_model", "open_weights", "upcycled"]
+__all__ = ["Weights", "consolidate", "load_model", "meta_model", "open_weights", "read_together", "upcycled"]
 
 DBRX_TOKENIZER = {"name": "cl100k_base", "vocab_file": None}
 
@@ -161,6 +162,26 @@ def upcycled(weights: Weights, config: DbrxConfig) -> Weights:
                 local[begin : begin + len(dense)].copy_(dense[rows])
 
     return replace(weights, read=read)
+
+
+def read_together(weights: Weights, model: nn.Module) -> None:
+    """Fill a model, each rank its own rows; what is wrong with one rank's part is raised on all.
+
+    Raises:
+        ValueError: as ``Weights.read``.
+    """
+    trouble = None
+    try:
+        weights.read(model.state_dict())
+    except ValueError as error:
+        trouble = str(error)
+    troubles = [trouble]
+    if dist.is_initialized():
+        troubles *= dist.get_world_size()
+        dist.all_gather_object(troubles, trouble)
+    for found in troubles:
+        if found is not None:
+            raise ValueError(found)
 
 
 def meta_model(config: DbrxConfig) -> Dbrx:
