@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import torchrun
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -426,6 +427,10 @@ def test_verify_names_the_first_bad_thing(
                 raise ValueError(said)
             (path / file).write_bytes(good)
             (path / "more.bin").unlink(missing_ok=True)
+    for path, file in ((checkpoint, folders.MARK), (tmp_path / "hf", MANIFEST)):
+        flip(path / file, (path / file).read_bytes().index(b"bytes") + 9)  # a digit of a size
+        assert run_cli(["checkpoint", "verify", str(path)], monkeypatch) == 2
+        assert "is damaged" in capsys.readouterr().err
 
 
 def test_marks_without_hashes_are_still_read(tmp_path: Path) -> None:
@@ -505,3 +510,33 @@ def test_what_cannot_be_upcycled_is_refused(
     path = save_checkpoint(Dbrx(DbrxConfig.from_dict(DENSE.to_dict() | source), seed=0), tmp_path)
     with pytest.raises(ValueError, match=says):
         upcycled(open_weights(path, nobody), DbrxConfig.from_dict(DENSE.to_dict() | change))
+
+
+# ---------------------------------------------------------------- many ranks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_each_rank_reads_its_own_rows_and_all_hear_of_what_one_finds(ranks: int, tmp_path: Path) -> None:
+    jobs: list[list[Any]] = []
+    for name, expert in (("dbrx", 1), ("dbrx", ranks), ("mixtral", 1), ("mixtral", 2)):
+        path = tmp_path / name
+        if not path.exists():
+            make(name).save_pretrained(path, max_shard_size="40KB")
+        jobs.append([str(path), DbrxConfig.from_hf(path).to_dict(), expert, False])
+    dense = save_checkpoint(Dbrx(DENSE, seed=2), tmp_path)
+    for expert in (1, 2):
+        jobs.append([str(dense), DENSE.to_dict() | {"num_experts": 4, "top_k": 3}, expert, True])
+    make("dbrx").save_pretrained(tmp_path / "nan", max_shard_size="40KB")
+    # In the head, whose last rows are the last rank's alone.
+    file = max((tmp_path / "nan").glob("*.safetensors"))
+    edit(file, lambda tensors: tensors["lm_head.weight"][130, 3].fill_(torch.nan))
+    jobs.append([str(tmp_path / "nan"), DbrxConfig.from_hf(tmp_path / "nan").to_dict(), 1, False])
+
+    program = str(Path(__file__).with_name("weights_ranks.py"))
+    *found, damaged = json.loads(torchrun(ranks, program, json.dumps(jobs)).splitlines()[-1])
+    for each, job in zip(found, jobs, strict=False):
+        assert each["wrong"] == [], job
+        if not job[3]:
+            assert each["read"] == each["share"], "not a row of another rank's"
+    assert damaged["said"] == [f"{file}: lm_head.weight holds values that are not finite"] * ranks

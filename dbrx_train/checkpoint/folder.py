@@ -111,9 +111,9 @@ def parse(path: Path) -> dict[str, Any]:
     """What the mark in a folder says; raises ValueError if it cannot be read."""
     try:
         facts = json.loads((path / MARK).read_text(encoding="utf-8"))
-        if {"config", "data", "files", "time"} <= facts.keys():
-            return dict(facts)
-        raise ValueError(f"{MARK} lacks entries")
+        if not {"config", "data", "files", "time"} <= facts.keys():
+            raise ValueError(f"{MARK} lacks entries")
+        return unsealed(facts)
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: not a whole checkpoint ({first_line(error)})") from None
 
@@ -125,6 +125,20 @@ def fingerprint(file: Path) -> dict[str, Any]:
         while block := stream.read(2**22):
             digest.update(block)
         return {"bytes": stream.tell(), "xxh3": digest.hexdigest()}
+
+
+def sealed(facts: dict[str, Any]) -> dict[str, Any]:
+    """Facts with a hash of themselves."""
+    plain = json.loads(json.dumps(facts))
+    return facts | {"seal": xxhash.xxh3_128_hexdigest(json.dumps(plain, sort_keys=True))}
+
+
+def unsealed(facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts in what ``sealed`` made; raises ValueError if they are not. Older ones have no seal."""
+    plain = {key: value for key, value in facts.items() if key != "seal"}
+    if facts.get("seal") not in (None, sealed(plain)["seal"]):
+        raise ValueError("is damaged: its content is not what was written")
+    return plain
 
 
 def size_of(facts: Any) -> int:
@@ -150,7 +164,7 @@ def mark(folder: Path, facts: dict[str, Any]) -> None:
     """Make the files in ``folder`` a checkpoint, at once and for good."""
     unfinished = folder / f"{MARK}.partial"
     with unfinished.open("w", encoding="utf-8") as file:
-        json.dump(facts, file, indent=1)
+        json.dump(sealed(facts), file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(folder / MARK)

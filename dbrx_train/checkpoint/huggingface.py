@@ -75,7 +75,8 @@ def export(
         )
         names += ["config.json", *_write_tokenizer(partial, weights.config["tokenizer"], model)]
         files = {name: folders.fingerprint(partial / name) for name in names}
-        write_json(partial / MANIFEST, {"made_by": f"dbrx-train {__version__}", "files": files})
+        made_by = f"dbrx-train {__version__}"
+        write_json(partial / MANIFEST, folders.sealed({"made_by": made_by, "files": files}))
         sync(partial / MANIFEST)
     return _size(files)
 

@@ -93,9 +93,9 @@ def _hugging_face(path: Path) -> Verified:
     files: dict[str, Any] = {}
     if (path / MANIFEST).is_file():
         try:
-            files = dict(json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path / MANIFEST}: is damaged ({first_line(error)})") from None
+            files = folders.unsealed(json.loads((path / MANIFEST).read_text(encoding="utf-8")))["files"]
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path / MANIFEST}: cannot be read ({first_line(error)})") from None
         _check_files(path, files, MANIFEST)
     config = DbrxConfig.from_hf(path)
     shapes = {name: tuple(tensor.shape) for name, tensor in meta_model(config).state_dict().items()}
