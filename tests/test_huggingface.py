@@ -267,7 +267,9 @@ TEXTS = [
 ]
 
 
-def test_the_tokenizer_needs_no_code_and_gives_the_same_ids(tmp_path: Path) -> None:
+def test_the_tokenizer_needs_no_code_and_gives_the_same_ids(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
     ours = load_tokenizer()
     config = DbrxConfig(
         d_model=8, n_layers=1, n_heads=2, n_kv_heads=1, ffn_hidden_size=8, num_experts=2, top_k=1
@@ -275,6 +277,8 @@ def test_the_tokenizer_needs_no_code_and_gives_the_same_ids(tmp_path: Path) -> N
     export(save_checkpoint(Dbrx(config, seed=0), tmp_path), tmp_path / "out", torch.bfloat16, nobody)
     assert verify(tmp_path / "out")[0].hashed
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=False)
+    assert "incorrect" not in caplog.text, "not taken for another's"
+    assert "holes" not in capfd.readouterr().err
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(0x110000, (400, 12), generator=generator).tolist()
     texts = [*TEXTS, *("".join(chr(c) for c in row if not 0xD800 <= c < 0xE000) for row in noise)]

@@ -195,6 +195,8 @@ def config_json(config: DbrxConfig) -> dict[str, Any]:
         weightless = ours == "balance_loss_weight" and config.balance_loss == "none"
         _put(hf, key, 0.0 if weightless else getattr(config, ours))
     hf["rope_theta"] = config.rope_theta  # transformers 5 ignores the one in attn_config
+    # The first with DBRX. Without one, 4.57.6 takes every large tokenizer for a broken one of Mistral's.
+    hf["transformers_version"] = "4.40.0"
     return hf
 
 

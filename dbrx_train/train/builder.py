@@ -138,7 +138,8 @@ def _fitting(config: RunConfig, weights: Weights) -> Weights:
                 f"what its weights were trained for",
                 stacklevel=2,
             )
-    return upcycled(weights, config.model) if upcycle else weights
+    with naming("init_from.upcycle: "):
+        return upcycled(weights, config.model) if upcycle else weights
 
 
 def build_trainer(
