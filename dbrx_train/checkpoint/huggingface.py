@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dbrx_train import __version__
 from dbrx_train.checkpoint import folder as folders
-from dbrx_train.checkpoint.weights import Weights, meta_model, open_weights
+from dbrx_train.checkpoint.weights import meta_model, open_weights
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.families import identity, table
 from dbrx_train.model.generation import STOP_IDS
@@ -39,8 +38,13 @@ def import_folder(path: Path, out: Path, max_shard_bytes: int = MAX_SHARD_BYTES)
     state = dict(meta_model(weights.model).named_parameters())
     parts = identity({name: tuple(tensor.shape) for name, tensor in state.items()})
     with _new_folder(out) as partial:
+        tensors = outline(parts, state, weights.dtypes)
         names = write(
-            partial, parts, outline(parts, state, weights.dtypes), _stored(weights), max_shard_bytes
+            partial,
+            parts,
+            tensors,
+            lambda name: weights.whole(name, state[name], weights.dtypes[name]),
+            max_shard_bytes,
         )
         files = {name: folders.fingerprint(partial / name) for name in names}
         time = {"batch": 0, "token": 0}
@@ -69,7 +73,9 @@ def export(
     parts = table(model, {name: tuple(tensor.shape) for name, tensor in state.items()})
     tensors = outline(parts, state, dict.fromkeys(state, dtype))
     with _new_folder(out) as partial:
-        names = write(partial, parts, tensors, lambda name: weights.whole(name, dtype), max_shard_bytes)
+        names = write(
+            partial, parts, tensors, lambda name: weights.whole(name, state[name], dtype), max_shard_bytes
+        )
         write_json(
             partial / "config.json", model.to_hf() | {"torch_dtype": str(dtype).removeprefix("torch.")}
         )
@@ -104,10 +110,6 @@ def _write_tokenizer(folder: Path, tokenizer: dict[str, Any] | None, model: Dbrx
     }
     write_json(folder / "generation_config.json", generation)
     return [*names, "generation_config.json"]
-
-
-def _stored(weights: Weights) -> Callable[[str], Tensor]:
-    return lambda name: weights.whole(name, weights.dtypes[name])
 
 
 @contextmanager

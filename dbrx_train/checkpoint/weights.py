@@ -49,9 +49,9 @@ class Weights:
         """The model that they are of."""
         return DbrxConfig.from_dict(self.config["model"])
 
-    def whole(self, name: str, dtype: torch.dtype) -> Tensor:
-        """One tensor."""
-        tensor = torch.empty(meta_model(self.model).state_dict()[name].shape, dtype=dtype)
+    def whole(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """One tensor, of the shape of ``like``."""
+        tensor = torch.empty(like.shape, dtype=dtype)
         self.read({name: tensor})
         return tensor
 
@@ -150,12 +150,14 @@ def upcycled(weights: Weights, config: DbrxConfig) -> Weights:
             f"so that a token's weights sum to one"
         )
 
+    shapes = meta_model(weights.model).state_dict()
+
     def read(tensors: dict[str, Tensor]) -> None:
         experts = {name for name in tensors if ".ffn.experts." in name}
         others = tensors.keys() - experts
         weights.read({name: tensors[name] for name in others if ".ffn.router." not in name})
         for name in experts:
-            dense = weights.whole(name, weights.dtypes[name])
+            dense = weights.whole(name, shapes[name], weights.dtypes[name])
             local, first = local_rows(tensors[name])
             for begin in range(0, len(local), len(dense)):
                 rows = torch.arange(first + begin, first + min(begin + len(dense), len(local))) % len(dense)
