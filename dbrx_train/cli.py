@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from dbrx_train import __version__
+from dbrx_train.errors import show
 
 app = typer.Typer(
     name="dbrx-train",
@@ -42,21 +43,11 @@ def main() -> None:
     warnings.formatwarning = _one_line
     try:
         app()
-    except ValueError as error:
-        if os.environ.get("DBRX_TRAIN_LOG") == "debug":
-            raise
-        _fail(str(error))
-    except OSError as error:
-        if error.filename is None or error.strerror is None:
-            raise
-        _fail(f"{error.filename}: {error.strerror}")
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("dbrx_train"):
-            raise
-        _fail(f"{error.name} is not installed; this needs: pip install 'dbrx-train[train]'")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        sys.exit(show(error))
 
 
 def _one_line(
@@ -66,12 +57,6 @@ def _one_line(
     if not Path(filename).is_relative_to(Path(__file__).parent):
         return f"{filename}:{lineno}: {message}\n"
     return f"dbrx-train: warning: {message}\n" if os.environ.get("RANK", "0") == "0" else ""
-
-
-def _fail(message: str) -> None:
-    rank = os.environ.get("RANK", "0")
-    print(f"dbrx-train{'' if rank == '0' else f' (rank {rank})'}: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 def _show_version(wanted: bool) -> None:
@@ -223,7 +208,9 @@ def checkpoint_export(
 
 @checkpoint_app.command("verify")
 def checkpoint_verify(
-    folder: Annotated[Path, typer.Argument(help="A run's folder, a checkpoint, or a Hugging Face folder.")],
+    folder: Annotated[
+        Path, typer.Argument(help="A run's folder, a checkpoint, its weights, or a Hugging Face folder.")
+    ],
 ) -> None:
     """Account for every file and tensor in FOLDER; name the first that is not as it was written."""
     from dbrx_train.checkpoint.verify import verify

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dbrx_train.data.mix import MixSchedule
 from dbrx_train.duration import Clock
-from dbrx_train.model.config import DbrxConfig
+from dbrx_train.model.config import ACTIVATION_CHECKPOINTING, DbrxConfig
 
 
 class ConfigError(ValueError):
@@ -181,6 +181,11 @@ class OptimizationConfig:
         "samples (of `data.seq_len` tokens) per forward pass and rank; default: the rank's whole batch", None
     )
     clip_grad_norm: float | None = _doc("largest global gradient norm; null: no clipping", 1.0)
+    balance_over: str = _doc(
+        "whose load the balance loss evens out: each rank's `microbatch`, or the `global_batch` so far "
+        "(arXiv 2501.11873), which lets experts specialise in what single samples are full of",
+        "microbatch",
+    )
     optimizer: OptimizerConfig = _doc("the optimizer", OptimizerConfig)
     learning_rate: LearningRateConfig = _doc("its learning rate over the run", LearningRateConfig)
 
@@ -197,12 +202,15 @@ class OptimizationConfig:
         _require(
             clip is None or clip > 0, f"optimization.clip_grad_norm: must be positive or null, not {clip}"
         )
+        _one_of("optimization.balance_over", self.balance_over, ("microbatch", "global_batch"))
 
 
 @dataclass
 class ParallelismConfig:
-    replicate: int = _doc(
-        "groups of ranks that hold the same (HSDP); gradients are reduced between them last", 1
+    replicate: int | str = _doc(
+        "groups of ranks that hold the same (HSDP); gradients are reduced between them last; `auto`: as many "
+        "as there are ranks for groups of `shard`",
+        1,
     )
     shard: int | str = _doc(
         "ranks of a group, over which parameters, gradients and optimizer state are divided (FSDP); "
@@ -217,19 +225,36 @@ class ParallelismConfig:
         "gathering",
         True,
     )
+    activation_checkpointing: str = _doc(
+        "what of every block the backward pass computes again: `none`, `full` (the block), `selective` (all "
+        "but matrix products and attention) or `norm_attn_norm` (attention with its norms)",
+        "none",
+    )
+    cpu_offload: bool = _doc(
+        "keep each rank's parameters, gradients and optimizer state in the host's memory, and take the "
+        "optimizer's step there; for several ranks",
+        False,
+    )
     timeout: float = _doc(
         "seconds after which ranks give up waiting for each other; the writing of a checkpoint counts",
         1800.0,
     )
 
     def check(self) -> None:
-        for key in ("replicate", "expert"):
-            value = getattr(self, key)
-            _require(value >= 1, f"parallelism.{key}: must be at least 1, not {value}")
+        _require(self.expert >= 1, f"parallelism.expert: must be at least 1, not {self.expert}")
         _require(self.timeout > 0, f"parallelism.timeout: must be positive, not {self.timeout}")
+        for key in ("replicate", "shard"):
+            value = getattr(self, key)
+            _require(
+                value == "auto" or (isinstance(value, int) and value >= 1),
+                f"parallelism.{key}: must be auto or a number of ranks, not {value}",
+            )
         _require(
-            self.shard == "auto" or (isinstance(self.shard, int) and self.shard >= 1),
-            f"parallelism.shard: must be auto or a number of ranks, not {self.shard}",
+            (self.replicate, self.shard) != ("auto", "auto"),
+            "parallelism.replicate: cannot be auto where shard is; use 1",
+        )
+        _one_of(
+            "parallelism.activation_checkpointing", self.activation_checkpointing, ACTIVATION_CHECKPOINTING
         )
 
 

@@ -1,7 +1,7 @@
 """A program for tests: one rank of a sharded model, held against the same model in one process.
 
 torchrun --nproc-per-node N parallel_ranks.py MESHES, where MESHES is a JSON list of
-[replicate, shard, expert]. Rank 0 prints a JSON list of what differs, relatively, on each mesh.
+[replicate, shard, expert]. Rank 0 prints a JSON list of what differs, relatively, for each of KINDS on each.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dbrx_train.config import OptimizerConfig
-from dbrx_train.model.config import DbrxConfig
+from dbrx_train.model.config import ACTIVATION_CHECKPOINTING, DbrxConfig
 from dbrx_train.model.decoder import Dbrx
-from dbrx_train.parallel import MeshShape, clip_grad_norm, parallelize
+from dbrx_train.parallel import BatchLoad, MeshShape, checkpoint_activations, clip_grad_norm, parallelize
 from dbrx_train.train.optimizers import build_optimizer
 
 # Sizes that no number of ranks divides, and more experts than the few tokens visit.
@@ -37,6 +38,8 @@ CONFIG = DbrxConfig(
     init_std=0.2,
 )
 STEPS, BATCH, LENGTH = 3, 8, 5
+# "balance": the loss that evens out the global batch's load, which one process sees at once.
+KINDS = ("adamw", "lionw", "bfloat16", "balance")
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -58,27 +61,39 @@ def backward(model: Dbrx, samples: Tensor, labels: Tensor, count: float, dtype: 
     return loss.detach()
 
 
-def compare(shape: MeshShape, optimizer: str, dtype: torch.dtype | None = None) -> dict[str, Any]:
+def compare(shape: MeshShape, kind: str, checkpointing: str) -> dict[str, Any]:
     rank, ranks = dist.get_rank(), dist.get_world_size()
+    balanced, dtype = kind == "balance", torch.bfloat16 if kind == "bfloat16" else None
+    model_config = replace(CONFIG, balance_loss_weight=0.5 if balanced else 0.0)
     with torch.device("meta"):
-        sharded = Dbrx(CONFIG)
-    parallelize(sharded, shape, device_type="cpu", seed=3, param_dtype=dtype)
-    alone = Dbrx(CONFIG, seed=3)
+        sharded = Dbrx(model_config)
+    checkpoint_activations(sharded, checkpointing)
+    parallelize(sharded, shape, device_type="cpu", seed=3, param_dtype=dtype, cpu_offload=balanced)
+    alone = Dbrx(model_config, seed=3)
+    if balanced:
+        sharded.batch_load = BatchLoad()
     names = [name for name, _ in alone.named_parameters()]
     pairs = list(zip(names, sharded.parameters(), alone.parameters(), strict=True))
-    result: dict[str, Any] = {"initial": max(apart(p, q) for _, p, q in pairs)}
-    config = OptimizerConfig(name=optimizer, lr=1e-2 if optimizer == "adamw" else 1e-4, eps=1e-4)
+    result: dict[str, Any] = {"kind": kind, "initial": max(apart(p, q) for _, p, q in pairs)}
+    lion = kind == "lionw"
+    config = OptimizerConfig(name="lionw" if lion else "adamw", lr=1e-4 if lion else 1e-2, eps=1e-4)
     optimizers = [build_optimizer(model, config) for model in (sharded, alone)]
     tokens = torch.randint(101, (STEPS, BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
     for step, batch in enumerate(tokens):
         labels = batch.clone()
-        labels[: BATCH // 4, 2:] = -100  # the first rank has fewer labels than the last
+        if not balanced:
+            labels[: BATCH // 4, 2:] = -100  # the first rank has fewer labels than the last
         count = (labels[:, 1:] >= 0).sum().item()
         mine, wanted = (t.view(ranks, -1, LENGTH)[rank] for t in (batch, labels))
-        # Two microbatches on every rank; FSDP averages over ranks, so each rank's share counts ranks-fold.
-        halves = zip(mine.chunk(2), wanted.chunk(2), strict=True)
-        loss = sum(backward(sharded, x, y, count / ranks, dtype) for x, y in halves)
-        assert isinstance(loss, Tensor)
+        # Microbatches on every rank; FSDP averages over ranks, so each rank's share counts ranks-fold.
+        pieces = 1 if balanced else 2
+        parts = list(zip(mine.chunk(pieces), wanted.chunk(pieces), strict=True))
+        loss = torch.zeros(())
+        for i, (x, y) in enumerate(parts, 1):
+            sharded.set_requires_all_reduce(i == len(parts))  # type: ignore[operator]
+            loss += backward(sharded, x, y, count / ranks, dtype)
+        if sharded.batch_load is not None:
+            sharded.batch_load.begin()  # type: ignore[attr-defined]
         dist.all_reduce(loss)
         expected = backward(alone, batch, labels, count, dtype)
         norms = [clip_grad_norm(model.parameters(), 0.5) for model in (sharded, alone)]
@@ -103,10 +118,11 @@ def compare(shape: MeshShape, optimizer: str, dtype: torch.dtype | None = None) 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     found = []
-    for replicate, shard, expert in json.loads(sys.argv[1]):
+    for i, (replicate, shard, expert) in enumerate(json.loads(sys.argv[1])):
         shape = MeshShape.of(dist.get_world_size(), replicate=replicate, shard=shard, expert=expert)
-        found += [compare(shape, optimizer) for optimizer in ("adamw", "lionw")]
-        found.append(compare(shape, "adamw", torch.bfloat16))
+        for j, kind in enumerate(KINDS):
+            recomputed = ACTIVATION_CHECKPOINTING[(i + j) % len(ACTIVATION_CHECKPOINTING)]
+            found.append(compare(shape, kind, recomputed))
     if dist.get_rank() == 0:
         print(json.dumps(found), flush=True)
     dist.barrier()

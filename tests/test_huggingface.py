@@ -477,6 +477,7 @@ def test_an_upcycled_model_computes_what_the_dense_one_does(in_one_file: bool, t
     if in_one_file:
         consolidate(path, tmp_path / "dense.safetensors", torch.float32, nobody)
         path = tmp_path / "dense.safetensors"
+        assert verify(path)[0].tensors == len(dense.state_dict())
     config = DbrxConfig.from_dict(
         DENSE.to_dict() | {"num_experts": 5, "top_k": 3, "loss_free_bias_rate": 0.1}
     )

@@ -30,9 +30,10 @@ PROGRAM = str(Path(__file__).with_name("parallel_ranks.py"))
 )
 def test_every_gradient_on_every_mesh(ranks: int, meshes: list[list[int]]) -> None:
     results: list[dict[str, Any]] = json.loads(torchrun(ranks, PROGRAM, json.dumps(meshes)))
-    assert len(results) == 3 * len(meshes)
+    kinds = len(results) // len(meshes)
+    assert [found["kind"] for found in results] == ["adamw", "lionw", "bfloat16", "balance"] * len(meshes)
     for i, found in enumerate(results):
-        (replicate, shard, _), kind = meshes[i // 3], ("adamw", "lionw", "bfloat16")[i % 3]
+        (replicate, shard, _), kind = meshes[i // kinds], found["kind"]
         assert found["initial"] == 0, "weights are drawn alike, bit for bit"
         if kind == "bfloat16":
             assert max(found["gradients"].values()) < 0.02, found["gradients"]

@@ -12,11 +12,11 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.huggingface import MANIFEST
 from dbrx_train.checkpoint.tensors import Reader
-from dbrx_train.checkpoint.weights import meta_model
+from dbrx_train.checkpoint.weights import meta_model, open_weights
 from dbrx_train.config import first_line
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.families import identity, table
-from dbrx_train.model.pretrained import open_folder
+from dbrx_train.model.pretrained import open_files, open_folder
 
 __all__ = ["Verified", "verify"]
 
@@ -38,11 +38,15 @@ class Verified:
 
 
 def verify(path: Path) -> list[Verified]:
-    """Account for every file and tensor of a checkpoint, a run's checkpoints or a Hugging Face folder.
+    """Account for every file and tensor of a checkpoint, a run's, a Hugging Face folder or one file of weights.
 
     Raises:
         ValueError: names the first file or tensor that is not as it should be, or there is nothing of these.
     """
+    if path.is_file():
+        open_weights(path, _unheard)  # holds names and shapes against its configuration
+        stored = open_files(path, [path])
+        return [Verified(path, 1, stored.check_finite(), len(stored.shapes), hashed=False)]
     if (path / "config.json").is_file():
         return [_hugging_face(path)]
     if (path / folders.MARK).exists():
@@ -113,6 +117,10 @@ def _check_files(path: Path, files: dict[str, Any], mark: str) -> None:
         hubs = file.name.startswith((".git", ".cache", "README"))  # of a model hub's own
         if file.name not in files and file.name != mark and not hubs:
             raise ValueError(f"{file}: is not one of the files that {mark} lists")
+
+
+def _unheard(line: str) -> None:
+    raise AssertionError(line)
 
 
 def _result(path: Path, files: dict[str, Any], tensors: int) -> Verified:

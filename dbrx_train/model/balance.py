@@ -43,10 +43,16 @@ def routing_stats(routings: Sequence[Routing], token_mask: Tensor | None = None)
     return RoutingStats(tokens_LE, _mean_probs(routings, token_mask).detach())
 
 
-def balance_loss(routings: Sequence[Routing], convention: str, token_mask: Tensor | None = None) -> Tensor:
+def balance_loss(
+    routings: Sequence[Routing],
+    convention: str,
+    token_mask: Tensor | None = None,
+    tokens_LE: Tensor | None = None,
+) -> Tensor:
     """The load-balancing loss of Switch Transformer (arXiv 2101.03961), unweighted; a scalar with gradient.
 
-    With f the share of tokens that choose an expert and p the mean probability of it, per layer:
+    tokens_LE: the load to even out, where it is not that of these routings alone. With f the share of tokens
+    that choose an expert and p the mean probability of it, per layer:
 
     - "megablocks": mean over layers of E/k * sum_e f_e * p_e, which is 1.0 at perfect balance
       (`batched_load_balancing_loss` of MegaBlocks);
@@ -54,7 +60,8 @@ def balance_loss(routings: Sequence[Routing], convention: str, token_mask: Tenso
       (`load_balancing_loss_func` of transformers 4.57). Opposite imbalances of two layers cancel.
     """
     num_experts, top_k = routings[0].probs.shape[-1], routings[0].expert_ids.shape[-1]
-    tokens_LE = torch.stack([r.tokens_per_expert for r in routings])
+    if tokens_LE is None:
+        tokens_LE = torch.stack([r.tokens_per_expert for r in routings])
     choices_LE = tokens_LE / tokens_LE.sum(-1, keepdim=True).clamp(min=1) * top_k
     probs_LE = _mean_probs(routings, token_mask)
     if convention == "megablocks":

@@ -15,6 +15,8 @@ BALANCE_LOSSES = ("megablocks", "huggingface", "none")
 EXPERT_IMPLS = ("auto", "loop", "grouped")
 INIT_METHODS = ("normal", "trunc_normal", "kaiming_normal")
 NORMS = ("layernorm", "rmsnorm")
+# Of a block; what each means is said where it is done, in parallel.activation_checkpointing.
+ACTIVATION_CHECKPOINTING = ("none", "full", "selective", "norm_attn_norm")
 
 
 def _option(default: Any, doc: str) -> Any:

@@ -6,6 +6,7 @@ Shape suffixes: B batch, S sequence, D d_model, V vocabulary, L layers, E expert
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -131,11 +132,15 @@ class Dbrx(nn.Module):
 
     Weights are drawn from `seed` (by default torch's initial seed), the same on every device. Under
     `torch.device("meta")` nothing is drawn: call `to_empty(device=...)` and `init_weights(seed)` later.
+
+    `batch_load`, if set, makes of a training pass's tokens per expert [L, E] those that the balance loss is
+    to even out, such as the whole batch's.
     """
 
     def __init__(self, config: DbrxConfig, seed: int | None = None) -> None:
         super().__init__()
         self.config = config
+        self.batch_load: Callable[[Tensor], Tensor] | None = None
         device = torch.empty(0).device  # torch.get_default_device() does not see `with torch.device(...)`
         with torch.device("meta"):  # so that no layer draws weights of its own first
             self.transformer = Transformer(config)
@@ -189,7 +194,11 @@ class Dbrx(nn.Module):
         if config.output_z_loss_weight > 0:
             output.losses["output_z"] = head.z
         if routings and config.balance_loss != "none" and config.balance_loss_weight > 0:
-            raw = balance.balance_loss(routings, config.balance_loss, token_mask)
+            assert output.routing is not None
+            load = output.routing.tokens_per_expert
+            if self.batch_load is not None and self.training:
+                load = self.batch_load(load)
+            raw = balance.balance_loss(routings, config.balance_loss, token_mask, load)
             output.losses["balance"] = raw.detach()
             output.loss = output.loss + config.balance_loss_weight * raw
         if routings and config.router_z_loss_weight > 0:

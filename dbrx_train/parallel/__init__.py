@@ -1,7 +1,17 @@
 """How a model is spread over many ranks: the mesh, and sharding over it. torch.distributed alone."""
 
+from dbrx_train.parallel.activation_checkpointing import checkpoint_activations
+from dbrx_train.parallel.batch_load import BatchLoad
 from dbrx_train.parallel.clipping import clip_grad_norm
+from dbrx_train.parallel.failure import end_together
 from dbrx_train.parallel.mesh import MeshShape
 from dbrx_train.parallel.sharding import parallelize
 
-__all__ = ["MeshShape", "clip_grad_norm", "parallelize"]
+__all__ = [
+    "BatchLoad",
+    "MeshShape",
+    "checkpoint_activations",
+    "clip_grad_norm",
+    "end_together",
+    "parallelize",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,10 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     norms = []
     for members in by_mesh.values():
         norm = get_total_norm([p.grad for p in members if p.grad is not None])
-        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if isinstance(norm, DTensor):  # of offloaded gradients on a CPU, whose group is of the devices
+            there: Any = norm.to(norm.device_mesh.device_type)
+            norm = there.full_tensor()
+        norms.append(norm)
     if not norms:
         return torch.zeros(())
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms))

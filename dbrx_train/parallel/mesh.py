@@ -30,9 +30,9 @@ class MeshShape:
 
     @classmethod
     def of(
-        cls, world_size: int, *, replicate: int = 1, shard: int | None = None, expert: int = 1
+        cls, world_size: int, *, replicate: int | None = 1, shard: int | None = None, expert: int = 1
     ) -> MeshShape:
-        """The mesh of ``world_size`` ranks; ``shard`` None takes what ``replicate`` leaves.
+        """The mesh of ``world_size`` ranks; of ``replicate`` and ``shard``, one that is None takes the rest.
 
         Raises:
             ValueError: the axes do not fit the world size or each other; names the nearest that do.
@@ -40,11 +40,12 @@ class MeshShape:
         for name, size in (("replicate", replicate), ("shard", shard), ("expert", expert)):
             if size is not None and size < 1:
                 raise ValueError(f"{name}: must be at least 1, not {size}")
+        if replicate is None and shard is None:
+            raise ValueError("replicate: cannot be left open where shard is; use 1")
+        if replicate is None:
+            replicate = _rest(world_size, "shard", shard)
         if shard is None:
-            if world_size % replicate:
-                fitting = nearest_divisor(world_size, replicate)
-                raise ValueError(f"replicate: {replicate} does not divide {world_size} ranks; use {fitting}")
-            shard = world_size // replicate
+            shard = _rest(world_size, "replicate", replicate)
         if replicate * shard != world_size:
             near = nearest_divisor(world_size, shard)
             raise ValueError(
@@ -97,6 +98,14 @@ class Meshes:
     dense: DeviceMesh
     experts: DeviceMesh | None
     expert: DeviceMesh | None
+
+
+def _rest(world_size: int, name: str, size: int | None) -> int:
+    assert size is not None
+    if world_size % size:
+        fitting = nearest_divisor(world_size, size)
+        raise ValueError(f"{name}: {size} does not divide {world_size} ranks; use {fitting}")
+    return world_size // size
 
 
 def nearest_divisor(number: int, wanted: int) -> int:

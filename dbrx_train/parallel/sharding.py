@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from dbrx_train.model.decoder import Block, Dbrx
@@ -33,6 +33,7 @@ def parallelize(
     seed: int,
     param_dtype: torch.dtype | None = None,
     reshard_after_forward: bool = True,
+    cpu_offload: bool = False,
 ) -> None:
     """Shard ``model``, made under ``torch.device("meta")``, over a mesh of ``shape``, and draw its weights.
 
@@ -40,6 +41,7 @@ def parallelize(
     ``param_dtype`` is what the large matrices are gathered in, for use under autocast to it; norms, routers
     and the embedding, which autocast leaves in float32, stay so, and gradients are reduced in float32.
     ``reshard_after_forward`` frees a block's gathered parameters between its forward and backward pass.
+    ``cpu_offload`` keeps shards, gradients and so optimizer state in the host's memory.
 
     Raises:
         ValueError: the model has weights already, or does not fit the mesh.
@@ -50,9 +52,10 @@ def parallelize(
     if device_type == "cpu":
         mend_fsdp_on_cpu()
     meshes = shape.build(device_type)
-    exact: dict[str, Any] = {"mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
+    place = _placement(cpu_offload, device_type)
+    exact = place | {"mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
     policy = MixedPrecisionPolicy(param_dtype, torch.float32, cast_forward_inputs=False)
-    lower: dict[str, Any] = {"mp_policy": policy, "reshard_after_forward": reshard_after_forward}
+    lower = place | {"mp_policy": policy, "reshard_after_forward": reshard_after_forward}
     transformer, units = model.transformer, []
     fully_shard(transformer.wte, mesh=meshes.dense, **exact)
     for block in transformer.blocks:
@@ -67,11 +70,19 @@ def parallelize(
     fully_shard(transformer.norm_f, mesh=meshes.dense, **exact)
     # The head's backward pass follows at once, so it is kept; its product is all in the lower precision.
     head = MixedPrecisionPolicy(param_dtype, torch.float32)
-    fully_shard(model.lm_head, mesh=meshes.dense, mp_policy=head, reshard_after_forward=False)
+    fully_shard(model.lm_head, mesh=meshes.dense, mp_policy=head, reshard_after_forward=False, **place)
     fully_shard(model, mesh=meshes.dense, **lower)
     _prefetch(units)
-    model.to_empty(device=torch.device(device_type))
+    model.to_empty(device=torch.device("cpu" if cpu_offload else device_type))
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):  # these are never offloaded
+            module.register_buffer(name, buffer.to(device_type))
     init_shards(model, seed)
+
+
+def _placement(cpu_offload: bool, device_type: str) -> dict[str, Any]:
+    """Where shards lie between uses, as keywords of ``fully_shard``."""
+    return {"offload_policy": CPUOffloadPolicy(pin_memory=device_type != "cpu")} if cpu_offload else {}
 
 
 def _float32_parts(block: Block) -> list[nn.Module]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from dbrx_train.checkpoint.tensors import Reader
 from dbrx_train.checkpoint.weights import Weights, open_weights, read_together, upcycled
 from dbrx_train.config import ConfigError, RunConfig, first_line, flatten, naming, to_dict, to_yaml
 from dbrx_train.data.tokenizer import Tokenizer, load_tokenizer
+from dbrx_train.errors import show
 from dbrx_train.model.config import DbrxConfig
-from dbrx_train.model.decoder import Dbrx
-from dbrx_train.parallel import MeshShape, parallelize
+from dbrx_train.parallel import end_together
 from dbrx_train.train import environment, report
 from dbrx_train.train.callbacks.checkpoints import Checkpoints
 from dbrx_train.train.callbacks.expert_load import ExpertLoad
@@ -38,6 +38,7 @@ from dbrx_train.train.exports import Exports
 from dbrx_train.train.loaders import check_sources, evaluators, samples_of, train_data, train_dataset
 from dbrx_train.train.mlflow_store import STORE_ERRORS, MLflowStore
 from dbrx_train.train.optimizers import build_optimizer
+from dbrx_train.train.sharded import ReduceOnce, build_model, check_left_alone, mesh_shape
 from dbrx_train.train.state import model_of, restore
 from dbrx_train.train.throughput import peak_flops
 
@@ -70,21 +71,57 @@ def run(config: RunConfig) -> None:
         ConfigError: the configuration does not fit the data, the machine or the saved run.
     """
     device = _device(config)
-    check_world(config, dist.get_world_size())
-    tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.vocab_file)
-    check_sources(config, tokenizer)
     environment.join_ranks(device, config.parallelism.timeout)
-    remote = open_remote(config)
-    found = _newest(config, remote)
+    with ExitStack() as afterwards, end_together(show) as ending:
+        check_world(config, dist.get_world_size())
+        tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.vocab_file)
+        check_sources(config, tokenizer)
+        remote = open_remote(config)
+        found = _newest(config, remote)
+        weights = _check_beginning(config, found)
+        if found and found.tokens >= config.clock.total_tokens:
+            end = f"{found.folder} holds its end"
+            _say(f"{config.run_name} is done: {end}. A larger max_duration= continues it.")
+            return
+        store = _open_store(config, resume=found is not None)
+        ending.at_end = store.fail
+        peak, origin = peak_flops(device, config.precision, config.logging.peak_flops)
+        trainer = build_trainer(config, tokenizer, device, store, peak, remote)
+        afterwards.callback(trainer.close)
+        try:
+            if found:
+                _say(f"{config.run_name} goes on from {found.folder}, after {found.tokens:,} tokens")
+                resume(trainer, found, remote)
+            elif weights:
+                with naming("init_from.path: "):
+                    read_together(weights, model_of(trainer.state))
+            _record(config, store, f"{peak:.4g} FLOP/s, {origin}")
+            if config.evaluation.at_start and found is None and trainer.state.evaluators:
+                trainer.eval()
+            trainer.fit()
+            if dist.get_global_rank() == 0:
+                _report(config, store, trainer.state.timestamp.batch.value)
+        except (KeyboardInterrupt, SystemExit):  # Composer turns SIGINT and SIGTERM into SystemExit
+            store.end_status = "KILLED"
+            newest = next(iter(folders.saved(checkpoint_folder(config))), None)
+            _say(f"stopped; the same command goes on from {newest or 'the beginning: nothing was saved yet'}")
+            raise
+        except BaseException:
+            store.end_status = "FAILED"
+            raise
+
+
+def _check_beginning(config: RunConfig, found: Checkpoint | None) -> Weights | None:
+    """What the run begins with, before anything is touched; returns weights that it is to begin with, if any.
+
+    Raises:
+        ConfigError: the saved run, the weights, the data or the disk do not fit.
+    """
     weights = None
     if found:
         _check_same(
             _FIXED, config, found.folder, found.config, "; give the run another run_name= to start afresh"
         )
-        if found.tokens >= config.clock.total_tokens:
-            end = f"{found.folder} holds its end"
-            _say(f"{config.run_name} is done: {end}. A larger max_duration= continues it.")
-            return
     elif config.init_from.path is not None:
         with naming("init_from.path: "):
             weights = open_weights(Path(config.init_from.path), _say)
@@ -93,32 +130,7 @@ def run(config: RunConfig) -> None:
     checkpoint_folder(config).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=config.folder):
         pass  # a read-only or full disk is found out here
-    store = _open_store(config, resume=found is not None)
-    peak, origin = peak_flops(device, config.precision, config.logging.peak_flops)
-    trainer = build_trainer(config, tokenizer, device, store, peak, remote)
-    try:
-        if found:
-            _say(f"{config.run_name} goes on from {found.folder}, after {found.tokens:,} tokens")
-            resume(trainer, found, remote)
-        elif weights:
-            with naming("init_from.path: "):
-                read_together(weights, model_of(trainer.state))
-        _record(config, store, f"{peak:.4g} FLOP/s, {origin}")
-        if config.evaluation.at_start and found is None and trainer.state.evaluators:
-            trainer.eval()
-        trainer.fit()
-        if dist.get_global_rank() == 0:
-            _report(config, store, trainer.state.timestamp.batch.value)
-    except BaseException as error:
-        # Composer turns SIGINT and SIGTERM into SystemExit.
-        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-        store.end_status = "KILLED" if stopped else "FAILED"
-        if stopped:
-            newest = next(iter(folders.saved(checkpoint_folder(config))), None)
-            _say(f"stopped; the same command goes on from {newest or 'the beginning: nothing was saved yet'}")
-        raise
-    finally:
-        trainer.close()
+    return weights
 
 
 def _fitting(config: RunConfig, weights: Weights) -> Weights:
@@ -153,12 +165,14 @@ def build_trainer(
     """The Trainer of a run at its beginning. ``peak_flops``: of one device, for MFU."""
     on_cpu = device == "cpu"
     model = ComposerDbrx(build_model(config, device), cpu_autocast=on_cpu and config.precision == "amp_bf16")
+    data = train_data(config, tokenizer)
     clock, optimization = config.clock, config.optimization
     often = clock.interval(config.logging.interval)
     most = max(stage.tokens_per_batch for stage in clock.stages)
     whole = most // config.data.seq_len // dist.get_world_size()
     callbacks = [
         LearningRate(optimization.learning_rate, clock),
+        ReduceOnce(data.split_batch),
         GradientNorm(optimization.clip_grad_norm),
         ExpertLoad(often),
         MixServed(often),
@@ -178,9 +192,9 @@ def build_trainer(
             exports=_exports(config),
         ),
     ]
-    return Trainer(
+    trainer = Trainer(
         model=model,
-        train_dataloader=train_data(config, tokenizer),
+        train_dataloader=data,
         eval_dataloader=evaluators(config, tokenizer),
         max_duration=f"{clock.total_tokens}tok",
         optimizers=build_optimizer(model.model, optimization.optimizer),
@@ -194,6 +208,8 @@ def build_trainer(
         accumulate_train_batch_on_tokens=True,
         seed=config.seed,
     )
+    check_left_alone(trainer, model)
+    return trainer
 
 
 def resume(trainer: Trainer, checkpoint: Checkpoint, remote: Remote | None = None) -> None:
@@ -205,43 +221,6 @@ def resume(trainer: Trainer, checkpoint: Checkpoint, remote: Remote | None = Non
 
     (saver,) = (callback for callback in trainer.state.callbacks if isinstance(callback, Checkpoints))
     saver.drawn = restore(trainer, checkpoint, Reader(checkpoint.folder, fetch))
-
-
-def build_model(config: RunConfig, device: str) -> Dbrx:
-    """The run's model with weights drawn from its seed; over several ranks, sharded."""
-    if dist.get_world_size() == 1:
-        return Dbrx(config.model, seed=config.seed)
-    with torch.device("meta"):
-        model = Dbrx(config.model)
-    parallelize(
-        model,
-        mesh_shape(config, dist.get_world_size()),
-        device_type="cpu" if device == "cpu" else "cuda",
-        seed=config.seed,
-        param_dtype=torch.bfloat16 if config.precision == "amp_bf16" else None,
-        reshard_after_forward=config.parallelism.reshard_after_forward,
-    )
-    return model
-
-
-def mesh_shape(config: RunConfig, world_size: int) -> MeshShape:
-    """The run's mesh on so many ranks.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    parallelism = config.parallelism
-    try:
-        shape = MeshShape.of(
-            world_size,
-            replicate=parallelism.replicate,
-            shard=None if parallelism.shard == "auto" else int(parallelism.shard),
-            expert=parallelism.expert,
-        )
-        shape.check(config.model)
-    except ValueError as error:
-        raise ConfigError(f"parallelism.{error}") from None
-    return shape
 
 
 def check_world(config: RunConfig, world_size: int) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any, Self
+
 import torch
 from composer.models import ComposerModel
+from torch.distributed.fsdp import FSDPModule
 from torchmetrics import MeanMetric, Metric
 
 from dbrx_train.model.decoder import Dbrx, DbrxOutput
@@ -37,6 +40,13 @@ class ComposerDbrx(ComposerModel):  # type: ignore[misc]
         super().__init__()
         self.model = model
         self.cpu_autocast = cpu_autocast
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As for any module, but a sharded model stays where it is: its shards may be offloaded."""
+        if isinstance(self.model, FSDPModule):
+            return self
+        moved: Self = super().to(*args, **kwargs)
+        return moved
 
     def forward(self, batch: Batch) -> DbrxOutput:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.cpu_autocast):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 
 from composer.utils import dist, get_device
 
@@ -15,14 +17,40 @@ _PACKAGES = ("torch", "mosaicml", "mosaicml-streaming", "mlflow-skinny", "numpy"
 
 
 def join_ranks(device: str, timeout: float) -> None:
-    """Connect the processes that ``composer`` or ``torchrun`` started; a single one needs no launcher.
+    """Connect the processes that ``composer``, ``torchrun`` or ``srun`` started; one alone needs no launcher.
 
     ``timeout``: seconds after which ranks give up waiting for each other.
     """
+    if "SLURM_STEP_NUM_TASKS" in os.environ and "RANK" not in os.environ:
+        os.environ.update(_from_slurm(os.environ))
     if "GROUP_RANK" in os.environ:
         # torchrun's name for it; Composer asks for its own when it loads a checkpoint on several ranks.
         os.environ.setdefault("NODE_RANK", os.environ["GROUP_RANK"])
     dist.initialize_dist(get_device(device), timeout)
+
+
+def _from_slurm(task: Mapping[str, str]) -> dict[str, str]:
+    """What torch wants to be told, from what srun tells its tasks."""
+    node, job, step = (int(task[f"SLURM_{name}"]) for name in ("NODEID", "JOB_ID", "STEP_ID"))
+    hosts = subprocess.run(
+        ["scontrol", "show", "hostnames", task["SLURM_STEP_NODELIST"]],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    # "4(x2),3": four tasks on each of the first two nodes, three on the next
+    per_node = re.findall(r"(\d+)(?:\(x(\d+)\))?", task["SLURM_STEP_TASKS_PER_NODE"])
+    tasks = [int(count) for count, times in per_node for _ in range(int(times or 1))]
+    found = {
+        "RANK": task["SLURM_PROCID"],
+        "WORLD_SIZE": task["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": task["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(tasks[node]),
+        "NODE_RANK": str(node),
+        "MASTER_ADDR": hosts[0],
+        "MASTER_PORT": str(20000 + (job * 100 + step) % 10000),  # below the ports that systems hand out
+    }
+    return {key: value for key, value in found.items() if key not in task}
 
 
 def describe() -> dict[str, str]:

@@ -101,6 +101,11 @@ class MLflowStore(MLFlowLogger):  # type: ignore[misc]
     def fit_end(self, state: State, logger: Logger) -> None:
         self.flush()
 
+    def fail(self) -> None:
+        """Record that the run failed; for a process that ends without closing its Trainer."""
+        self.end_status = "FAILED"
+        self.post_close()
+
     def post_close(self) -> None:
         if not self._enabled:
             return

@@ -7,7 +7,9 @@ from composer import Callback, Logger, State
 from composer.utils import dist
 
 from dbrx_train.model.balance import load_entropy
+from dbrx_train.parallel import BatchLoad
 from dbrx_train.train.intervals import every
+from dbrx_train.train.state import model_of
 
 
 class ExpertLoad(Callback):  # type: ignore[misc]
@@ -15,13 +17,19 @@ class ExpertLoad(Callback):  # type: ignore[misc]
 
     Every ``interval`` it logs, per layer, the share of routed tokens that each expert got and the
     normalised entropy of these shares (1.0: all experts equally loaded). After each batch it moves the
-    loss-free balancing biases, where the model has them.
+    loss-free balancing biases, where the model has them, and before each it begins the count of the batch's
+    load, where the balance loss goes by it.
     """
 
     def __init__(self, interval: str) -> None:
         self.due = every(interval)
         self.batch_counts: torch.Tensor | None = None
         self.window_counts: torch.Tensor | None = None
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        load = model_of(state).batch_load
+        if isinstance(load, BatchLoad):
+            load.begin()
 
     def after_forward(self, state: State, logger: Logger) -> None:
         routing = state.outputs.routing
@@ -32,7 +40,7 @@ class ExpertLoad(Callback):  # type: ignore[misc]
     def batch_end(self, state: State, logger: Logger) -> None:
         if self.batch_counts is None:
             return
-        model = state.model.module.model if hasattr(state.model, "module") else state.model.model
+        model = model_of(state)
         counts, self.batch_counts = self.batch_counts, None
         if model.config.loss_free_bias_rate > 0:
             dist.all_reduce(counts)

@@ -1,0 +1,31 @@
+"""How an error is shown to a user: a mistake of theirs in one line, anything else in full."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+__all__ = ["show"]
+
+
+def show(error: Exception) -> int:
+    """Print ``error``; returns the exit code: 2 for a user's mistake, else 1."""
+    line, rank = _mistake(error), os.environ.get("RANK", "0")
+    where = "" if rank == "0" else f" (rank {rank})"
+    if line is None or (isinstance(error, ValueError) and os.environ.get("DBRX_TRAIN_LOG") == "debug"):
+        print(f"dbrx-train{where}:", *traceback.format_exception(error), file=sys.stderr, flush=True)
+        return 1
+    print(f"dbrx-train{where}: {line}", file=sys.stderr, flush=True)
+    return 2
+
+
+def _mistake(error: Exception) -> str | None:
+    """One line for what the user got wrong; None for anything else."""
+    if isinstance(error, ValueError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("dbrx_train"):
+        return f"{error.name} is not installed; this needs: pip install 'dbrx-train[train]'"
+    return None

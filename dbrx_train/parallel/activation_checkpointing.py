@@ -1,0 +1,64 @@
+"""Activations that the backward pass computes again instead of keeping them (arXiv 1604.06174)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from dbrx_train.model.config import ACTIVATION_CHECKPOINTING
+from dbrx_train.model.decoder import Dbrx
+
+__all__ = ["checkpoint_activations"]
+
+# What takes nearly all of a block's time. Names that a version of torch does not have are left out.
+_DEAR = {
+    getattr(torch.ops.aten, name).default
+    for name in (
+        "mm",
+        "_grouped_mm",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+    )
+    if hasattr(torch.ops.aten, name)
+}
+
+
+def checkpoint_activations(model: Dbrx, what: str) -> None:
+    """Have the backward pass recompute activations of every block. Gradients stay the same, bit for bit.
+
+    - ``full``: of a block its input is kept alone; a third more matrix products.
+    - ``selective``: results of matrix products and attention are kept too; no product is computed twice.
+    - ``norm_attn_norm``: of attention and its norms the input is kept alone, of the experts everything; so
+      DBRX was trained.
+
+    Experts on other ranks are sent their tokens again in the first two.
+
+    Raises:
+        ValueError: ``what`` is none of ``ACTIVATION_CHECKPOINTING``.
+    """
+    if what not in ACTIVATION_CHECKPOINTING:
+        raise ValueError(f"{what!r} is not one of {', '.join(ACTIVATION_CHECKPOINTING)}")
+    for block in model.transformer.blocks:
+        if what == "norm_attn_norm":
+            _recompute(block.norm_attn_norm)
+        elif what == "full":
+            _recompute(block)
+        elif what == "selective":
+            _recompute(block, context_fn=partial(create_selective_checkpoint_contexts, _keep_dear))
+
+
+def _recompute(module: nn.Module, **options: Any) -> None:
+    # The method alone is replaced: a wrapper around the module would rename its parameters.
+    forward: Callable[..., Any] = module.forward
+    module.forward = partial(checkpoint, forward, use_reentrant=False, **options)
+
+
+def _keep_dear(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in _DEAR else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,93 @@
+"""A sharded model under Composer's Trainer: all that it takes is here.
+
+Composer's own FSDP2 path replaces the mesh by one of a single axis, so there could be neither replicas nor
+spread experts. But the Trainer leaves a model alone of which any module is sharded already. So we shard it
+first (``build_model``), say which backward pass is a step's last (``ReduceOnce``), and make sure that the
+Trainer did leave it alone (``check_left_alone``). Clipping is ours too (``callbacks/gradients.py``), for
+gradients lie on several meshes, and so are checkpoints (``callbacks/checkpoints.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from composer import Callback, Logger, State, Trainer
+from composer.utils import dist
+from torch.distributed.fsdp import FSDPModule
+
+from dbrx_train.config import ConfigError, RunConfig
+from dbrx_train.model.decoder import Dbrx
+from dbrx_train.parallel import BatchLoad, MeshShape, checkpoint_activations, parallelize
+from dbrx_train.train.composer_model import Batch, ComposerDbrx
+from dbrx_train.train.state import model_of
+
+__all__ = ["ReduceOnce", "build_model", "check_left_alone", "mesh_shape"]
+
+
+def mesh_shape(config: RunConfig, world_size: int) -> MeshShape:
+    """The run's mesh on so many ranks.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    parallelism = config.parallelism
+    try:
+        shape = MeshShape.of(
+            world_size,
+            replicate=None if parallelism.replicate == "auto" else int(parallelism.replicate),
+            shard=None if parallelism.shard == "auto" else int(parallelism.shard),
+            expert=parallelism.expert,
+        )
+        shape.check(config.model)
+    except ValueError as error:
+        raise ConfigError(f"parallelism.{error}") from None
+    return shape
+
+
+def build_model(config: RunConfig, device: str) -> Dbrx:
+    """The run's model with weights drawn from its seed; over several ranks, or offloaded, sharded."""
+    parallelism, world_size = config.parallelism, dist.get_world_size()
+    sharded = world_size > 1 or parallelism.cpu_offload
+    with torch.device("meta" if sharded else "cpu"):
+        model = Dbrx(config.model, seed=config.seed)
+    checkpoint_activations(model, parallelism.activation_checkpointing)
+    if config.optimization.balance_over == "global_batch":
+        model.batch_load = BatchLoad()
+    if sharded:
+        parallelize(
+            model,
+            mesh_shape(config, world_size),
+            device_type="cpu" if device == "cpu" else "cuda",
+            seed=config.seed,
+            param_dtype=torch.bfloat16 if config.precision == "amp_bf16" else None,
+            reshard_after_forward=parallelism.reshard_after_forward,
+            cpu_offload=parallelism.cpu_offload,
+        )
+    return model
+
+
+class ReduceOnce(Callback):  # type: ignore[misc]
+    """Lets replicas reduce their gradients after a step's last microbatch alone.
+
+    ``split``: cuts a rank's batch into microbatches of so many samples, as the Trainer will.
+    """
+
+    def __init__(self, split: Callable[[Batch, int], list[Batch]]) -> None:
+        self.split, self.left = split, 0
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        self.left = len(self.split(state.batch, state.device_train_microbatch_size))
+
+    def before_forward(self, state: State, logger: Logger) -> None:
+        self.left -= 1
+        model = model_of(state)
+        if isinstance(model, FSDPModule):
+            model.set_requires_all_reduce(self.left == 0)
+
+
+def check_left_alone(trainer: Trainer, model: ComposerDbrx) -> None:
+    """Raise RuntimeError if the Trainer wrapped a sharded model after all, as another version might."""
+    sharded = isinstance(model.model, FSDPModule)
+    if sharded and (trainer.state.model is not model or not trainer.state.fsdp_enabled):
+        raise RuntimeError("this version of Composer wraps a model that is sharded already; use 0.32")

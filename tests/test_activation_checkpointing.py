@@ -1,0 +1,71 @@
+"""What is computed again gives the same gradients, and costs what it is said to cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from dbrx_train.model.config import ACTIVATION_CHECKPOINTING, DbrxConfig
+from dbrx_train.model.decoder import Dbrx
+from dbrx_train.parallel import checkpoint_activations
+
+CONFIG = DbrxConfig(
+    d_model=32,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    ffn_hidden_size=56,
+    num_experts=4,
+    top_k=2,
+    vocab_size=101,
+    max_seq_len=64,
+    router_jitter=0.1,  # drawn anew, it would change the gradients
+)
+
+
+def step(what: str) -> tuple[dict[str, Tensor], int, int]:
+    """Gradients, FLOPs and bytes that are kept for the backward pass."""
+    model = Dbrx(CONFIG, seed=1)
+    checkpoint_activations(model, what)
+    ids = torch.randint(101, (2, 48), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(5)
+    kept: dict[Any, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with FlopCounterMode(display=False) as flops:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(ids, labels=ids).loss
+        assert loss is not None
+        loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return grads, flops.get_total_flops(), sum(kept.values())
+
+
+def test_every_gradient_stays_and_products_are_repeated_as_said() -> None:
+    expected, flops, kept = step("none")
+    costs = {}
+    for what in ACTIVATION_CHECKPOINTING:
+        grads, costs[what], saved = step(what)
+        assert grads.keys() == expected.keys()
+        assert all(torch.equal(grads[name], expected[name]) for name in expected), what
+        assert saved < kept or what == "none"
+    heads = CONFIG.d_model + 2 * CONFIG.n_kv_heads * CONFIG.head_dim
+    tokens, layers = 2 * 48, CONFIG.n_layers
+    attention = 2 * tokens * CONFIG.d_model * (heads + CONFIG.d_model) + 2 * 2 * 2 * 48 * 48 * CONFIG.d_model
+    assert costs["none"] == flops
+    assert costs["norm_attn_norm"] - flops <= attention * layers
+    assert flops < costs["norm_attn_norm"] < costs["full"]
+    assert costs["selective"] - flops < 0.01 * flops
+
+
+def test_an_unknown_choice_is_refused() -> None:
+    with pytest.raises(ValueError, match="'some' is not one of none, full, selective, norm_attn_norm"):
+        checkpoint_activations(Dbrx(CONFIG, seed=1), "some")

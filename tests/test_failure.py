@@ -1,0 +1,66 @@
+"""When one rank fails, all end within seconds, and its error is what is read."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import free_port
+
+PROGRAM = """
+import os, sys, time
+import torch, torch.distributed as dist
+from dbrx_train.parallel import end_together
+
+dist.init_process_group("gloo")
+rank, failing = dist.get_rank(), int(sys.argv[1])
+with end_together() as ending:
+    ending.at_end = lambda: print(f"rank {rank} tidied up", flush=True)
+    if rank == failing:
+        time.sleep(1)
+        raise KeyError("no such shard")
+    if sys.argv[2] == "computing":  # no collective tells such a rank that another is gone
+        time.sleep(300)
+    dist.all_reduce(torch.ones(1))
+"""
+
+
+def launch(program: Path, *arguments: str, ranks: int = 3) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+    command += [f"--master-port={free_port()}", str(program), *arguments]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("failing", "doing"), [(0, "waiting"), (2, "waiting"), (1, "computing")])
+def test_an_error_on_one_rank_ends_all_and_comes_first(tmp_path: Path, failing: int, doing: str) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    begin = time.monotonic()
+    done = launch(program, str(failing), doing)
+    assert time.monotonic() - begin < 45, "starting takes most of this"
+    assert done.returncode != 0
+    first = done.stderr.index(f"rank {failing} failed:")
+    others = [line for line in done.stderr.splitlines() if "ends, for rank" in line]
+    expected = f"rank 0 ends, for rank {failing} failed: KeyError: 'no such shard'"
+    assert others == ([expected] if failing else [])  # one line a host
+    assert all(done.stderr.index(line) > first for line in others)
+    tidied = [f"rank {rank} tidied up" for rank in range(3) if rank != failing]
+    assert sorted(done.stdout.splitlines()) == tidied
+    assert "Connection closed by peer" not in done.stderr
+
+
+@pytest.mark.slow
+def test_ranks_that_all_fail_alike_say_it_once(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.replace("if rank == failing:", "if True:"))
+    done = launch(program, "0", "waiting")
+    (said,) = re.findall(r"^rank (\d) failed:$", done.stderr, re.MULTILINE)
+    ends = re.findall(r"ends, for rank (\d) failed", done.stderr)
+    assert set(ends) <= {said}, "the one on the launcher's own rank speaks for its host"
