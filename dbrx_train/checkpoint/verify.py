@@ -38,7 +38,7 @@ class Verified:
 
 
 def verify(path: Path) -> list[Verified]:
-    """Account for every file and tensor of a checkpoint, a run's, a Hugging Face folder or one file of weights.
+    """Account for every file and tensor of a checkpoint, a run, a Hugging Face folder or a weights file.
 
     Raises:
         ValueError: names the first file or tensor that is not as it should be, or there is nothing of these.
