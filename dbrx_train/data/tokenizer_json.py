@@ -80,8 +80,11 @@ def _tokenizer_json(tokenizer: Tokenizer) -> str:
     )
     fast.decoder = decoders.ByteLevel()
     fast.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in tokenizer.special])
-    content: str = fast.to_str()
-    return content
+    content = json.loads(fast.to_str())
+    content["model"]["merges"] = [
+        " ".join(merge) for merge in merges
+    ]  # the form before tokenizers 0.20
+    return json.dumps(content, ensure_ascii=False)
 
 
 def _merge_of(ranks: Mapping[bytes, int], token: bytes) -> list[tuple[bytes, bytes]]:
