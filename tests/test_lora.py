@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from dbrx_train.checkpoint.adapter import product, write_adapter
+from dbrx_train.checkpoint.huggingface import export
+from dbrx_train.checkpoint.verify import verify
 from dbrx_train.checkpoint.weights import consolidate, load_model
 from dbrx_train.cli import app
 from dbrx_train.config import ConfigError, OptimizerConfig, load
@@ -251,6 +253,11 @@ def test_a_run_saves_adapters_alone_resumes_exactly_and_merges(
     flat, _ = load_model(tmp_path / "merged.safetensors", print)
     assert all(torch.equal(p, q) for p, q in zip(flat.parameters(), model.parameters(), strict=True))
 
+    assert verify(straight / "checkpoints" / "ba4")[0].tensors > len(saved), "random states too"
+    export(straight, tmp_path / "exported", torch.float32, print)
+    exported, _ = load_model(tmp_path / "exported", print)
+    assert all(torch.equal(p, q) for p, q in zip(exported.parameters(), model.parameters(), strict=True))
+
     command = ["checkpoint", "adapter", str(straight), "--out", str(tmp_path / "adapter")]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
@@ -290,9 +297,9 @@ def test_peft_reads_the_adapters_of_attention(workplace: Path, base: Path, tmp_p
     peft = pytest.importorskip("peft", reason="PEFT is not installed")
     transformers = pytest.importorskip("transformers")
     options = ("lora.targets=[Wqkv,out_proj]", "precision=amp_bf16")
-    folder = lora_run(workplace, base, tmp_path, "attention", *options)
     start, _ = load_model(base, print)
     start.save_pretrained(tmp_path / "hf")
+    folder = lora_run(workplace, tmp_path / "hf", tmp_path, "attention", *options)
     files = write_adapter(folder, tmp_path / "adapter", print)
     assert set(files) == {"adapter_config.json", "adapter_model.safetensors"}
     theirs = transformers.DbrxForCausalLM.from_pretrained(tmp_path / "hf", torch_dtype=torch.float32)

@@ -118,6 +118,8 @@ def write_adapter(path: Path, out: Path, passed_over: Callable[[str], None]) -> 
     if out.exists():
         raise ValueError(f"{out}: exists already")
     found = folders.open_newest(path, passed_over)
+    if found is None:
+        raise ValueError(f"{path}: neither a run with checkpoints nor a checkpoint")
     if not is_adapter(found.config):
         raise ValueError(f"{found.folder}: holds no adapters; its run trained the weights themselves")
     reader, lora = Reader(found.folder), found.config["lora"]
