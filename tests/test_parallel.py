@@ -48,6 +48,23 @@ def test_every_gradient_on_every_mesh(ranks: int, meshes: list[list[int]]) -> No
         assert found["share"] == pytest.approx(1 / shard, rel=0.1), replicate
 
 
+@pytest.mark.slow
+def test_a_step_sends_the_bytes_that_the_formulas_say() -> None:
+    cases = [
+        [1, 4, 1, "none", True, False],
+        [1, 4, 1, "none", False, True],
+        [2, 2, 1, "full", True, True],
+        [1, 4, 4, "none", True, False],
+        [1, 4, 2, "full", True, True],
+        [2, 2, 2, "selective", False, True],
+        [1, 4, 2, "norm_attn_norm", True, True],
+    ]
+    program = str(Path(__file__).with_name("traffic_ranks.py"))
+    results = json.loads(torchrun(4, program, json.dumps(cases)))
+    for case, (counted, computed) in zip(cases, results, strict=True):
+        assert counted == computed, case
+
+
 AVERAGE = """
 import os, torch, torch.distributed as dist
 dist.init_process_group("gloo")

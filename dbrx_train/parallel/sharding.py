@@ -58,14 +58,17 @@ def parallelize(
     lower = place | {"mp_policy": policy, "reshard_after_forward": reshard_after_forward}
     transformer, units = model.transformer, []
     fully_shard(transformer.wte, mesh=meshes.dense, **exact)
+    # A look-up's gradient asks for no weights.
+    transformer.wte.set_unshard_in_backward(False)  # type: ignore[operator]
     for block in transformer.blocks:
         inner = []
         if shape.expert > 1:
             _spread_experts(block.ffn.experts, meshes)
             inner.append(fully_shard(block.ffn.experts, mesh=meshes.experts, **lower))
         if param_dtype is not None:
-            fully_shard(_float32_parts(block), mesh=meshes.dense, **exact)
-            inner.append(block.norm_attn_norm.norm_1)
+            for first, *others in _float32_parts(block):  # small, so they are kept until the backward pass
+                fully_shard([first, *others], mesh=meshes.dense, reshard_after_forward=False, **exact)
+                inner.append(first)
         units.append([fully_shard(block, mesh=meshes.dense, **lower), *inner])
     fully_shard(transformer.norm_f, mesh=meshes.dense, **exact)
     # The head's backward pass follows at once, so it is kept; its product is all in the lower precision.
@@ -85,9 +88,10 @@ def _placement(cpu_offload: bool, device_type: str) -> dict[str, Any]:
     return {"offload_policy": CPUOffloadPolicy(pin_memory=device_type != "cpu")} if cpu_offload else {}
 
 
-def _float32_parts(block: Block) -> list[nn.Module]:
-    parts = [block.norm_attn_norm.norm_1, block.norm_attn_norm.norm_2, block.ffn.router]
-    return [part for part in parts if part is not None]
+def _float32_parts(block: Block) -> list[list[nn.Module]]:
+    """What autocast leaves in float32, in lists of modules that are always run together."""
+    norms: list[nn.Module] = [block.norm_attn_norm.norm_1, block.norm_attn_norm.norm_2]
+    return [norms] if block.ffn.router is None else [norms, [block.ffn.router]]
 
 
 def _spread_experts(experts: Experts, meshes: Meshes) -> None:
@@ -101,10 +105,15 @@ def _spread_experts(experts: Experts, meshes: Meshes) -> None:
 
 def _prefetch(units: list[list[Any]]) -> None:
     """Gather the next block with all its parts while one is run, in both directions."""
+    assert all(isinstance(module, FSDPModule) for unit in units for module in unit)
     for here, following in itertools.pairwise(units):
-        assert all(isinstance(module, FSDPModule) for module in (*here, *following))
         here[0].set_modules_to_forward_prefetch(following)
         following[0].set_modules_to_backward_prefetch(here)
+    for _, *inner in units:
+        for module in inner:
+            # Itself, which does nothing: left to guess, FSDP goes by the order of forward passes, to which a
+            # block that is computed again adds, and gathers what is not needed any more.
+            module.set_modules_to_backward_prefetch([module])
 
 
 @torch.no_grad()
