@@ -81,9 +81,7 @@ def _tokenizer_json(tokenizer: Tokenizer) -> str:
     fast.decoder = decoders.ByteLevel()
     fast.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in tokenizer.special])
     content = json.loads(fast.to_str())
-    content["model"]["merges"] = [
-        " ".join(merge) for merge in merges
-    ]  # the form before tokenizers 0.20
+    content["model"]["merges"] = [" ".join(merge) for merge in merges]  # the form before tokenizers 0.20
     return json.dumps(content, ensure_ascii=False)
 
 
