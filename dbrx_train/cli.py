@@ -180,6 +180,45 @@ def checkpoint_consolidate(
     print(f"{out}: {size:,} bytes")
 
 
+@checkpoint_app.command("import")
+def checkpoint_import(
+    folder: Annotated[Path, typer.Argument(help="A Hugging Face folder of DBRX or Mixtral.")],
+    out: Annotated[Path, typer.Option(help="The checkpoint to make, a folder.")],
+) -> None:
+    """Turn the weights in FOLDER into a checkpoint to begin from; `init_from` reads FOLDER as it is, too."""
+    from dbrx_train.checkpoint.huggingface import import_folder
+
+    print(f"{out}: {import_folder(folder, out):,} bytes")
+
+
+@checkpoint_app.command("export")
+def checkpoint_export(
+    checkpoint: Annotated[Path, typer.Argument(help="A run's folder, a checkpoint, or its weights.")],
+    out: Annotated[Path, typer.Option(help="The Hugging Face folder to make.")],
+    dtype: Annotated[Precision, typer.Option(help="Of the weights.")] = Precision.bfloat16,
+) -> None:
+    """Write the weights in CHECKPOINT as a folder that transformers loads."""
+    import torch
+
+    from dbrx_train.checkpoint.huggingface import export
+
+    size = export(checkpoint, out, getattr(torch, dtype), lambda line: print(line, file=sys.stderr))
+    print(f"{out}: {size:,} bytes")
+
+
+@checkpoint_app.command("verify")
+def checkpoint_verify(
+    folder: Annotated[
+        Path, typer.Argument(help="A run's folder, a checkpoint, its weights, or a Hugging Face folder.")
+    ],
+) -> None:
+    """Account for every file and tensor in FOLDER; name the first that is not as it was written."""
+    from dbrx_train.checkpoint.verify import verify
+
+    for whole in verify(folder):
+        print(whole)
+
+
 @app.command()
 def generate(
     checkpoint: Annotated[
@@ -200,6 +239,8 @@ def generate(
     from dbrx_train.model.generation import generate as continue_ids
 
     model, vocabulary = load_model(checkpoint, lambda line: print(line, file=sys.stderr))
+    if vocabulary is None:
+        raise ValueError(f"{checkpoint}: its tokenizer is not DBRX's, which is the one known here")
     model.eval()
     tokenizer = load_tokenizer(**vocabulary)
     ids = tokenizer.encode(prompt) or [tokenizer.eos_id]

@@ -259,6 +259,14 @@ class ParallelismConfig:
 
 
 @dataclass
+class ExportConfig:
+    interval: str | None = _doc(
+        "how often to save a checkpoint and export it to the run's `exports` folder; null: never", None
+    )
+    dtype: str = _doc("of the exported weights: `bfloat16` or `float32`", "bfloat16")
+
+
+@dataclass
 class CheckpointsConfig:
     interval: str = _doc("how often to save; the end of the run always is", "1000ba")
     keep: int = _doc("how many to keep in the run's folder, newest first", 2)
@@ -271,17 +279,27 @@ class CheckpointsConfig:
         None,
     )
 
+    export: ExportConfig = _doc("write folders that transformers loads, beside training", ExportConfig)
+
     def check(self) -> None:
         _require(self.keep >= 1, f"checkpoints.keep: must be at least 1, not {self.keep}")
+        _one_of("checkpoints.export.dtype", self.export.dtype, ("bfloat16", "float32"))
 
 
 @dataclass
 class InitFromConfig:
     path: str | None = _doc(
-        "the weights to begin with: a run's folder, one of its checkpoints, or a file that "
-        "`checkpoint consolidate` wrote; all else begins anew",
+        "the weights to begin with: a run's folder, one of its checkpoints, a Hugging Face folder of DBRX or "
+        "Mixtral, or a file that `checkpoint consolidate` wrote; all else begins anew",
         None,
     )
+    upcycle: bool = _doc(
+        "the weights are of a dense model (`num_experts: 1`): every expert begins as a copy of its one",
+        False,
+    )
+
+    def check(self) -> None:
+        _require(self.path is not None or not self.upcycle, "init_from.upcycle: needs init_from.path")
 
 
 @dataclass
@@ -347,6 +365,7 @@ class RunConfig:
             self.optimization,
             self.optimization.optimizer,
             self.optimization.learning_rate,
+            self.init_from,
             self.parallelism,
             self.checkpoints,
             self.logging,
@@ -377,10 +396,14 @@ class RunConfig:
             "optimization.learning_rate.warmup",
             "optimization.learning_rate.decay",
             "checkpoints.interval",
+            "checkpoints.export.interval",
             "logging.interval",
             "evaluation.interval",
         ):
-            length = clock.tokens(attrgetter(key)(self), key)
+            value = attrgetter(key)(self)
+            if value is None:
+                continue
+            length = clock.tokens(value, key)
             _require(length > 0 or key.endswith(("warmup", "decay")), f"{key}: must be longer than nothing")
         with naming("data."):
             self.mix_schedule().sample_lengths(clock)

@@ -1,7 +1,7 @@
 """A checkpoint is a folder; it counts once its mark is there, which is written last.
 
 ba1000/
-    checkpoint.json   the mark: step, configuration, position in the data, every file with its size
+    checkpoint.json   the mark: step, configuration, position in the data, every file with its size and hash
     .metadata         which part of which tensor lies where (torch.distributed.checkpoint)
     __0_0.distcp ...  what each rank wrote
 """
@@ -17,9 +17,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from dbrx_train.config import first_line
 
-__all__ = ["MARK", "Checkpoint", "mark", "newest", "read", "remove", "remove_torn", "saved", "step_folder"]
+__all__ = [
+    "MARK",
+    "Checkpoint",
+    "check_file",
+    "fingerprint",
+    "mark",
+    "newest",
+    "read",
+    "remove",
+    "remove_torn",
+    "saved",
+    "step_folder",
+]
 
 MARK = "checkpoint.json"
 _STEP = re.compile(r"ba(\d+)")
@@ -82,8 +96,8 @@ def read(path: Path) -> Checkpoint:
         ValueError: it is none, or not whole: a file is missing or has another size than was written.
     """
     checkpoint = Checkpoint(path, parse(path))
-    for name, size in checkpoint.facts["files"].items():
-        file = path / name
+    for name, facts in checkpoint.facts["files"].items():
+        file, size = path / name, size_of(facts)
         if not file.exists():
             raise ValueError(f"{path}: not a whole checkpoint ({name} is missing)")
         if file.stat().st_size != size:
@@ -97,18 +111,60 @@ def parse(path: Path) -> dict[str, Any]:
     """What the mark in a folder says; raises ValueError if it cannot be read."""
     try:
         facts = json.loads((path / MARK).read_text(encoding="utf-8"))
-        if {"config", "data", "files", "time"} <= facts.keys():
-            return dict(facts)
-        raise ValueError(f"{MARK} lacks entries")
+        if not {"config", "data", "files", "time"} <= facts.keys():
+            raise ValueError(f"{MARK} lacks entries")
+        return unsealed(facts)
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: not a whole checkpoint ({first_line(error)})") from None
+
+
+def fingerprint(file: Path) -> dict[str, Any]:
+    """What a mark says of a file: its size in bytes and the XXH3 of its content."""
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(2**22):
+            digest.update(block)
+        return {"bytes": stream.tell(), "xxh3": digest.hexdigest()}
+
+
+def sealed(facts: dict[str, Any]) -> dict[str, Any]:
+    """Facts with a hash of themselves."""
+    plain = json.loads(json.dumps(facts))
+    return facts | {"seal": xxhash.xxh3_128_hexdigest(json.dumps(plain, sort_keys=True))}
+
+
+def unsealed(facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts in what ``sealed`` made; raises ValueError if they are not. Older ones have no seal."""
+    plain = {key: value for key, value in facts.items() if key != "seal"}
+    if facts.get("seal") not in (None, sealed(plain)["seal"]):
+        raise ValueError("is damaged: its content is not what was written")
+    return plain
+
+
+def size_of(facts: Any) -> int:
+    """The size in a mark's entry of a file; older marks say nothing else."""
+    return int(facts["bytes"] if isinstance(facts, dict) else facts)
+
+
+def check_file(file: Path, facts: Any) -> None:
+    """Hold a file against a mark's entry.
+
+    Raises:
+        ValueError: it is missing, or has another size or content.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file}: is missing")
+    if file.stat().st_size != size_of(facts):
+        raise ValueError(f"{file}: has {file.stat().st_size:,} bytes, not {size_of(facts):,} as written")
+    if isinstance(facts, dict) and fingerprint(file) != facts:
+        raise ValueError(f"{file}: is damaged: its content is not what was written")
 
 
 def mark(folder: Path, facts: dict[str, Any]) -> None:
     """Make the files in ``folder`` a checkpoint, at once and for good."""
     unfinished = folder / f"{MARK}.partial"
     with unfinished.open("w", encoding="utf-8") as file:
-        json.dump(facts, file, indent=1)
+        json.dump(sealed(facts), file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(folder / MARK)

@@ -22,6 +22,8 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from dbrx_train.checkpoint.folder import fingerprint
+
 __all__ = ["Reader", "model_tensors", "optimizer_tensors", "staged", "write"]
 
 # All that a metadata file is made of. Anything else in one is not ours, and is not run.
@@ -73,10 +75,13 @@ def _make_state(optimizer: torch.optim.Optimizer) -> None:
         group["lr"] = rate
 
 
-def write(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> dict[str, int]:
-    """Write the ranks' tensors; returns the files with their sizes in bytes, the same on every rank.
+def write(
+    folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None
+) -> dict[str, dict[str, Any]]:
+    """Write the ranks' tensors; returns the files with their sizes and hashes, the same on every rank.
 
-    ``group``: of all ranks, None for the default one.
+    Each rank hashes what it wrote while the kernel still has it in memory. ``group``: of all ranks, None for
+    the default one.
 
     Raises:
         OSError: a rank cannot write.
@@ -90,10 +95,15 @@ def write(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | N
         raise
     assert isinstance(metadata, Metadata)
     assert metadata.storage_data is not None
-    sizes: dict[str, int] = {}
-    for part in metadata.storage_data.values():
-        sizes[part.relative_path] = max(sizes.get(part.relative_path, 0), part.offset + part.length)
-    return sizes
+    rank, ranks = (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
+    names = {part.relative_path for part in metadata.storage_data.values()}
+    mine = {name: fingerprint(folder / name) for name in names if name.startswith(f"__{rank}_")}
+    if rank == 0:
+        mine[".metadata"] = fingerprint(folder / ".metadata")
+    everyones = [mine] * ranks
+    if ranks > 1:
+        dist.all_gather_object(everyones, mine, group)
+    return {name: facts for files in everyones for name, facts in files.items()}
 
 
 def staged(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,96 +1,208 @@
-"""The weights alone: out of a checkpoint into any model, or into one file."""
+"""The weights alone: out of whatever holds some into any model, or into one file."""
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors import SafetensorError
-from torch import Tensor
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.tensors import Reader
 from dbrx_train.config import first_line
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.decoder import Dbrx
+from dbrx_train.model.families import Table, identity, table
+from dbrx_train.model.pretrained import Stored, map_file, open_files, open_folder, sync
 from dbrx_train.parallel.sharding import local_rows
 
-__all__ = ["Weights", "consolidate", "load_model", "open_weights"]
+__all__ = ["Weights", "consolidate", "load_model", "meta_model", "open_weights", "read_together", "upcycled"]
+
+DBRX_TOKENIZER = {"name": "cl100k_base", "vocab_file": None}
 
 
 @dataclass(frozen=True)
 class Weights:
     """Weights at rest, with what is known of the run that made them."""
 
+    path: Path
     config: dict[str, Any]
-    """The run's resolved configuration."""
+    """The run's resolved configuration; of weights from elsewhere, ``model`` and ``tokenizer`` alone, the
+    latter None if it is not DBRX's."""
+    dtypes: Mapping[str, torch.dtype]
+    """What each tensor is stored in."""
     read: Callable[[dict[str, Tensor]], None]
     """Fills tensors by parameter name: whole ones, or this rank's parts of DTensors. They keep their dtype.
-    Raises ValueError if one is missing or has another shape."""
+    Selection biases that are not there are left as they are.
+    Raises ValueError if another tensor is missing or has another shape, or a value in safetensors is not
+    finite."""
+
+    @property
+    def model(self) -> DbrxConfig:
+        """The model that they are of."""
+        return DbrxConfig.from_dict(self.config["model"])
+
+    def whole(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """One tensor, of the shape of ``like``."""
+        tensor = torch.empty(like.shape, dtype=dtype)
+        self.read({name: tensor})
+        return tensor
 
 
 def open_weights(path: Path, passed_over: Callable[[str], None]) -> Weights:
-    """The weights in a run's folder, a checkpoint's, or a file that ``consolidate`` wrote.
+    """The weights in a run's folder, a checkpoint's, a Hugging Face folder, or a file of ``consolidate``.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or they are not what their configuration says.
     """
     if path.is_file():
         return _open_file(path)
+    if (path / "config.json").is_file():
+        return _open_hugging_face(path)
     if (path / folders.MARK).exists():
         found: folders.Checkpoint | None = folders.read(path)
     else:
         found = folders.newest(path, passed_over) or folders.newest(path / "checkpoints", passed_over)
     if found is None:
-        raise ValueError(f"{path}: neither a run with checkpoints nor a checkpoint")
+        raise ValueError(f"{path}: neither a run with checkpoints nor a checkpoint nor a Hugging Face folder")
+    if ".metadata" not in found.facts["files"]:  # imported
+        return _stored(open_folder(found.folder), found.config, identity)
     reader = Reader(found.folder)
-    return Weights(found.config, lambda tensors: reader.read({f"model.{k}": v for k, v in tensors.items()}))
+    stored = {name.removeprefix("model."): dtype for name, (_, dtype) in reader.shapes.items()}
+
+    def read(tensors: dict[str, Tensor]) -> None:
+        reader.read({f"model.{name}": t for name, t in tensors.items() if not _starts_anew(name, stored)})
+
+    return Weights(path, found.config, stored, read)
 
 
 def _open_file(path: Path) -> Weights:
     try:
-        file: Any = safetensors.safe_open(path, "pt")
-        names, config = set(file.keys()), json.loads((file.metadata() or {})["config"])
+        with safe_open(path, "pt") as file:
+            config = json.loads((file.metadata() or {})["config"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise ValueError(
             f"{path}: not weights that `checkpoint consolidate` wrote ({first_line(error)})"
         ) from None
+    return _stored(open_files(path, [path]), config, identity)
+
+
+def _open_hugging_face(path: Path) -> Weights:
+    model = DbrxConfig.from_hf(path)
+    config = {"model": model.to_dict(), "tokenizer": DBRX_TOKENIZER if model.norm == "layernorm" else None}
+    return _stored(open_folder(path), config, functools.partial(table, model))
+
+
+def _stored(
+    stored: Stored, config: dict[str, Any], parts_of: Callable[[dict[str, tuple[int, ...]]], Table]
+) -> Weights:
+    """The weights in safetensors files, whose names and shapes must be those of the configuration."""
+    state = meta_model(DbrxConfig.from_dict(config["model"])).state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    parts = parts_of(shapes)
+    stored.check(parts, shapes)
 
     def read(tensors: dict[str, Tensor]) -> None:
-        for name, tensor in tensors.items():
-            if name not in names:
-                raise ValueError(f"{path}: has no tensor {name}")
-            rows = file.get_slice(name)
-            if tuple(rows.get_shape()) != tuple(tensor.shape):
-                raise ValueError(
-                    f"{path}: {name} has shape {tuple(rows.get_shape())}, not {tuple(tensor.shape)}"
-                )
-            local, first = local_rows(tensor)
-            local.copy_(rows[first : first + len(local)])
+        wanted = {name: tensor for name, tensor in tensors.items() if not _starts_anew(name, shapes)}
+        for name, tensor in wanted.items():
+            if name not in shapes:
+                raise ValueError(f"{stored.path}: has no tensor {name}")
+            if shapes[name] != tuple(tensor.shape):
+                raise ValueError(f"{stored.path}: {name} has shape {shapes[name]}, not {tuple(tensor.shape)}")
+        stored.fill(parts, {name: local_rows(tensor) for name, tensor in wanted.items()})
 
-    return Weights(config, read)
+    dtypes = {
+        ours: functools.reduce(torch.promote_types, (stored.dtypes[part.name] for part in all_of))
+        for ours, all_of in parts.items()
+    }
+    return Weights(stored.path, config, dtypes, read)
 
 
-def load_model(path: Path, passed_over: Callable[[str], None]) -> tuple[Dbrx, dict[str, Any]]:
-    """The float32 model in what ``open_weights`` opens, or in a folder in Hugging Face format.
+def _starts_anew(name: str, stored: Mapping[str, Any]) -> bool:
+    """Selection biases are no weights: a run that wants them may begin from weights without."""
+    return name.endswith("router.expert_bias") and name not in stored
 
-    Beside it, the tokenizer that the run was configured with (``load_tokenizer``'s arguments; empty for a
-    Hugging Face folder).
+
+def upcycled(weights: Weights, config: DbrxConfig) -> Weights:
+    """Dense weights for a model of several experts: each is a copy of the dense layer (arXiv 2212.05055).
+
+    Routers are left as they are. A token's weights must sum to one, and then the model computes what the
+    dense one does.
+
+    Raises:
+        ValueError: ``weights`` are not dense, or the model is, or does not make weights sum to one.
+    """
+    if not weights.model.is_dense:
+        count = weights.model.num_experts
+        raise ValueError(f"{weights.path}: has {count} experts a layer already; must be dense to upcycle")
+    if config.is_dense:
+        raise ValueError("model.num_experts: is 1; upcycling makes experts, so must be above 1")
+    if config.normalize_expert_weights != 1.0:
+        raise ValueError(
+            f"model.normalize_expert_weights: is {config.normalize_expert_weights}; must be 1.0 to upcycle, "
+            f"so that a token's weights sum to one"
+        )
+
+    shapes = meta_model(weights.model).state_dict()
+
+    def read(tensors: dict[str, Tensor]) -> None:
+        experts = {name for name in tensors if ".ffn.experts." in name}
+        others = tensors.keys() - experts
+        weights.read({name: tensors[name] for name in others if ".ffn.router." not in name})
+        for name in experts:
+            dense = weights.whole(name, shapes[name], weights.dtypes[name])
+            local, first = local_rows(tensors[name])
+            for begin in range(0, len(local), len(dense)):
+                rows = torch.arange(first + begin, first + min(begin + len(dense), len(local))) % len(dense)
+                local[begin : begin + len(dense)].copy_(dense[rows])
+
+    return replace(weights, read=read)
+
+
+def read_together(weights: Weights, model: nn.Module) -> None:
+    """Fill a model, each rank its own rows; what is wrong with one rank's part is raised on all.
+
+    Raises:
+        ValueError: as ``Weights.read``.
+    """
+    trouble = None
+    try:
+        weights.read(model.state_dict())
+    except ValueError as error:
+        trouble = str(error)
+    troubles = [trouble]
+    if dist.is_initialized():
+        troubles *= dist.get_world_size()
+        dist.all_gather_object(troubles, trouble)
+    for found in troubles:
+        if found is not None:
+            raise ValueError(found)
+
+
+def meta_model(config: DbrxConfig) -> Dbrx:
+    """A model without memory, for its tensors' names and shapes."""
+    with torch.device("meta"):
+        return Dbrx(config)
+
+
+def load_model(path: Path, passed_over: Callable[[str], None]) -> tuple[Dbrx, dict[str, Any] | None]:
+    """The float32 model in what ``open_weights`` opens.
+
+    Beside it, the tokenizer that the run was configured with (``load_tokenizer``'s arguments), None if it is
+    not known.
 
     Raises:
         ValueError: there is none.
     """
-    if (path / "config.json").exists():
-        return Dbrx.from_pretrained(path, dtype=torch.float32), {}
     weights = open_weights(path, passed_over)
-    with torch.device("meta"):
-        model = Dbrx(DbrxConfig.from_dict(weights.config["model"]))
-    model.to_empty(device="cpu")
+    model = meta_model(weights.model).to_empty(device="cpu")
     weights.read(model.state_dict())
     return model, weights.config["tokenizer"]
 
@@ -107,34 +219,10 @@ def consolidate(path: Path, out: Path, dtype: torch.dtype, passed_over: Callable
     if out.exists():
         raise ValueError(f"{out}: exists already")
     weights = open_weights(path, passed_over)
-    with torch.device("meta"):
-        model = Dbrx(DbrxConfig.from_dict(weights.config["model"]))
-    parameters = {name for name, _ in model.named_parameters()}
-    kinds = {name: dtype if name in parameters else torch.float32 for name in model.state_dict()}
+    model = meta_model(weights.model)
+    state = model.state_dict() | {name: tensor.to(dtype) for name, tensor in model.named_parameters()}
     partial = out.with_name(f"{out.name}.partial")
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    weights.read(_map_file(partial, shapes, kinds, {"config": json.dumps(weights.config)}))
+    weights.read(map_file(partial, state, {"config": json.dumps(weights.config)}))
+    sync(partial)
     partial.rename(out)
     return out.stat().st_size
-
-
-def _map_file(
-    path: Path, shapes: dict[str, torch.Size], kinds: dict[str, torch.dtype], metadata: dict[str, str]
-) -> dict[str, Tensor]:
-    """Tensors that lie in a new safetensors file: what is written to them is written to it."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    places, end = {}, 0
-    for name in sorted(shapes, key=lambda name: -kinds[name].itemsize):  # wide ones first, so all are aligned
-        begin, end = end, end + shapes[name].numel() * kinds[name].itemsize
-        places[name] = begin, end
-        dtype = {torch.float32: "F32", torch.bfloat16: "BF16"}[kinds[name]]
-        header[name] = {"dtype": dtype, "shape": list(shapes[name]), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # as the format advises
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(file.tell() + end)
-    data = torch.from_file(str(path), shared=True, size=8 + len(text) + end, dtype=torch.uint8)[
-        8 + len(text) :
-    ]
-    return {name: data[slice(*places[name])].view(kinds[name]).view(shapes[name]) for name in shapes}

@@ -62,6 +62,8 @@ class Tokenizer:
     """Ids in use, special ones included."""
     vocab_size = _PADDED_VOCAB
     """Rows of DBRX's embedding: ``n_vocab`` rounded up."""
+    special: Mapping[str, int] = _SPECIAL
+    """Special tokens' ids."""
 
     def __init__(self, name: str, ranks: Mapping[bytes, int], vocab_file: str | None = None) -> None:
         self.name = name
@@ -77,6 +79,11 @@ class Tokenizer:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return load_tokenizer, (self.name, self.vocab_file)
+
+    @property
+    def ranks(self) -> Mapping[bytes, int]:
+        """Every other token's id."""
+        return self._ranks
 
     @cached_property
     def fingerprint(self) -> str:

@@ -9,32 +9,14 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
+from dbrx_train.model.families import config_json, config_values
+
 BALANCE_LOSSES = ("megablocks", "huggingface", "none")
 EXPERT_IMPLS = ("auto", "loop", "grouped")
 INIT_METHODS = ("normal", "trunc_normal", "kaiming_normal")
+NORMS = ("layernorm", "rmsnorm")
 # Of a block; what each means is said where it is done, in parallel.activation_checkpointing.
 ACTIVATION_CHECKPOINTING = ("none", "full", "selective", "norm_attn_norm")
-
-_HF_NORM_EPS = 1e-5  # fixed in the Hugging Face class
-
-# (section, key) in a Hugging Face config.json -> (our field, the Hugging Face class's default)
-_HF_FIELDS: dict[tuple[str, str], tuple[str, Any]] = {
-    ("", "d_model"): ("d_model", 2048),
-    ("", "n_layers"): ("n_layers", 24),
-    ("", "n_heads"): ("n_heads", 16),
-    ("", "vocab_size"): ("vocab_size", 32000),
-    ("", "max_seq_len"): ("max_seq_len", 2048),
-    ("", "initializer_range"): ("init_std", 0.02),
-    ("attn_config", "kv_n_heads"): ("n_kv_heads", 1),
-    ("attn_config", "rope_theta"): ("rope_theta", 10_000.0),
-    ("attn_config", "clip_qkv"): ("clip_qkv", None),
-    ("ffn_config", "ffn_hidden_size"): ("ffn_hidden_size", 3584),
-    ("ffn_config", "moe_num_experts"): ("num_experts", 4),
-    ("ffn_config", "moe_top_k"): ("top_k", 1),
-    ("ffn_config", "moe_jitter_eps"): ("router_jitter", None),
-    ("ffn_config", "moe_loss_weight"): ("balance_loss_weight", 0.01),
-    ("ffn_config", "moe_normalize_expert_weights"): ("normalize_expert_weights", 1.0),
-}
 
 
 def _option(default: Any, doc: str) -> Any:
@@ -61,7 +43,10 @@ class DbrxConfig:
     clip_qkv: float | None = _option(
         8.0, "Clamp queries, keys and values to plus or minus this; null for none."
     )
-    norm_eps: float = _option(1e-5, "Epsilon of the LayerNorms.")
+    norm: str = _option(
+        "layernorm", "Normalisation: layernorm (without bias, as DBRX) or rmsnorm (arXiv 1910.07467)."
+    )
+    norm_eps: float = _option(1e-5, "Epsilon of the norms.")
     router_jitter: float = _option(
         0.0, "In training, multiply the router's input by uniform noise in 1 plus or minus this."
     )
@@ -106,6 +91,7 @@ class DbrxConfig:
             ("balance_loss", BALANCE_LOSSES),
             ("expert_impl", EXPERT_IMPLS),
             ("init_method", INIT_METHODS),
+            ("norm", NORMS),
         ):
             value = getattr(self, name)
             _require(value in choices, name, f"{value!r} is unknown; choose one of {', '.join(choices)}")
@@ -215,56 +201,27 @@ class DbrxConfig:
 
     @classmethod
     def from_hf(cls, source: str | os.PathLike[str] | Mapping[str, Any]) -> Self:
-        """Read a Hugging Face DBRX config, in the form transformers 4.38 to 4.57 write.
+        """Read a Hugging Face config of one of `families.FAMILIES`, as transformers 4.38 and later write it.
 
         `source` is a model folder, a config.json or its parsed content. Keys left out take the Hugging
-        Face class's defaults. The balance loss is in the megablocks convention, with which DBRX was
-        trained. Raises ValueError for anything that is not a DBRX this package can compute.
+        Face class's defaults. DBRX's balance loss is in the megablocks convention, with which it was
+        trained. Raises ValueError for anything that this package cannot compute.
         """
-        hf = source if isinstance(source, Mapping) else _read_json(Path(source))
-        _refuse_unsupported(hf)
-        sections = {
-            "": hf,
-            "attn_config": hf.get("attn_config") or {},
-            "ffn_config": hf.get("ffn_config") or {},
-        }
-        values = {
-            ours: sections[part].get(key, default) for (part, key), (ours, default) in _HF_FIELDS.items()
-        }
-        if "rope_theta" not in sections["attn_config"]:
-            rope = hf.get("rope_parameters") or {}
-            values["rope_theta"] = rope.get("rope_theta", hf.get("rope_theta", values["rope_theta"]))
-        values["router_jitter"] = values["router_jitter"] or 0.0
-        return cls(**values)
+        if isinstance(source, Mapping):
+            return cls(**config_values(source))
+        path = Path(source) / "config.json" if Path(source).is_dir() else Path(source)
+        content = _read_json(path)
+        try:
+            return cls.from_hf(content)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     def to_hf(self) -> dict[str, Any]:
         """The content of a Hugging Face config.json, readable by transformers 4.38 and later.
 
         Raises ValueError for what the Hugging Face class cannot express.
         """
-        _require(
-            not self.is_dense, "num_experts", "the Hugging Face DBRX class has no dense form; must be above 1"
-        )
-        _require(
-            self.loss_free_bias_rate == 0,
-            "loss_free_bias_rate",
-            "the Hugging Face DBRX class has no selection bias; must be 0",
-        )
-        _require(
-            self.norm_eps == _HF_NORM_EPS,
-            "norm_eps",
-            f"{self.norm_eps} is not what the Hugging Face DBRX class uses; must be {_HF_NORM_EPS}",
-        )
-        hf: dict[str, Any] = {"architectures": ["DbrxForCausalLM"], "model_type": "dbrx"}
-        for (part, key), (ours, _) in _HF_FIELDS.items():
-            target = hf.setdefault(part, {}) if part else hf
-            target[key] = getattr(self, ours)
-        if self.balance_loss == "none":
-            hf["ffn_config"]["moe_loss_weight"] = 0.0
-        hf["ffn_config"]["ffn_act_fn"] = {"name": "silu"}
-        hf["rope_theta"] = self.rope_theta  # transformers 5 ignores the one in attn_config
-        hf["tie_word_embeddings"] = False
-        return hf
+        return config_json(self)
 
 
 def _require(condition: bool, name: str, message: str) -> None:
@@ -273,7 +230,6 @@ def _require(condition: bool, name: str, message: str) -> None:
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:
-    path = path / "config.json" if path.is_dir() else path
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -284,29 +240,3 @@ def _read_json(path: Path) -> Mapping[str, Any]:
         raise ValueError(f"{path}: is not JSON ({error})") from error
     _require(isinstance(content, dict), str(path), "must hold a JSON object")
     return dict(content)
-
-
-def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
-    attn, ffn = hf.get("attn_config") or {}, hf.get("ffn_config") or {}
-    kind = hf.get("model_type", "dbrx")
-    _require(kind == "dbrx", "model_type", f"{kind!r} is not a DBRX; must be 'dbrx'")
-    _require(
-        not hf.get("tie_word_embeddings"),
-        "tie_word_embeddings",
-        "tied embeddings are not DBRX; must be false",
-    )
-    activation = (ffn.get("ffn_act_fn") or {}).get("name", "silu")
-    _require(
-        activation == "silu", "ffn_config.ffn_act_fn", f"{activation!r} is not supported; must be 'silu'"
-    )
-    _require(
-        ffn.get("moe_num_experts", 4) > 1,
-        "ffn_config.moe_num_experts",
-        "must be above 1, as DBRX always has a router",
-    )
-    for name, value in (
-        ("resid_pdrop", hf.get("resid_pdrop")),
-        ("emb_pdrop", hf.get("emb_pdrop")),
-        ("attn_config.attn_pdrop", attn.get("attn_pdrop")),
-    ):
-        _require(not value, name, f"{value} is not supported (no dropout); must be 0")

@@ -53,14 +53,21 @@ class DbrxOutput:
     """Load of the experts; None for a dense model."""
 
 
+def make_norm(config: DbrxConfig) -> nn.Module:
+    """Normalises the residual stream; has a weight and no bias."""
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.d_model, eps=config.norm_eps)
+    return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=False)
+
+
 class NormAttentionNorm(nn.Module):
     """Attention with its residual, and the norm ahead of the experts."""
 
     def __init__(self, config: DbrxConfig) -> None:
         super().__init__()
-        self.norm_1 = nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=False)
+        self.norm_1 = make_norm(config)
         self.attn = GroupedQueryAttention(config)
-        self.norm_2 = nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=False)
+        self.norm_2 = make_norm(config)
 
     def forward(
         self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, cache: LayerCache | None
@@ -99,7 +106,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.wte = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm_f = nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=False)
+        self.norm_f = make_norm(config)
         self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta)
         self.mask_documents, self.reset_positions = config.mask_documents, config.reset_positions
 

@@ -33,7 +33,7 @@ def init_weights(module: nn.Module, config: DbrxConfig, seed: int) -> None:
 
 
 def is_norm(name: str) -> bool:
-    """True for the weight of a LayerNorm, by its parameter name."""
+    """True for the weight of a norm, by its parameter name."""
     return name.split(".")[-2:-1] in (["norm_1"], ["norm_2"], ["norm_f"])
 
 

@@ -1,46 +1,54 @@
-"""Hugging Face folders in and out, for models that fit one host."""
+"""Weights at rest in safetensors (or older .bin) files: read by rows, written tensor by tensor.
+
+Files are mapped into memory: nothing is read but what is asked for, and a model may be larger than the host.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dbrx_train.model.config import DbrxConfig
+from dbrx_train.model.families import Part, Table, table
 
 if TYPE_CHECKING:
     from dbrx_train.model.decoder import Dbrx
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+BIN_FILE = "pytorch_model.bin"
 MAX_SHARD_BYTES = 5 * 10**9
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+_CHECKED_AT_ONCE = 2**24  # values; what is not finite is looked for in pieces, so that it takes no memory
 
 
 def load(model_class: type[Dbrx], folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> Dbrx:
-    """Build the model of a folder's config.json and fill it from model.safetensors or its shards.
+    """Build the model of a folder's config.json and fill it from its weights.
 
-    dtype: that of the weights; None keeps the stored one. Peak memory is the model and one tensor.
+    dtype: that of the weights; None keeps that of the stored head. Peak memory is the model's.
     Raises ValueError, naming every missing, unexpected or misshapen tensor at once.
     """
     folder = Path(folder)
     config = DbrxConfig.from_hf(folder)
     with torch.device("meta"):
         model = model_class(config)
-    files = weight_files(folder)
-    stored = _check(folder, files, model.state_dict())
-    model = model.to(dtype or stored).to_empty(device="cpu")
-    state = model.state_dict()
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                state[name].copy_(tensors.get_tensor(name))
+    stored = open_folder(folder)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    parts = table(config, shapes)
+    stored.check(parts, shapes)
+    model = model.to(dtype or stored.dtypes["lm_head.weight"]).to_empty(device="cpu")
+    stored.fill(parts, {name: (tensor, 0) for name, tensor in model.state_dict().items()})
     return model
 
 
@@ -50,88 +58,244 @@ def save(model: Dbrx, folder: str | os.PathLike[str], max_shard_bytes: int = MAX
     Weights that an earlier save left in the folder are replaced. Raises ValueError for a model that the
     Hugging Face class cannot express.
     """
-    config = model.config.to_hf()
-    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    config, state, folder = model.config.to_hf(), model.state_dict(), Path(folder)
     config["torch_dtype"] = str(state["lm_head.weight"].dtype).removeprefix("torch.")
-    folder = Path(folder)
+    parts = table(model.config, {name: tuple(tensor.shape) for name, tensor in state.items()})
     folder.mkdir(parents=True, exist_ok=True)
     stale = {*folder.glob("model*.safetensors"), folder / INDEX_FILE}
-
-    shards = _split(state, max_shard_bytes)
-    files = [SINGLE_FILE]
-    if len(shards) > 1:
-        files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    for file, shard in zip(files, shards, strict=True):
-        partial = folder / f"{file}.partial"  # so that a torn write never looks like weights
-        save_file({name: state[name] for name in shard}, partial, metadata={"format": "pt"})
-        partial.replace(folder / file)
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(t.nbytes for t in state.values())},
-            "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard},
-        }
-        _write_json(folder / INDEX_FILE, index)
-        stale.discard(folder / INDEX_FILE)
-    _write_json(folder / "config.json", config)
-    for path in stale - {folder / file for file in files}:
+    dtypes = {name: tensor.dtype for name, tensor in state.items()}
+    files = write(folder, parts, outline(parts, state, dtypes), lambda name: state[name], max_shard_bytes)
+    write_json(folder / "config.json", config)
+    for path in stale - {folder / name for name in files}:
         path.unlink(missing_ok=True)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a Hugging Face folder; ValueError where one is missing."""
-    index = folder / INDEX_FILE
-    if (folder / SINGLE_FILE).is_file():
-        files = [folder / SINGLE_FILE]
-    elif index.is_file():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{index}: is damaged; must hold a JSON object with a weight_map") from error
-        files = [folder / name for name in sorted(names)]
-    else:
-        raise ValueError(f"{folder}: holds no weights; must have {SINGLE_FILE} or {INDEX_FILE}")
+@dataclass(frozen=True)
+class Stored:
+    """Tensors in files, by name, none of which is in memory."""
+
+    path: Path
+    """The folder or file that messages name."""
+    places: Mapping[str, Path]
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, torch.dtype]
+
+    def check(self, parts: Table, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Hold names, shapes and dtypes against those of the parameters in ``shapes``.
+
+        Raises:
+            ValueError: some do not fit; names all that do not.
+        """
+        wanted = {part.name: part.shape(shapes[ours]) for ours, all_of in parts.items() for part in all_of}
+        troubles = [f"missing {name}" for name in wanted if name not in self.shapes]
+        troubles += [f"unexpected {name}" for name in self.shapes if name not in wanted]
+        for name, shape in wanted.items():
+            found, dtype = self.shapes.get(name, shape), self.dtypes.get(name, torch.float32)
+            if found != shape:
+                troubles.append(f"{name} is {list(found)}, must be {list(shape)}")
+            if dtype not in DTYPES:
+                known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+                troubles.append(f"{name} is {str(dtype).removeprefix('torch.')}, must be one of {known}")
+        if troubles:
+            raise ValueError(f"{self.path}: does not fit its configuration: {'; '.join(troubles)}")
+
+    def fill(self, parts: Table, wanted: Mapping[str, tuple[Tensor, int]]) -> None:
+        """Read rows of parameters: ``wanted``: by name, a tensor and which row its first is.
+
+        What is read is checked on the way, which costs a pass over memory.
+
+        Raises:
+            ValueError: a value is not finite.
+        """
+        jobs: dict[Path, list[tuple[Part, slice, Tensor]]] = {}
+        for ours, (rows, first) in wanted.items():
+            for part, source, target in _overlaps(parts[ours], rows, first):
+                jobs.setdefault(self.places[part.name], []).append((part, source, target))
+        for path in sorted(jobs):  # one at a time, so that pages of no other stay mapped
+            tensors = open_tensors(path)
+            for part, source, target in jobs[path]:
+                tensor = tensors[part.name].T if part.transposed else tensors[part.name]
+                self._check_finite(part, tensor[source])
+                target.copy_(tensor[source])
+
+    def _check_finite(self, part: Part, values: Tensor) -> None:
+        values = values.T if part.transposed else values  # as it lies in the file
+        step = max(1, _CHECKED_AT_ONCE // max(1, math.prod(values.shape[1:])))
+        for begin in range(0, len(values), step):
+            piece = values[begin : begin + step]
+            low, high = torch.aminmax(piece)  # both are NaN if any value is
+            if not torch.isfinite(low) or not torch.isfinite(high):
+                raise ValueError(f"{self.places[part.name]}: {part.name} holds values that are not finite")
+
+    def check_finite(self) -> int:
+        """Read everything; returns its size in bytes. Raises as ``fill``."""
+        size = 0
+        for path in sorted(set(self.places.values())):
+            for name, tensor in open_tensors(path).items():
+                self._check_finite(Part(name, 0), tensor)
+                size += tensor.nbytes
+        return size
+
+
+def _overlaps(parts: Iterable[Part], rows: Tensor, first: int) -> Iterator[tuple[Part, slice, Tensor]]:
+    """The parts that meet ``rows``, which begin at row ``first`` of the whole: their rows, and ours."""
+    begin = 0
+    for part in parts:
+        low, high = max(begin, first), min(begin + part.rows, first + len(rows))
+        if low < high:
+            yield part, slice(low - begin, high - begin), rows[low - first : high - first]
+        begin += part.rows
+
+
+def open_folder(folder: Path) -> Stored:
+    """The weights of a Hugging Face folder: safetensors or .bin, single or by an index.
+
+    Raises:
+        ValueError: there are none, or a file is missing or damaged.
+    """
+    for single in (folder / SINGLE_FILE, folder / BIN_FILE):
+        index = single.with_name(f"{single.name}.index.json")
+        if single.is_file():
+            return open_files(folder, [single])
+        if index.is_file():
+            try:
+                places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                files = [folder / name for name in sorted(set(places.values()))]
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise ValueError(f"{index}: is damaged; must hold a JSON object with a weight_map") from error
+            return open_files(folder, files, index)
+    raise ValueError(f"{folder}: holds no weights; must have {SINGLE_FILE} or {INDEX_FILE}")
+
+
+def open_files(path: Path, files: Iterable[Path], index: Path | None = None) -> Stored:
+    """The tensors in some files; ``path`` and ``index`` (which listed them) are what messages name."""
+    found: dict[str, tuple[Path, Tensor]] = {}
     for file in files:
         if not file.is_file():
-            raise ValueError(f"{file}: is missing, though {INDEX_FILE} names it")
+            raise ValueError(f"{file}: is missing{f', though {index.name} names it' if index else ''}")
+        found |= {name: (file, tensor.to("meta")) for name, tensor in open_tensors(file).items()}
+    return Stored(
+        path,
+        {name: file for name, (file, _) in found.items()},
+        {name: tuple(tensor.shape) for name, (_, tensor) in found.items()},
+        {name: tensor.dtype for name, (_, tensor) in found.items()},
+    )
+
+
+def open_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of one file, mapped: bytes are read when they are used.
+
+    Raises:
+        ValueError: it is not whole, or holds anything but tensors.
+    """
+    if file.suffix != ".bin":
+        try:
+            opened: Any = safe_open(file, framework="pt")
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise ValueError(f"{file}: is not a whole safetensors file ({error})") from error
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise ValueError(f"{file}: is not a whole file of tensors that torch.save wrote ({line})") from error
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise ValueError(f"{file}: must hold tensors by name")
+    return tensors
+
+
+def outline(
+    parts: Table, state: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]
+) -> dict[str, Tensor]:
+    """The tensors that parameters become, by their names there, on the meta device.
+
+    state: shapes; dtypes: what each parameter is to be stored in.
+    """
+    return {
+        part.name: torch.empty(part.shape(tuple(state[ours].shape)), dtype=dtypes[ours], device="meta")
+        for ours, all_of in parts.items()
+        for part in all_of
+    }
+
+
+def write(
+    folder: Path,
+    parts: Table,
+    tensors: Mapping[str, Tensor],
+    whole: Callable[[str], Tensor],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> list[str]:
+    """Write safetensors, in several shards with an index above `max_shard_bytes`; returns the files' names.
+
+    tensors: as ``outline`` gives them. whole: one of our parameters by name; asked for one at a time.
+    """
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    plan = split_state_dict_into_shards_factory(
+        dict(tensors),
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    files = list(plan.filename_to_tensors)
+    for file, names in plan.filename_to_tensors.items():
+        partial = folder / f"{file}.partial"  # so that a torn write never looks like weights
+        targets = map_file(partial, {name: tensors[name] for name in names})
+        for ours, all_of in parts.items():
+            if any(part.name in targets for part in all_of):
+                rows = whole(ours)
+                for part, _, values in _overlaps(all_of, rows, 0):
+                    if part.name in targets:
+                        targets[part.name].copy_(values.T if part.transposed else values)
+        del targets
+        sync(partial)
+        partial.replace(folder / file)
+    if plan.is_sharded:
+        write_json(
+            folder / INDEX_FILE, {"metadata": plan.metadata, "weight_map": dict(plan.tensor_to_filename)}
+        )
+        files.append(INDEX_FILE)
     return files
 
 
-def _check(folder: Path, files: list[Path], expected: Mapping[str, Tensor]) -> torch.dtype:
-    """Compare names and shapes with the files' headers; returns the stored dtype of the head."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    dtype = torch.get_default_dtype()
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-                if "lm_head.weight" in tensors.keys():  # noqa: SIM118
-                    dtype = tensors.get_slice("lm_head.weight")[:1].dtype
-        except SafetensorError as error:
-            raise ValueError(f"{file}: is not a whole safetensors file ({error})") from error
-    problems = [f"missing {name}" for name in expected if name not in shapes]
-    problems += [f"unexpected {name}" for name in shapes if name not in expected]
-    problems += [
-        f"{name} is {list(shapes[name])}, must be {list(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in shapes and shapes[name] != tuple(tensor.shape)
-    ]
-    if problems:
-        raise ValueError(f"{folder}: does not fit its config.json: {'; '.join(problems)}")
-    return dtype
+def map_file(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> dict[str, Tensor]:
+    """Tensors like the given ones, in a new safetensors file: what is written to them is written to it."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    places, end = {}, 0
+    for name in sorted(
+        tensors, key=lambda name: -tensors[name].itemsize
+    ):  # wide ones first, so all are aligned
+        tensor = tensors[name]
+        begin, end = end, end + tensor.nbytes
+        places[name] = begin, end
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # as the format advises
+    size = 8 + len(text) + end
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.flush()
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)  # else a full disk would kill the process later
+        file.truncate(size)
+    data = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)[8 + len(text) :]
+    return {
+        name: data[slice(*places[name])].view(tensor.dtype).view(tensor.shape)
+        for name, tensor in tensors.items()
+    }
 
 
-def _split(state: Mapping[str, Tensor], max_bytes: int) -> list[list[str]]:
-    """Names in order, a new shard whenever the next tensor would overfill the last."""
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in state.items():
-        if shards[-1] and size + tensor.nbytes > max_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += tensor.nbytes
-    return shards
+def sync(path: Path) -> None:
+    """Wait until a file is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
-def _write_json(path: Path, content: object) -> None:
+def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -16,12 +16,14 @@ from composer.utils import dist, maybe_create_object_store_from_uri, parse_uri
 
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.folder import Checkpoint
+from dbrx_train.checkpoint.huggingface import check_exportable
 from dbrx_train.checkpoint.remote import Remote
 from dbrx_train.checkpoint.tensors import Reader
-from dbrx_train.checkpoint.weights import Weights, open_weights
+from dbrx_train.checkpoint.weights import Weights, open_weights, read_together, upcycled
 from dbrx_train.config import ConfigError, RunConfig, first_line, flatten, naming, to_dict, to_yaml
 from dbrx_train.data.tokenizer import Tokenizer, load_tokenizer
 from dbrx_train.errors import show
+from dbrx_train.model.config import DbrxConfig
 from dbrx_train.parallel import end_together
 from dbrx_train.train import environment, report
 from dbrx_train.train.callbacks.checkpoints import Checkpoints
@@ -32,6 +34,7 @@ from dbrx_train.train.callbacks.memory import PeakMemory
 from dbrx_train.train.callbacks.mix import MixServed
 from dbrx_train.train.callbacks.progress import Progress
 from dbrx_train.train.composer_model import ComposerDbrx
+from dbrx_train.train.exports import Exports
 from dbrx_train.train.loaders import check_sources, evaluators, samples_of, train_data, train_dataset
 from dbrx_train.train.mlflow_store import STORE_ERRORS, MLflowStore
 from dbrx_train.train.optimizers import build_optimizer
@@ -41,6 +44,7 @@ from dbrx_train.train.throughput import peak_flops
 
 # What the weights' shapes depend on, and the optimizer's state beside them.
 _FIXED_WEIGHTS = (
+    "model.norm",
     "model.d_model",
     "model.n_layers",
     "model.n_heads",
@@ -50,6 +54,14 @@ _FIXED_WEIGHTS = (
     "model.num_experts",
 )
 _FIXED = (*_FIXED_WEIGHTS, "optimization.optimizer.name")
+# What the weights were trained with, and may be trained away from.
+_USUAL = (
+    "model.rope_theta",
+    "model.clip_qkv",
+    "model.norm_eps",
+    "model.top_k",
+    "model.normalize_expert_weights",
+)
 
 
 def run(config: RunConfig) -> None:
@@ -81,7 +93,8 @@ def run(config: RunConfig) -> None:
                 _say(f"{config.run_name} goes on from {found.folder}, after {found.tokens:,} tokens")
                 resume(trainer, found, remote)
             elif weights:
-                weights.read(model_of(trainer.state).state_dict())
+                with naming("init_from.path: "):
+                    read_together(weights, model_of(trainer.state))
             _record(config, store, f"{peak:.4g} FLOP/s, {origin}")
             if config.evaluation.at_start and found is None and trainer.state.evaluators:
                 trainer.eval()
@@ -112,12 +125,33 @@ def _check_beginning(config: RunConfig, found: Checkpoint | None) -> Weights | N
     elif config.init_from.path is not None:
         with naming("init_from.path: "):
             weights = open_weights(Path(config.init_from.path), _say)
-        _check_same(_FIXED_WEIGHTS, config, Path(config.init_from.path), weights.config)
+        weights = _fitting(config, weights)
     _check_mix(config, found)
     checkpoint_folder(config).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=config.folder):
         pass  # a read-only or full disk is found out here
     return weights
+
+
+def _fitting(config: RunConfig, weights: Weights) -> Weights:
+    """The weights to begin the run with.
+
+    Raises:
+        ConfigError: they are of another model.
+    """
+    upcycle = config.init_from.upcycle
+    fixed = [key for key in _FIXED_WEIGHTS if not upcycle or key != "model.num_experts"]
+    _check_same(fixed, config, weights.path, weights.config)
+    was, now = weights.model.to_dict(), config.model.to_dict()
+    for key in (key.removeprefix("model.") for key in _USUAL):
+        if now[key] != was[key] and not (upcycle and key in ("top_k", "normalize_expert_weights")):
+            warnings.warn(
+                f"model.{key}: {now[key]} here, but {was[key]} in {weights.path}; the model will not compute "
+                f"what its weights were trained for",
+                stacklevel=2,
+            )
+    with naming("init_from.upcycle: "):
+        return upcycled(weights, config.model) if upcycle else weights
 
 
 def build_trainer(
@@ -155,6 +189,7 @@ def build_trainer(
             to_dict(config),
             asynchronous=config.checkpoints.asynchronous,
             remote=remote,
+            exports=_exports(config),
         ),
     ]
     trainer = Trainer(
@@ -224,6 +259,21 @@ def checkpoint_folder(config: RunConfig) -> Path:
     return Path(config.folder) / "checkpoints"
 
 
+def _exports(config: RunConfig) -> Exports | None:
+    """Writes folders that transformers loads, if asked for.
+
+    Raises:
+        ConfigError: the model has a feature that transformers' class has no place for.
+    """
+    options = config.checkpoints.export
+    if options.interval is None:
+        return None
+    with naming("checkpoints.export: "):
+        check_exportable(config.model)
+    interval = config.clock.interval(options.interval)
+    return Exports(Path(config.folder) / "exports", interval, getattr(torch, options.dtype))
+
+
 def open_remote(config: RunConfig) -> Remote | None:
     """Where checkpoints are copied to.
 
@@ -269,7 +319,8 @@ def _newest(config: RunConfig, remote: Remote | None) -> Checkpoint | None:
 def _check_same(
     keys: Sequence[str], config: RunConfig, path: Path, saved: dict[str, Any], advice: str = ""
 ) -> None:
-    was, now = dict(flatten(saved)), dict(flatten(to_dict(config)))
+    model = DbrxConfig.from_dict(saved["model"]).to_dict()  # older ones lack newer options
+    was, now = dict(flatten(saved | {"model": model})), dict(flatten(to_dict(config)))
     for key in keys:
         if now[key] != was.get(key):
             raise ConfigError(f"{key}: {now[key]} here, but {path} was saved with {was.get(key)}{advice}")

@@ -57,7 +57,9 @@ def parameter_groups(model: Dbrx, config: OptimizerConfig) -> list[dict[str, Any
     """
     routers = {id(p) for m in model.modules() if isinstance(m, Router) for p in m.parameters()}
     embeddings = {id(p) for m in (model.transformer.wte, model.lm_head) for p in m.parameters()}
-    norms = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
+    norms = {
+        id(p) for m in model.modules() if isinstance(m, nn.LayerNorm | nn.RMSNorm) for p in m.parameters()
+    }
 
     experts = {id(p) for m in model.modules() if isinstance(m, GatedExperts) for p in m.parameters()}
 

@@ -21,6 +21,7 @@ from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.remote import Remote
 from dbrx_train.checkpoint.tensors import staged, write
 from dbrx_train.config import first_line
+from dbrx_train.train.exports import Exports
 from dbrx_train.train.state import facts, restore_random, tensors
 
 
@@ -34,6 +35,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
         config: kept inside each checkpoint, so that it is enough to rebuild the model.
         asynchronous: go on training while a copy in the host's memory is written.
         remote: where every checkpoint is copied to as well; nothing is deleted there.
+        exports: which checkpoints to write in Hugging Face's form too; they are saved for it.
     """
 
     def __init__(
@@ -45,8 +47,10 @@ class Checkpoints(Callback):  # type: ignore[misc]
         *,
         asynchronous: bool = False,
         remote: Remote | None = None,
+        exports: Exports | None = None,
     ) -> None:
         self.root, self.keep, self.config, self.remote = root, keep, config, remote
+        self.exports = exports
         self.due = create_interval_scheduler(interval)
         self.writer = ThreadPoolExecutor(1, "checkpoints") if asynchronous else None
         self.pending: Future[None] | None = None
@@ -72,15 +76,20 @@ class Checkpoints(Callback):  # type: ignore[misc]
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         if self.pending is not None and self.pending.done():
             self.wait()
-        if self.due(state, Event.BATCH_CHECKPOINT):
+        exported = self.exports is not None and self.exports.due(state, Event.BATCH_CHECKPOINT)
+        if self.due(state, Event.BATCH_CHECKPOINT) or exported:
             begin = time.monotonic()
-            self.save(state)
+            self.save(state, exported)
             logger.log_metrics({"checkpoints/stall_seconds": time.monotonic() - begin})
 
     def fit_end(self, state: State, logger: Logger) -> None:
         self.wait()
+        if self.exports is not None:
+            self.exports.wait()
 
     def close(self, state: State, logger: Logger) -> None:
+        if self.exports is not None:
+            self.exports.close()
         if self.writer is not None:
             self.writer.shutdown()
 
@@ -90,35 +99,37 @@ class Checkpoints(Callback):  # type: ignore[misc]
             pending, self.pending = self.pending, None
             pending.result()
 
-    def save(self, state: State) -> None:
+    def save(self, state: State, exported: bool = False) -> None:
         self.wait()
         mark = facts(state) | {"ranks": dist.get_world_size(), "config": self.config}
         partial = folders.step_folder(self.root, state.timestamp.batch.value).with_suffix(".partial")
         if self.writer is None:
-            self._write(partial, tensors(state), mark)
+            self._write(partial, tensors(state), mark, exported)
         else:
-            self.pending = self.writer.submit(self._write, partial, staged(partial, tensors(state)), mark)
+            copies = staged(partial, tensors(state))
+            self.pending = self.writer.submit(self._write, partial, copies, mark, exported)
 
-    def _write(self, partial: Path, content: dict[str, Tensor], mark: dict[str, Any]) -> None:
+    def _write(self, partial: Path, content: dict[str, Tensor], mark: dict[str, Any], exported: bool) -> None:
         path = partial.with_suffix("")
         try:
-            sizes = write(partial, content, self.group)
+            files = write(partial, content, self.group)
         except OSError as error:
             if dist.get_local_rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise OSError(error.errno, error.strerror, str(path)) from error
-        trouble = self._upload(partial, sizes)
+        trouble = self._upload(partial, files)
         if dist.get_global_rank() == 0:
-            sizes[".metadata"] = (partial / ".metadata").stat().st_size
-            self._keep(partial, mark | {"files": sizes})
+            self._keep(partial, mark | {"files": files})
         troubles = [f"rank {rank}: {text}" for rank, text in enumerate(self._gather(trouble)) if text]
         if dist.get_local_rank() == 0:
             with suppress(FileNotFoundError):  # the hosts share the folder, and rank 0 has kept it
-                self._keep(partial, mark | {"files": sizes})
+                self._keep(partial, mark | {"files": files})
         if troubles:
             raise RuntimeError(f"{path} is whole, but cannot be copied to checkpoints.remote ({troubles[0]})")
         if self.remote is not None and dist.get_global_rank() == 0:
             self.remote.upload(path, [folders.MARK])
+        if self.exports is not None and exported and dist.get_global_rank() == 0:
+            self.exports.begin(path)
 
     def _upload(self, partial: Path, names: Iterable[str]) -> str | None:
         """Copy this rank's files to the object store; returns what went wrong."""
@@ -141,8 +152,10 @@ class Checkpoints(Callback):  # type: ignore[misc]
         partial.rename(path)
         # Folders that claim to be newer are damaged ones, passed over on resuming: they do not count as kept.
         found = folders.saved(self.root)
+        needed = self.exports.reading if self.exports is not None else ()
         for old in found[found.index(path) + self.keep :]:
-            folders.remove(old)
+            if old not in needed:
+                folders.remove(old)
 
     def _gather(self, mine: str | None) -> list[str | None]:
         """What each rank says, once all have said it."""

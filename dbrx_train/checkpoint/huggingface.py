@@ -1,0 +1,140 @@
+"""Weights out to a folder that transformers loads, and in from one; neither is ever whole in memory."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dbrx_train import __version__
+from dbrx_train.checkpoint import folder as folders
+from dbrx_train.checkpoint.weights import meta_model, open_weights
+from dbrx_train.model.config import DbrxConfig
+from dbrx_train.model.families import identity, table
+from dbrx_train.model.generation import STOP_IDS
+from dbrx_train.model.pretrained import MAX_SHARD_BYTES, outline, sync, write, write_json
+
+__all__ = ["MANIFEST", "check_exportable", "export", "import_folder"]
+
+MANIFEST = "manifest.json"
+"""Written last into an export: every other file with its size and hash."""
+
+
+def import_folder(path: Path, out: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> int:
+    """Write the weights of a Hugging Face folder as a checkpoint to begin from, in their dtype.
+
+    Returns its size in bytes.
+
+    Raises:
+        ValueError: ``path`` is no such folder or its weights do not fit its config.json; ``out`` exists.
+    """
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path}: no Hugging Face folder; must hold config.json")
+    weights = open_weights(path, _unheard)
+    state = dict(meta_model(weights.model).named_parameters())
+    parts = identity({name: tuple(tensor.shape) for name, tensor in state.items()})
+    with _new_folder(out) as partial:
+        tensors = outline(parts, state, weights.dtypes)
+        names = write(
+            partial,
+            parts,
+            tensors,
+            lambda name: weights.whole(name, state[name], weights.dtypes[name]),
+            max_shard_bytes,
+        )
+        files = {name: folders.fingerprint(partial / name) for name in names}
+        time = {"batch": 0, "token": 0}
+        folders.mark(partial, {"config": weights.config, "data": {}, "time": time, "files": files})
+    return _size(files)
+
+
+def export(
+    path: Path,
+    out: Path,
+    dtype: torch.dtype,
+    passed_over: Callable[[str], None],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> int:
+    """Write what ``open_weights`` opens as a folder that transformers loads; returns its size in bytes.
+
+    With DBRX's tokenizer, as files that need no code, if the model has a row for each of its ids.
+
+    Raises:
+        ValueError: there are no weights, transformers' class has no place for a feature, or ``out`` exists.
+    """
+    weights = open_weights(path, passed_over)
+    model = weights.model
+    check_exportable(model)
+    state = dict(meta_model(model).named_parameters())
+    parts = table(model, {name: tuple(tensor.shape) for name, tensor in state.items()})
+    tensors = outline(parts, state, dict.fromkeys(state, dtype))
+    with _new_folder(out) as partial:
+        names = write(
+            partial, parts, tensors, lambda name: weights.whole(name, state[name], dtype), max_shard_bytes
+        )
+        write_json(
+            partial / "config.json", model.to_hf() | {"torch_dtype": str(dtype).removeprefix("torch.")}
+        )
+        names += ["config.json", *_write_tokenizer(partial, weights.config["tokenizer"], model)]
+        files = {name: folders.fingerprint(partial / name) for name in names}
+        made_by = f"dbrx-train {__version__}"
+        write_json(partial / MANIFEST, folders.sealed({"made_by": made_by, "files": files}))
+        sync(partial / MANIFEST)
+    return _size(files)
+
+
+def check_exportable(model: DbrxConfig) -> None:
+    """Raise ValueError, with the option's key, for a feature that transformers' class has no place for."""
+    try:
+        model.to_hf()
+    except ValueError as error:
+        raise ValueError(f"model.{error}") from None
+
+
+def _write_tokenizer(folder: Path, tokenizer: dict[str, Any] | None, model: DbrxConfig) -> list[str]:
+    """The tokenizer's files and the generation defaults that name its tokens."""
+    from dbrx_train.data.tokenizer import Tokenizer, load_tokenizer
+    from dbrx_train.data.tokenizer_json import write_tokenizer
+
+    if tokenizer is None or model.vocab_size < Tokenizer.n_vocab:
+        return []
+    names = write_tokenizer(folder, load_tokenizer(**tokenizer), model.max_seq_len)
+    generation = {
+        "bos_token_id": Tokenizer.eos_id,
+        "eos_token_id": list(STOP_IDS),
+        "pad_token_id": Tokenizer.pad_id,
+    }
+    write_json(folder / "generation_config.json", generation)
+    return [*names, "generation_config.json"]
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes ``out`` once it is whole.
+
+    Raises:
+        ValueError: ``out`` exists.
+    """
+    if out.exists():
+        raise ValueError(f"{out}: exists already")
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    partial.rename(out)
+
+
+def _size(files: dict[str, dict[str, Any]]) -> int:
+    return sum(folders.size_of(facts) for facts in files.values())
+
+
+def _unheard(line: str) -> None:
+    raise AssertionError(line)

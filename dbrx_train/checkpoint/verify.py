@@ -1,0 +1,129 @@
+"""Is everything there, and as it was written? Of checkpoints and of Hugging Face folders."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from dbrx_train.checkpoint import folder as folders
+from dbrx_train.checkpoint.huggingface import MANIFEST
+from dbrx_train.checkpoint.tensors import Reader
+from dbrx_train.checkpoint.weights import meta_model, open_weights
+from dbrx_train.config import first_line
+from dbrx_train.model.config import DbrxConfig
+from dbrx_train.model.families import identity, table
+from dbrx_train.model.pretrained import open_files, open_folder
+
+__all__ = ["Verified", "verify"]
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was found whole."""
+
+    path: Path
+    files: int
+    bytes: int
+    tensors: int
+    hashed: bool
+    """Contents were held against hashes, not sizes alone."""
+
+    def __str__(self) -> str:
+        how = "sizes and hashes as written" if self.hashed else "sizes alone checked, for no hashes were kept"
+        return f"{self.path}: whole: {self.files} files, {self.bytes:,} bytes, {self.tensors} tensors; {how}"
+
+
+def verify(path: Path) -> list[Verified]:
+    """Account for every file and tensor of a checkpoint, a run, a Hugging Face folder or a weights file.
+
+    Raises:
+        ValueError: names the first file or tensor that is not as it should be, or there is nothing of these.
+    """
+    if path.is_file():
+        open_weights(path, _unheard)  # holds names and shapes against its configuration
+        stored = open_files(path, [path])
+        return [Verified(path, 1, stored.check_finite(), len(stored.shapes), hashed=False)]
+    if (path / "config.json").is_file():
+        return [_hugging_face(path)]
+    if (path / folders.MARK).exists():
+        return [_checkpoint(path)]
+    found = folders.saved(path) or folders.saved(path / "checkpoints")
+    if not found:
+        raise ValueError(f"{path}: neither a run with checkpoints nor a checkpoint nor a Hugging Face folder")
+    return [_checkpoint(each) for each in found]
+
+
+def _checkpoint(path: Path) -> Verified:
+    facts = folders.parse(path)
+    files = facts["files"]
+    _check_files(path, files, folders.MARK)
+    model = DbrxConfig.from_dict(facts["config"]["model"])
+    shapes = {name: tuple(tensor.shape) for name, tensor in meta_model(model).state_dict().items()}
+    if ".metadata" in files:
+        tensors = _check_parts(path, shapes, files)
+    else:  # imported
+        stored = open_folder(path)
+        stored.check(identity(shapes), shapes)
+        tensors = len(stored.shapes)
+    return _result(path, files, tensors)
+
+
+def _check_parts(path: Path, shapes: dict[str, tuple[int, ...]], files: dict[str, Any]) -> int:
+    """Every tensor of the model is there, and every value of all tensors, within what was written."""
+    reader = Reader(path)
+    metadata: Metadata = reader.read_metadata()
+    for name, shape in shapes.items():
+        found = reader.shapes.get(f"model.{name}")
+        if found is None or tuple(found[0]) != shape:
+            what = f"has shape {list(found[0])}, not" if found else "is missing; must have shape"
+            raise ValueError(f"{path}: model.{name} {what} {list(shape)}")
+    places = metadata.storage_data or {}
+    for name, tensor in metadata.state_dict_metadata.items():
+        assert isinstance(tensor, TensorStorageMetadata)
+        values = sum(chunk.sizes.numel() for chunk in tensor.chunks)
+        if values != tensor.size.numel():
+            raise ValueError(f"{path}: of {name}, {values:,} of {tensor.size.numel():,} values are there")
+    for index, place in places.items():
+        if place.offset + place.length > folders.size_of(files.get(place.relative_path, 0)):
+            raise ValueError(f"{path}: {index.fqn} lies beyond the end of {place.relative_path}")
+    return len(metadata.state_dict_metadata)
+
+
+def _hugging_face(path: Path) -> Verified:
+    files: dict[str, Any] = {}
+    if (path / MANIFEST).is_file():
+        try:
+            files = folders.unsealed(json.loads((path / MANIFEST).read_text(encoding="utf-8")))["files"]
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path / MANIFEST}: cannot be read ({first_line(error)})") from None
+        _check_files(path, files, MANIFEST)
+    config = DbrxConfig.from_hf(path)
+    shapes = {name: tuple(tensor.shape) for name, tensor in meta_model(config).state_dict().items()}
+    stored = open_folder(path)
+    stored.check(table(config, shapes), shapes)
+    stored.check_finite()
+    found = files or {file.name: file.stat().st_size for file in {*stored.places.values()}}
+    return _result(path, found, len(stored.shapes))
+
+
+def _check_files(path: Path, files: dict[str, Any], mark: str) -> None:
+    for name, facts in files.items():
+        folders.check_file(path / name, facts)
+    for file in sorted(path.iterdir()):
+        hubs = file.name.startswith((".git", ".cache", "README"))  # of a model hub's own
+        if file.name not in files and file.name != mark and not hubs:
+            raise ValueError(f"{file}: is not one of the files that {mark} lists")
+
+
+def _unheard(line: str) -> None:
+    raise AssertionError(line)
+
+
+def _result(path: Path, files: dict[str, Any], tensors: int) -> Verified:
+    size = sum(map(folders.size_of, files.values()))
+    hashed = bool(files) and all(isinstance(facts, dict) for facts in files.values())
+    return Verified(path, len(files), size, tensors, hashed)
