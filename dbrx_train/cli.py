@@ -290,6 +290,7 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this much probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="PROMPT is a user's turn: write the answer.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Hold the weights in 8 bits.")] = False,
 ) -> None:
     """Continue PROMPT with the model in CHECKPOINT."""
     import torch
@@ -309,6 +310,11 @@ def generate(
         ids = tokenizer.chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
     if max(ids) >= model.config.vocab_size:
         raise ValueError(f"{checkpoint}: has {model.config.vocab_size} words, fewer than its tokenizer")
+    if int8:
+        from dbrx_train.model.quantize import quantize
+
+        error = quantize(model, torch.tensor([ids]))
+        print(f"int8: the prompt's logits are off by {error:.2%} (root mean square)", file=sys.stderr)
     generator = torch.Generator().manual_seed(seed)
     tokens = continue_ids(
         model, torch.tensor([ids]), max_new_tokens, temperature=temperature, top_p=top_p, generator=generator

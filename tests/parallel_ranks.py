@@ -2,6 +2,7 @@
 
 torchrun --nproc-per-node N parallel_ranks.py MESHES, where MESHES is a JSON list of
 [replicate, shard, expert]. Rank 0 prints a JSON list of what differs, relatively, for each of KINDS on each.
+On CPUs over gloo, unless the environment's DEVICE is cuda: then on GPUs over NCCL.
 """
 
 from __future__ import annotations
@@ -38,21 +39,27 @@ CONFIG = DbrxConfig(
     init_std=0.2,
 )
 STEPS, BATCH, LENGTH = 3, 8, 5
+DEVICE = os.environ.get("DEVICE", "cpu")
 # "balance": the loss that evens out the global batch's load, which one process sees at once.
 KINDS = ("adamw", "lionw", "bfloat16", "balance")
 
 
 def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    there = tensor.to(DEVICE)  # an offloaded one cannot be gathered where it lies
+    assert isinstance(there, DTensor)
+    return there.full_tensor()
 
 
 def apart(a: Tensor, b: Tensor) -> float:
-    return float((whole(a) - b).abs().max() / b.abs().max().clamp(min=1e-12))
+    a, b = whole(a).cpu(), b.cpu()
+    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-12))
 
 
 def backward(model: Dbrx, samples: Tensor, labels: Tensor, count: float, dtype: torch.dtype | None) -> Tensor:
     """Gradients of the loss summed over labels, divided by ``count``; returns that loss."""
-    with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+    with torch.autocast(DEVICE, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
         output = model(samples, labels=labels)
     assert output.loss is not None
     assert output.num_labels is not None
@@ -68,8 +75,8 @@ def compare(shape: MeshShape, kind: str, checkpointing: str) -> dict[str, Any]:
     with torch.device("meta"):
         sharded = Dbrx(model_config)
     checkpoint_activations(sharded, checkpointing)
-    parallelize(sharded, shape, device_type="cpu", seed=3, param_dtype=dtype, cpu_offload=balanced)
-    alone = Dbrx(model_config, seed=3)
+    parallelize(sharded, shape, device_type=DEVICE, seed=3, param_dtype=dtype, cpu_offload=balanced)
+    alone = Dbrx(model_config, seed=3).to(DEVICE)
     if balanced:
         sharded.batch_load = BatchLoad()
     names = [name for name, _ in alone.named_parameters()]
@@ -78,7 +85,7 @@ def compare(shape: MeshShape, kind: str, checkpointing: str) -> dict[str, Any]:
     lion = kind == "lionw"
     config = OptimizerConfig(name="lionw" if lion else "adamw", lr=1e-4 if lion else 1e-2, eps=1e-4)
     optimizers = [build_optimizer(model, config) for model in (sharded, alone)]
-    tokens = torch.randint(101, (STEPS, BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(101, (STEPS, BATCH, LENGTH), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     for step, batch in enumerate(tokens):
         labels = batch.clone()
         if not balanced:
@@ -88,7 +95,7 @@ def compare(shape: MeshShape, kind: str, checkpointing: str) -> dict[str, Any]:
         # Microbatches on every rank; FSDP averages over ranks, so each rank's share counts ranks-fold.
         pieces = 1 if balanced else 2
         parts = list(zip(mine.chunk(pieces), wanted.chunk(pieces), strict=True))
-        loss = torch.zeros(())
+        loss = torch.zeros((), device=DEVICE)
         for i, (x, y) in enumerate(parts, 1):
             sharded.set_requires_all_reduce(i == len(parts))  # type: ignore[operator]
             loss += backward(sharded, x, y, count / ranks, dtype)
@@ -116,7 +123,7 @@ def compare(shape: MeshShape, kind: str, checkpointing: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo" if DEVICE == "cpu" else "nccl")
     found = []
     for i, (replicate, shard, expert) in enumerate(json.loads(sys.argv[1])):
         shape = MeshShape.of(dist.get_world_size(), replicate=replicate, shard=shard, expert=expert)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dbrx_train.model.config import ACTIVATION_CHECKPOINTING, DbrxConfig
 from dbrx_train.model.decoder import Dbrx
 from dbrx_train.parallel import checkpoint_activations
+from dbrx_train.parallel.costs import _activations
 
 CONFIG = DbrxConfig(
     d_model=32,
@@ -64,6 +66,35 @@ def test_every_gradient_stays_and_products_are_repeated_as_said() -> None:
     assert costs["norm_attn_norm"] - flops <= attention * layers
     assert flops < costs["norm_attn_norm"] < costs["full"]
     assert costs["selective"] - flops < 0.01 * flops
+
+
+def kept_per_token(config: DbrxConfig, what: str) -> float:
+    """Bytes that the blocks keep for their backward pass, per token."""
+    model = Dbrx(config, seed=1)
+    checkpoint_activations(model, what)
+    kept: dict[int, Tensor] = {}  # held, so that no address is used twice
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids = torch.randint(101, (2, 64), generator=torch.Generator().manual_seed(0))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden, _ = model.transformer(ids)
+    assert hidden.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / ids.numel()
+
+
+@pytest.mark.parametrize(
+    "what", ["none", "full", "norm_attn_norm"]
+)  # the fourth keeps its own where no hook sees
+def test_what_a_block_keeps_is_what_the_estimate_says(what: str) -> None:
+    config = replace(CONFIG, d_model=64, ffn_hidden_size=112, router_jitter=0.0)
+    few, many = (kept_per_token(replace(config, n_layers=layers), what) for layers in (2, 6))
+    estimate, _ = _activations(config, what, 4)
+    assert (many - few) / 4 == pytest.approx(estimate, rel=0.15)
 
 
 def test_an_unknown_choice_is_refused() -> None:

@@ -20,6 +20,13 @@ def test_configuration_docs_are_those_of_the_dataclasses() -> None:
     assert written == configuration_docs.render(), "run: python scripts/configuration_docs.py"
 
 
+def test_the_table_of_meshes_is_that_of_the_configurations() -> None:
+    import parallelism_docs
+
+    written = parallelism_docs.TARGET.read_text(encoding="utf-8")
+    assert written == parallelism_docs.renewed(), "run: python scripts/parallelism_docs.py"
+
+
 def test_links_between_the_documents_lead_somewhere() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):

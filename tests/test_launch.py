@@ -95,23 +95,12 @@ def torchrun_on(address: str, *arguments: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["torchrun", "composer"])
-def test_two_hosts_train_what_one_process_does(
-    hosts: Hosts, workplace: Path, tmp_path: Path, launcher: str
-) -> None:
+def test_two_hosts_train_what_one_process_does(hosts: Hosts, workplace: Path, tmp_path: Path) -> None:
     options = ["evaluation.max_samples=0", "max_duration=4ba", "optimization.microbatch_size=1"]
     run(load(run_yaml(workplace, tmp_path, "one"), options))
     path = run_yaml(workplace, tmp_path, "two")
     arguments = ["-m", "dbrx_train", "train", str(path), *options, "parallelism.replicate=2"]
-    composer = [str(Path(sys.executable).parent / "composer"), "-n", "2", "--world_size", "4"]
-    composer += ["--master_addr", ADDRESSES[0], "--master_port", "29500"]
-    commands = [
-        torchrun_on(address, *arguments)
-        if launcher == "torchrun"
-        else [*composer, "--node_rank", str(i), "--base_rank", str(2 * i), *arguments]
-        for i, address in enumerate(ADDRESSES)
-    ]
-    done = hosts.run(commands, tmp_path)
+    done = hosts.run([torchrun_on(address, *arguments) for address in ADDRESSES], tmp_path)
     assert [code for code, *_ in done] == [0, 0], done
     outputs = [output for _, output, _ in done]
     assert sorted(output.count("mlflow ui") for output in outputs) == [0, 1], "rank 0 alone speaks"

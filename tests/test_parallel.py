@@ -15,6 +15,7 @@ from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.decoder import Dbrx
 from dbrx_train.parallel import MeshShape, parallelize
 
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 PROGRAM = str(Path(__file__).with_name("parallel_ranks.py"))
 
 
@@ -23,12 +24,17 @@ PROGRAM = str(Path(__file__).with_name("parallel_ranks.py"))
     ("ranks", "meshes"),
     [
         (1, [[1, 1, 1]]),
+        pytest.param(1, [[1, 1, 1]], marks=[pytest.mark.gpu, NEEDS_CUDA]),
         (2, [[1, 2, 1], [2, 1, 1], [1, 2, 2]]),
         (4, [[1, 4, 1], [2, 2, 1], [1, 4, 4], [1, 4, 2], [2, 2, 2]]),
     ],
-    ids=["1", "2", "4"],
+    ids=["1", "cuda", "2", "4"],
 )
-def test_every_gradient_on_every_mesh(ranks: int, meshes: list[list[int]]) -> None:
+def test_every_gradient_on_every_mesh(
+    ranks: int, meshes: list[list[int]], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if request.node.get_closest_marker("gpu"):
+        monkeypatch.setenv("DEVICE", "cuda")
     results: list[dict[str, Any]] = json.loads(torchrun(ranks, PROGRAM, json.dumps(meshes)))
     kinds = len(results) // len(meshes)
     assert [found["kind"] for found in results] == ["adamw", "lionw", "bfloat16", "balance"] * len(meshes)
@@ -46,6 +52,23 @@ def test_every_gradient_on_every_mesh(ranks: int, meshes: list[list[int]]) -> No
         for key in (key for key in found if key.startswith(("loss", "norm", "weights"))):
             assert found[key] < (1e-5 if key.endswith("0") else loose), (key, found)
         assert found["share"] == pytest.approx(1 / shard, rel=0.1), replicate
+
+
+@pytest.mark.slow
+def test_a_step_sends_the_bytes_that_the_formulas_say() -> None:
+    cases = [
+        [1, 4, 1, "none", True, False],
+        [1, 4, 1, "none", False, True],
+        [2, 2, 1, "full", True, True],
+        [1, 4, 4, "none", True, False],
+        [1, 4, 2, "full", True, True],
+        [2, 2, 2, "selective", False, True],
+        [1, 4, 2, "norm_attn_norm", True, True],
+    ]
+    program = str(Path(__file__).with_name("traffic_ranks.py"))
+    results = json.loads(torchrun(4, program, json.dumps(cases)))
+    for case, (counted, computed) in zip(cases, results, strict=True):
+        assert counted == computed, case
 
 
 AVERAGE = """

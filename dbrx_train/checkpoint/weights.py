@@ -23,7 +23,7 @@ from dbrx_train.model.decoder import Dbrx
 from dbrx_train.model.families import Table, identity, table
 from dbrx_train.model.init import is_norm
 from dbrx_train.model.lora import is_factor
-from dbrx_train.model.pretrained import Stored, map_file, open_files, open_folder
+from dbrx_train.model.pretrained import Stored, map_file, open_files, open_folder, sync
 from dbrx_train.parallel.sharding import local_rows
 
 __all__ = ["Weights", "consolidate", "load_model", "meta_model", "open_weights", "read_together", "upcycled"]
@@ -240,5 +240,6 @@ def consolidate(path: Path, out: Path, dtype: torch.dtype, passed_over: Callable
     state = model.state_dict() | {name: tensor.to(dtype) for name, tensor in model.named_parameters()}
     partial = out.with_name(f"{out.name}.partial")
     weights.read(map_file(partial, state, {"config": json.dumps(weights.config)}))
+    sync(partial)
     partial.rename(out)
     return out.stat().st_size

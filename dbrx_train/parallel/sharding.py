@@ -60,8 +60,10 @@ def parallelize(
     lower = place | {"mp_policy": policy, "reshard_after_forward": reshard_after_forward}
     transformer, units = model.transformer, []
     fully_shard(transformer.wte, mesh=meshes.dense, **exact)
+    # A look-up's gradient asks for no weights.
+    transformer.wte.set_unshard_in_backward(False)  # type: ignore[operator]
     for block in transformer.blocks:
-        inner = []
+        inner: list[Any] = []
         if shape.expert > 1:
             _spread_experts(block.ffn.experts, meshes)
             if param_dtype is not None:
@@ -69,10 +71,10 @@ def parallelize(
                     inner.append(fully_shard(factors, mesh=meshes.experts, **exact))
             inner.append(fully_shard(block.ffn.experts, mesh=meshes.experts, **lower))
         if param_dtype is not None:
-            spread = _expert_factors(block) if shape.expert > 1 else []
-            parts = [part for part in _float32_parts(block) if part not in spread]
-            fully_shard(parts, mesh=meshes.dense, **exact)
-            inner.append(block.norm_attn_norm.norm_1)
+            # small, so they are kept until the backward pass
+            for first, *others in _float32_parts(block, spread=shape.expert > 1):
+                fully_shard([first, *others], mesh=meshes.dense, reshard_after_forward=False, **exact)
+                inner.append(first)
         units.append([fully_shard(block, mesh=meshes.dense, **lower), *inner])
     fully_shard(transformer.norm_f, mesh=meshes.dense, **exact)
     # The head's backward pass follows at once, so it is kept; its product is all in the lower precision.
@@ -105,9 +107,13 @@ def _placement(cpu_offload: bool, device_type: str) -> dict[str, Any]:
     return {"offload_policy": CPUOffloadPolicy(pin_memory=device_type != "cpu")} if cpu_offload else {}
 
 
-def _float32_parts(block: Block) -> list[nn.Module]:
-    parts = [block.norm_attn_norm.norm_1, block.norm_attn_norm.norm_2, block.ffn.router]
-    return [*(part for part in parts if part is not None), *factor_modules(block)]
+def _float32_parts(block: Block, *, spread: bool) -> list[list[nn.Module]]:
+    """What is left in float32, in lists of modules that are always run together; not what is ``spread``."""
+    router: list[nn.Module] = [] if block.ffn.router is None else [block.ffn.router]
+    experts = _expert_factors(block)
+    attention = [module for module in factor_modules(block) if module not in experts]
+    norms: list[nn.Module] = [block.norm_attn_norm.norm_1, block.norm_attn_norm.norm_2]
+    return [part for part in (norms, router, attention, [] if spread else experts) if part]
 
 
 def _expert_factors(block: Block) -> list[nn.Module]:
@@ -126,10 +132,15 @@ def _spread_experts(experts: Experts, meshes: Meshes) -> None:
 
 def _prefetch(units: list[list[Any]]) -> None:
     """Gather the next block with all its parts while one is run, in both directions."""
+    assert all(isinstance(module, FSDPModule) for unit in units for module in unit)
     for here, following in itertools.pairwise(units):
-        assert all(isinstance(module, FSDPModule) for module in (*here, *following))
         here[0].set_modules_to_forward_prefetch(following)
         following[0].set_modules_to_backward_prefetch(here)
+    for _, *inner in units:
+        for module in inner:
+            # Itself, which does nothing: left to guess, FSDP goes by the order of forward passes, to which a
+            # block that is computed again adds, and gathers what is not needed any more.
+            module.set_modules_to_backward_prefetch([module])
 
 
 @torch.no_grad()
