@@ -61,7 +61,8 @@ def main() -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        sys.exit(show(error))
+        # Ranks that have met say whose error it is; before, all make the same mistake: once a host will do.
+        sys.exit(show(error, quiet=os.environ.get("LOCAL_RANK", "0") != "0"))
 
 
 def _one_line(

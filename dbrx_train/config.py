@@ -232,7 +232,7 @@ class ParallelismConfig:
     )
     cpu_offload: bool = _doc(
         "keep each rank's parameters, gradients and optimizer state in the host's memory, and take the "
-        "optimizer's step there; for several ranks",
+        "optimizer's step there",
         False,
     )
     timeout: float = _doc(

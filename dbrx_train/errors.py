@@ -9,14 +9,15 @@ import traceback
 __all__ = ["show"]
 
 
-def show(error: Exception) -> int:
-    """Print ``error``; returns the exit code: 2 for a user's mistake, else 1."""
+def show(error: Exception, quiet: bool = False) -> int:
+    """Print ``error``; returns the exit code: 2 for a user's mistake, else 1. ``quiet``: no word of mistakes."""
     line, rank = _mistake(error), os.environ.get("RANK", "0")
     where = "" if rank == "0" else f" (rank {rank})"
     if line is None or (isinstance(error, ValueError) and os.environ.get("DBRX_TRAIN_LOG") == "debug"):
         print(f"dbrx-train{where}:", *traceback.format_exception(error), file=sys.stderr, flush=True)
         return 1
-    print(f"dbrx-train{where}: {line}", file=sys.stderr, flush=True)
+    if not quiet:
+        print(f"dbrx-train{where}: {line}", file=sys.stderr, flush=True)
     return 2
 
 

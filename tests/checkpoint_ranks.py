@@ -37,6 +37,8 @@ def content(mesh: list[int]) -> dict[str, Tensor]:
     shape = MeshShape.of(dist.get_world_size(), replicate=replicate, shard=shard, expert=expert)
     parallelize(model, shape, device_type="cpu", seed=3)
     optimizer = build_optimizer(model, OptimizerConfig())
+    with torch.no_grad():  # leaves the head gathered
+        model(torch.zeros(1, 4, dtype=torch.long))
     # Of two rows, so that some ranks hold none.
     everyone = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("shard",))
     few = {"few": distribute_tensor(torch.zeros(2, 3), everyone, [Shard(0)])}

@@ -71,16 +71,21 @@ def test_saved_on_any_mesh_it_reads_on_any_other(tmp_path: Path) -> None:
         assert json.loads(torchrun(ranks, PROGRAM, "read", str(tmp_path), json.dumps(meshes))) == []
 
 
-def test_making_an_optimizers_state_changes_nothing_else(model: Dbrx) -> None:
-    for name in ("adamw", "lionw"):
-        optimizer = build_optimizer(model, OptimizerConfig(name=name, weight_decay=0.5))
-        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        rates = [group["lr"] for group in optimizer.param_groups]
-        found = optimizer_tensors(model, optimizer)
-        assert len(found) == len(list(model.parameters())) * (3 if name == "adamw" else 1)
-        assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-        assert [group["lr"] for group in optimizer.param_groups] == rates
-        assert all(parameter.grad is None for parameter in model.parameters())
+@pytest.mark.parametrize("name", ["adamw", "lionw"])
+def test_making_an_optimizers_state_changes_nothing_else(model: Dbrx, name: str) -> None:
+    optimizer = build_optimizer(model, OptimizerConfig(name=name, weight_decay=0.5))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rates = [group["lr"] for group in optimizer.param_groups]
+    grads = {parameter: torch.ones_like(parameter) for parameter in model.parameters()}
+    for parameter, grad in grads.items():
+        parameter.grad = grad
+    found = optimizer_tensors(model, optimizer)
+    assert len(found) == len(list(model.parameters())) * (3 if name == "adamw" else 1)
+    assert not any(tensor.any() for tensor in found.values()), "also the count of steps"
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert [group["lr"] for group in optimizer.param_groups] == rates
+    assert all(parameter.grad is grad for parameter, grad in grads.items())
+    model.zero_grad()
 
 
 def test_without_its_mark_it_is_none(checkpoint: Path) -> None:

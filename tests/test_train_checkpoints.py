@@ -15,6 +15,7 @@ import boto3
 import pytest
 import torch
 from composer import Logger, State
+from composer.utils import maybe_create_object_store_from_uri
 from conftest import run_yaml, saved_tensors, torchrun
 from moto.server import ThreadedMotoServer
 
@@ -146,12 +147,77 @@ def test_an_object_store_has_all_that_a_new_machine_needs(
         found = saved_tensors(in_tmp / "moved" / "checkpoints" / "ba8")
         for name, tensor in saved_tensors(in_tmp / "straight" / "checkpoints" / "ba8").items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+    # What is damaged there is passed over; and a store is one run's alone.
+    s3 = boto3.client("s3", endpoint_url=os.environ["S3_ENDPOINT_URL"])
+    prefix = f"{bucket.removeprefix('s3://runs/')}-false"
+    s3.put_object(Bucket="runs", Key=f"{prefix}/ba20/{folders.MARK}", Body=b"{}")
+    s3.put_object(Bucket="runs", Key=f"{prefix}/other/ba30/{folders.MARK}", Body=b"{}")
+    shutil.rmtree(in_tmp / "moved")
+    run(load(path, begin))
+    said = capsys.readouterr().out
+    assert "passed over" in said
+    assert "ba20" in said
+    assert "ba30" not in said
+    assert "is done" in said
+    with pytest.raises(ConfigError, match=r"run_name: other here, but .* a store is one run's alone"):
+        run(load(path, [*begin, "run_name=other"]))
     # A mark comes last: without it, what lies there does not count.
-    key = f"{bucket.removeprefix('s3://runs/')}-false/ba8/{folders.MARK}"
-    boto3.client("s3", endpoint_url=os.environ["S3_ENDPOINT_URL"]).delete_object(Bucket="runs", Key=key)
+    s3.delete_object(Bucket="runs", Key=f"{prefix}/ba8/{folders.MARK}")
     shutil.rmtree(in_tmp / "moved")
     run(load(path, begin))
     assert "ba6.fetched" in capsys.readouterr().out
+
+
+def test_a_bucket_itself_may_hold_a_runs_checkpoints(bucket: str, tmp_path: Path) -> None:
+    store = maybe_create_object_store_from_uri("s3://runs")
+    assert store is not None
+    remote, partial = Remote(store, ""), tmp_path / "ba0.partial"
+    (partial).mkdir()
+    files = {".metadata": 3}
+    (partial / ".metadata").write_bytes(b"abc")
+    folders.mark(partial, {"config": {}, "data": {}, "files": files, "time": {"batch": 0, "token": 0}})
+    remote.upload(partial, [".metadata", folders.MARK])
+    found = remote.newest(tmp_path, pytest.fail)
+    assert found is not None
+    remote.fetch(found, ".metadata")
+    assert (found.folder / ".metadata").read_bytes() == b"abc"
+    (partial / ".metadata").write_bytes(b"ab")
+    remote.upload(partial, [".metadata"])
+    (found.folder / ".metadata").unlink()
+    with pytest.raises(ValueError, match="has 2 bytes there, not 3 as written"):
+        remote.fetch(found, ".metadata")
+    remote.withdraw(partial)
+    heard: list[str] = []
+    assert remote.newest(tmp_path, heard.append) is None
+    assert "not a whole checkpoint" in heard[0]
+
+
+SLOW = """
+import os, sys, time
+from dbrx_train.checkpoint.remote import Remote
+from dbrx_train.cli import main
+
+upload = Remote.upload
+def slow(self, folder, names):
+    time.sleep(2 * int(os.environ["RANK"]))
+    upload(self, folder, names)
+Remote.upload = slow
+main()
+"""
+
+
+@pytest.mark.slow
+def test_a_checkpoint_waits_for_the_slowest_copy(workplace: Path, in_tmp: Path, bucket: str) -> None:
+    (in_tmp / "slow.py").write_text(SLOW)
+    path = run_yaml(workplace, in_tmp, "slow")
+    options = [*QUICK, f"checkpoints.remote={bucket}-slow", "checkpoints.asynchronous=true"]
+    options += ["max_duration=2ba"]
+    torchrun(2, "slow.py", "train", str(path), *options)
+    found = open_remote(load(path, options))
+    assert found is not None
+    newest = found.newest(in_tmp, pytest.fail)
+    assert newest is not None
+    assert newest.step == 2
 
 
 @pytest.mark.slow
@@ -174,7 +240,7 @@ def test_a_copy_that_fails_leaves_the_checkpoint_here(
     assert folders.read(root / "ba4").tokens == 512
     found = open_remote(config)
     assert found is not None
-    newest = found.newest(root)
+    newest = found.newest(root, pytest.fail)
     assert newest is not None
     assert newest.step == 2
 

@@ -33,6 +33,7 @@ __all__ = [
     "remove",
     "remove_torn",
     "saved",
+    "size_of",
     "step_folder",
 ]
 
@@ -76,7 +77,8 @@ def step_of(name: str) -> int | None:
 
 def saved(root: Path) -> list[Path]:
     """The marked checkpoints in ``root``, newest first."""
-    steps = [(step, path.parent) for path in root.glob(f"*/{MARK}") if (step := step_of(path.parent.name))]
+    marks = [(step_of(path.parent.name), path.parent) for path in root.glob(f"*/{MARK}")]
+    steps = [(step, path) for step, path in marks if step is not None]
     return [path for _, path in sorted(steps, reverse=True)]
 
 

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.fsdp import FSDPModule
 
 from dbrx_train.checkpoint.folder import fingerprint
 from dbrx_train.model.init import is_norm
@@ -61,25 +62,34 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state for each parameter of the model, not copied; made first if there is none yet."""
+    """The optimizer's state for each parameter that it moves, not copied; made first if there is none yet."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # the optimizer knows shards, not what a forward pass may have left gathered
     if not optimizer.state:
         _make_state(optimizer)
     return {
         f"optimizer.{name}.{key}": value
         for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
+        if parameter.requires_grad
+        for key, value in optimizer.state[parameter].items()
     }
 
 
+@torch.no_grad()
 def _make_state(optimizer: torch.optim.Optimizer) -> None:
-    """A step of length 0, after which the state has its tensors and the parameters are what they were."""
+    """A step of length 0, taken back: the state has its tensors, and all else is as it was."""
     rates = [group["lr"] for group in optimizer.param_groups]
+    grads = {p: p.grad for group in optimizer.param_groups for p in group["params"]}
     for group in optimizer.param_groups:
         group["lr"] = 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
+    for parameter in grads:
+        parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    optimizer.zero_grad()
+    for parameter, grad in grads.items():
+        parameter.grad = grad
+        if "step" in optimizer.state[parameter]:
+            optimizer.state[parameter]["step"].zero_()
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
 

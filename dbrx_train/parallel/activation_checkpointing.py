@@ -34,7 +34,7 @@ def checkpoint_activations(model: Dbrx, what: str) -> None:
     """Have the backward pass recompute activations of every block. Gradients stay the same, bit for bit.
 
     - ``full``: of a block its input is kept alone; a third more matrix products.
-    - ``selective``: results of matrix products and attention are kept too; no product is computed twice.
+    - ``selective``: results of matrix products and of fused attention are kept too, none computed twice.
     - ``norm_attn_norm``: of attention and its norms the input is kept alone, of the experts everything; so
       DBRX was trained.
 

@@ -108,11 +108,11 @@ def memory(
     Left out are what the allocator cannot use, the communication library's buffers, and attention's masks.
     """
     units = _units(config, shape, param_dtype, True, "none")
-    whole = {u: u.padded * u.itemsize for u in units}
-    block, head = max(u.padded for u in units[1:-1]), units[-1]
     itemsize = (param_dtype or torch.float32).itemsize
+    _, *blocks, _, head = units
+    block = sum(u.padded for u in blocks) // config.n_layers
     # The gradient is scattered in float32.
-    gathered = block * (2 * itemsize + itemsize + _FLOAT32) + whole[head] + head.padded * _FLOAT32
+    gathered = block * (2 * itemsize + itemsize + _FLOAT32) + head.padded * (head.itemsize + _FLOAT32)
     kept, most = _activations(config, activation_checkpointing, itemsize)
     logits = config.loss_chunk_size * config.vocab_size * (_FLOAT32 + itemsize)
     return Memory(

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,9 +42,9 @@ def end_together(show: Callable[[Exception], int] | None = None) -> Iterator[End
 
     The first rank that fails prints its error, and ends with SystemExit a few seconds later. The others
     exit with 1, wherever they are, after a line that names that rank and its error; so does the failed one if
-    it is still there after ten seconds. ``show`` prints the error and returns the exit code; by default a
-    traceback and 1. On one rank alone the error is raised. torch.distributed must be initialised, from the
-    environment that a launcher sets.
+    it is still there after ten seconds. A rank that is stopped by a signal ends the others too. ``show``
+    prints the error and returns the exit code; by default a traceback and 1. On one rank alone the error is
+    raised. torch.distributed must be initialised, from the environment that a launcher sets.
     """
     ending = Ending()
     if dist.get_world_size() == 1:
@@ -53,9 +54,14 @@ def end_together(show: Callable[[Exception], int] | None = None) -> Iterator[End
     threading.Thread(target=_watch, args=(notice, over, ending), name="failures", daemon=True).start()
     try:
         yield ending
+    except (KeyboardInterrupt, SystemExit):
+        over.set()
+        notice.post("was stopped")
+        _exit_in(_CLOSE_SECONDS)
+        raise
     except Exception as error:
         over.set()
-        first = notice.post(error)
+        first = notice.post(f"failed: {type(error).__name__}: {error}")
         _exit_in(_CLOSE_SECONDS)
         if first is None:
             code = (show or _traceback)(error)
@@ -80,12 +86,13 @@ class _Notice:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store: Any = dist  # whose stubs do not know of its stores
         self._store = store.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=30))
-        # A launcher's store outlives a restart.
-        self._key = f"dbrx_train/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        names = [uuid.uuid4().hex]  # of its own, for a launcher's store outlives restarts
+        dist.broadcast_object_list(names)
+        self._key = f"dbrx_train/{names[0]}"
 
-    def post(self, error: Exception) -> str | None:
+    def post(self, what: str) -> str | None:
         """Tell the other ranks; returns what another one told before, if any."""
-        mine = f"rank {dist.get_rank()} failed: {type(error).__name__}: {error}"
+        mine = f"rank {dist.get_rank()} {what}"
         try:
             first = self._store.compare_set(self._key, "", mine).decode()
         except RuntimeError:  # the store's rank is gone

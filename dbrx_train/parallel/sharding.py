@@ -85,7 +85,7 @@ def parallelize(
     model.to_empty(device=torch.device("cpu" if cpu_offload else device_type))
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):  # these are never offloaded
-            module.register_buffer(name, buffer.to(device_type))
+            setattr(module, name, buffer.to(device_type))
     init_shards(model, seed)
 
 

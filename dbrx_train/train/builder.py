@@ -90,7 +90,8 @@ def run(config: RunConfig) -> None:
         ending.at_end = store.fail
         peak, origin = peak_flops(device, config.precision, config.logging.peak_flops)
         trainer = build_trainer(config, tokenizer, device, store, peak, remote)
-        afterwards.callback(trainer.close)
+        # Trainer.close waits for all ranks, of which some may have failed.
+        afterwards.push(lambda kind, *_: trainer.close() if kind is None else trainer.engine.close())
         try:
             if weights:
                 with naming("init_from.path: "):
@@ -108,6 +109,7 @@ def run(config: RunConfig) -> None:
                 _report(config, store, trainer.state.timestamp.batch.value)
         except (KeyboardInterrupt, SystemExit):  # Composer turns SIGINT and SIGTERM into SystemExit
             store.end_status = "KILLED"
+            _saver(trainer).finish()
             newest = next(iter(folders.saved(checkpoint_folder(config))), None)
             _say(f"stopped; the same command goes on from {newest or 'the beginning: nothing was saved yet'}")
             raise
@@ -123,6 +125,8 @@ def _check_beginning(config: RunConfig, found: Checkpoint | None) -> Weights | N
         ConfigError: the saved run, the weights, the data or the disk do not fit.
     """
     weights = None
+    if found and config.checkpoints.remote is not None:
+        _check_same(("run_name",), config, found.folder, found.config, "; a store is one run's alone")
     if found:
         fixed = _FIXED if config.lora.rank is None else (*_FIXED, *_FIXED_ADAPTERS)
         _check_same(
@@ -199,6 +203,7 @@ def build_trainer(
             to_dict(config),
             asynchronous=config.checkpoints.asynchronous,
             remote=remote,
+            timeout=config.parallelism.timeout,
             exports=_exports(config),
         ),
     ]
@@ -235,14 +240,18 @@ def resume(
 
     def fetch(name: str) -> None:
         if remote is not None:
-            remote.fetch(checkpoint.folder, name)
+            remote.fetch(checkpoint, name)
 
-    (saver,) = (callback for callback in trainer.state.callbacks if isinstance(callback, Checkpoints))
     reader = Reader(checkpoint.folder, fetch)
     if base is not None:
         with naming("init_from.path: "):
             check_base(reader, model_tensors(model_of(trainer.state)), base)
-    saver.drawn = restore(trainer, checkpoint, reader)
+    _saver(trainer).drawn = restore(trainer, checkpoint, reader)
+
+
+def _saver(trainer: Trainer) -> Checkpoints:
+    (saver,) = (callback for callback in trainer.state.callbacks if isinstance(callback, Checkpoints))
+    return saver
 
 
 def check_world(config: RunConfig, world_size: int) -> None:
@@ -328,7 +337,7 @@ def _newest(config: RunConfig, remote: Remote | None) -> Checkpoint | None:
         candidates = [folders.newest(root, _say)]
         try:
             with _store_errors(config.checkpoints.remote):
-                candidates += [remote.newest(root)] if remote else []
+                candidates += [remote.newest(root, _say)] if remote else []
             found = [max(filter(None, candidates), key=lambda c: c.step, default=None)]
         except ConfigError as error:
             found = [error]

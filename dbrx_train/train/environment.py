@@ -32,12 +32,6 @@ def join_ranks(device: str, timeout: float) -> None:
 def _from_slurm(task: Mapping[str, str]) -> dict[str, str]:
     """What torch wants to be told, from what srun tells its tasks."""
     node, job, step = (int(task[f"SLURM_{name}"]) for name in ("NODEID", "JOB_ID", "STEP_ID"))
-    hosts = subprocess.run(
-        ["scontrol", "show", "hostnames", task["SLURM_STEP_NODELIST"]],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split()
     # "4(x2),3": four tasks on each of the first two nodes, three on the next
     per_node = re.findall(r"(\d+)(?:\(x(\d+)\))?", task["SLURM_STEP_TASKS_PER_NODE"])
     tasks = [int(count) for count, times in per_node for _ in range(int(times or 1))]
@@ -47,9 +41,12 @@ def _from_slurm(task: Mapping[str, str]) -> dict[str, str]:
         "LOCAL_RANK": task["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": str(tasks[node]),
         "NODE_RANK": str(node),
-        "MASTER_ADDR": hosts[0],
-        "MASTER_PORT": str(20000 + (job * 100 + step) % 10000),  # below the ports that systems hand out
+        "MASTER_PORT": str(20000 + (job + 997 * step) % 10000),  # below the ports that systems hand out
     }
+    if "MASTER_ADDR" not in task:
+        command = ["scontrol", "show", "hostnames", task["SLURM_STEP_NODELIST"]]
+        hosts = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        found["MASTER_ADDR"] = hosts[0]
     return {key: value for key, value in found.items() if key not in task}
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shutil
 import time
+import uuid
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
         config: kept inside each checkpoint, so that it is enough to rebuild the model.
         asynchronous: go on training while a copy in the host's memory is written.
         remote: where every checkpoint is copied to as well; nothing is deleted there.
+        timeout: seconds after which ranks give up waiting for each other.
         exports: which checkpoints to write in Hugging Face's form too; they are saved for it.
     """
 
@@ -47,25 +49,49 @@ class Checkpoints(Callback):  # type: ignore[misc]
         *,
         asynchronous: bool = False,
         remote: Remote | None = None,
+        timeout: float = 1800.0,
         exports: Exports | None = None,
     ) -> None:
         self.root, self.keep, self.config, self.remote = root, keep, config, remote
-        self.exports = exports
+        self.exports, self.timeout = exports, timedelta(seconds=timeout)
         self.due = create_interval_scheduler(interval)
         self.writer = ThreadPoolExecutor(1, "checkpoints") if asynchronous else None
         self.pending: Future[None] | None = None
         self.group: ProcessGroup | None = None
+        self.shared = True
+        """All hosts see the same ``root``."""
         self.drawn: Tensor | None = None
         """This rank's random states, if the run is resumed."""
 
     def fit_start(self, state: State, logger: Logger) -> None:
         warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # torch's own use of it in saving
         if dist.get_world_size() > 1:
-            self.group = new_group(backend="gloo")  # apart from training's, for a thread may use it
+            # Apart from training's, for a thread may use it
+            self.group = new_group(backend="gloo", timeout=self.timeout)
+        self.shared = self._is_shared()
+        if not self.shared and self.remote is None:
+            raise ValueError(
+                f"folder: {self.root} is not the same on all hosts; must be one that they share, unless "
+                f"checkpoints.remote is set"
+            )
         self._gather(None)  # other ranks have read what they go on from
         if dist.get_local_rank() == 0:
             folders.remove_torn(self.root)
         self._gather(None)  # and none has begun to save
+
+    def _is_shared(self) -> bool:
+        """Whether every rank sees what rank 0 puts into ``root``."""
+        first = dist.get_global_rank() == 0
+        probe = self.root / f".{uuid.uuid4().hex}"  # a name that no host has asked for before
+        if first:
+            self.root.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+        name = self._gather(probe.name if first else None)[0]
+        assert name is not None
+        seen = self._gather("yes" if (self.root / name).exists() else None)
+        if first:
+            probe.unlink()
+        return all(seen)
 
     def batch_start(self, state: State, logger: Logger) -> None:
         # Not earlier: making the loader's iterator draws a number.
@@ -88,10 +114,18 @@ class Checkpoints(Callback):  # type: ignore[misc]
             self.exports.wait()
 
     def close(self, state: State, logger: Logger) -> None:
+        self.finish()
         if self.exports is not None:
             self.exports.close()
         if self.writer is not None:
             self.writer.shutdown()
+
+    def finish(self) -> None:
+        """Until what is being written is whole, or has failed; for a run that ends early."""
+        try:
+            self.wait()
+        except Exception as error:  # the run ends for another reason
+            warnings.warn(f"the last checkpoint is lost ({first_line(error)})", stacklevel=2)
 
     def wait(self) -> None:
         """Until what is being written is whole; raises what went wrong."""
@@ -118,12 +152,12 @@ class Checkpoints(Callback):  # type: ignore[misc]
                 shutil.rmtree(partial, ignore_errors=True)
             raise OSError(error.errno, error.strerror, str(path)) from error
         trouble = self._upload(partial, files)
+        troubles = [f"rank {rank}: {text}" for rank, text in enumerate(self._gather(trouble)) if text]
         if dist.get_global_rank() == 0:
             self._keep(partial, mark | {"files": files})
-        troubles = [f"rank {rank}: {text}" for rank, text in enumerate(self._gather(trouble)) if text]
-        if dist.get_local_rank() == 0:
-            with suppress(FileNotFoundError):  # the hosts share the folder, and rank 0 has kept it
-                self._keep(partial, mark | {"files": files})
+        elif dist.get_local_rank() == 0 and not self.shared:
+            shutil.rmtree(partial)  # parts of a checkpoint, which the store has whole
+        self._gather(None)
         if troubles:
             raise RuntimeError(f"{path} is whole, but cannot be copied to checkpoints.remote ({troubles[0]})")
         if self.remote is not None and dist.get_global_rank() == 0:
@@ -137,8 +171,14 @@ class Checkpoints(Callback):  # type: ignore[misc]
             return None
         rank = dist.get_global_rank()
         mine = [name for name in names if name.startswith(f"__{rank}_")]
+        trouble = self._try(self.remote.withdraw, partial) if rank == 0 else None
+        self._gather(None)  # nothing is replaced that still counts
+        return trouble or self._try(self.remote.upload, partial, [".metadata", *mine] if rank == 0 else mine)
+
+    def _try(self, action: Callable[..., None], *arguments: Any) -> str | None:
+        """Do something with the store; returns what went wrong."""
         try:
-            self.remote.upload(partial, [".metadata", *mine] if rank == 0 else mine)
+            action(*arguments)
         except Exception as error:  # every kind of store has its own
             return first_line(error)
         return None
