@@ -10,7 +10,7 @@ __all__ = ["show"]
 
 
 def show(error: Exception, quiet: bool = False) -> int:
-    """Print ``error``; returns the exit code: 2 for a user's mistake, else 1. ``quiet``: no word of mistakes."""
+    """Print ``error``; returns the exit code: 2 for a user's mistake, else 1. ``quiet``: not a mistake."""
     line, rank = _mistake(error), os.environ.get("RANK", "0")
     where = "" if rank == "0" else f" (rank {rank})"
     if line is None or (isinstance(error, ValueError) and os.environ.get("DBRX_TRAIN_LOG") == "debug"):
