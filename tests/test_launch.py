@@ -106,7 +106,7 @@ def test_two_hosts_train_what_one_process_does(hosts: Hosts, workplace: Path, tm
     assert sorted(output.count("mlflow ui") for output in outputs) == [0, 1], "rank 0 alone speaks"
     one, two = (saved_tensors(tmp_path / name / "checkpoints" / "ba4") for name in ("one", "two"))
     for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)  # of steps of 1e-2
 
 
 @pytest.mark.slow

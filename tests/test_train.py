@@ -153,7 +153,7 @@ def test_two_ranks_train_what_one_does_and_one_goes_on_from_there(
     one, two = (saved_tensors(in_tmp / name / "checkpoints" / "ba8") for name in names)
     assert one.keys() == two.keys()
     for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)  # of steps of 1e-2
     # Adam hides a constant factor on the gradients; their norm and the held-out loss do not.
     for metric in ("gradients/norm", "metrics/eval/web/cross_entropy"):
         histories = []
@@ -168,7 +168,7 @@ def test_two_ranks_train_what_one_does_and_one_goes_on_from_there(
         folders.remove(folder / late)
     run(load(path))
     for name, weight in saved_tensors(folder / "ba8").items():
-        torch.testing.assert_close(weight, one[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(weight, one[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -146,7 +146,7 @@ def test_an_object_store_has_all_that_a_new_machine_needs(
         assert "ba6.fetched, after 768 tokens" in capsys.readouterr().out
         found = saved_tensors(in_tmp / "moved" / "checkpoints" / "ba8")
         for name, tensor in saved_tensors(in_tmp / "straight" / "checkpoints" / "ba8").items():
-            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)
     # What is damaged there is passed over; and a store is one run's alone.
     s3 = boto3.client("s3", endpoint_url=os.environ["S3_ENDPOINT_URL"])
     prefix = f"{bucket.removeprefix('s3://runs/')}-false"
