@@ -30,8 +30,8 @@ class Int8Rows(nn.Module):
 def quantize(model: Dbrx, input_ids: Tensor) -> float:
     """Turn all large matrices but the embedding into int8, for good; a quarter of float32's memory at rest.
 
-    Each is turned back into its dtype whenever it is used, all experts of a layer at once. Norms and routers, which choose, stay as they
-    are. The model can no longer be trained.
+    Each is turned back into its dtype whenever it is used, all experts of a layer at once. Norms and routers,
+    which choose, stay as they are. The model can no longer be trained.
 
     Returns by how much the logits of ``input_ids`` [B, S] are off: the root mean square of the error, over
     that of the logits.
