@@ -317,6 +317,13 @@ def edit_config(path: Path, **values: Any) -> None:
     (path / "config.json").write_text(json.dumps(config | values))
 
 
+def edit_index(path: Path, name: str, file: str | None) -> None:
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    index["weight_map"][name] = file
+    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if file is not None}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -360,11 +367,29 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "names": (
         lambda p: edit(first(p), lambda t: t.update({"wpe": t.pop("transformer.wte.weight")})),
-        "missing transformer.wte.weight; unexpected wpe",
+        "transformer.wte.weight is in none, not in model-.*; wpe is in model-.*, not in none",
     ),
     "index": (
         lambda p: (p / "model.safetensors.index.json").write_text("[]"),
         "is damaged; must hold a JSON",
+    ),
+    "in two files": (
+        lambda p: edit(
+            max(p.glob("*.safetensors")), lambda t: t.update({"transformer.wte.weight": torch.ones(131, 48)})
+        ),
+        f"model-.*: holds transformer.wte.weight, which {FIRST}.* holds too",
+    ),
+    "index of other files": (
+        lambda p: edit_index(p, "transformer.wte.weight", max(p.glob("*.safetensors")).name),
+        f"index.json: is not of the files beside it: transformer.wte.weight is in {FIRST}.*, not in model-",
+    ),
+    "index without a tensor": (
+        lambda p: edit_index(p, "transformer.wte.weight", None),
+        "index.json: is not of the files beside it: transformer.wte.weight is in .*, not in none",
+    ),
+    "index of a file elsewhere": (
+        lambda p: edit_index(p, "transformer.wte.weight", "../x.safetensors"),
+        r"index.json: names '../x.safetensors'; must name files beside it alone",
     ),
     "no config": (lambda p: (p / "config.json").unlink(), "no Hugging Face folder; must hold config.json"),
     "not JSON": (lambda p: (p / "config.json").write_text("{"), "config.json: is not JSON"),

@@ -160,10 +160,13 @@ def open_folder(folder: Path) -> Stored:
         if index.is_file():
             try:
                 places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                files = [folder / name for name in sorted(set(places.values()))]
+                files = sorted(set(places.values()))
             except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise ValueError(f"{index}: is damaged; must hold a JSON object with a weight_map") from error
-            return open_files(folder, files, index)
+            check_names(index, files)
+            stored = open_files(folder, [folder / name for name in files], index)
+            _check_index(index, places, stored)
+            return stored
     raise ValueError(f"{folder}: holds no weights; must have {SINGLE_FILE} or {INDEX_FILE}")
 
 
@@ -173,13 +176,34 @@ def open_files(path: Path, files: Iterable[Path], index: Path | None = None) -> 
     for file in files:
         if not file.is_file():
             raise ValueError(f"{file}: is missing{f', though {index.name} names it' if index else ''}")
-        found |= {name: (file, tensor.to("meta")) for name, tensor in open_tensors(file).items()}
+        for name, tensor in open_tensors(file).items():
+            if name in found:
+                raise ValueError(f"{file}: holds {name}, which {found[name][0].name} holds too")
+            found[name] = file, tensor.to("meta")
     return Stored(
         path,
         {name: file for name, (file, _) in found.items()},
         {name: tuple(tensor.shape) for name, (_, tensor) in found.items()},
         {name: tensor.dtype for name, (_, tensor) in found.items()},
     )
+
+
+def check_names(path: Path, names: Iterable[Any]) -> None:
+    """Raise ValueError for one that is not a file's beside ``path``, which lists them."""
+    for name in names:
+        if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):
+            raise ValueError(f"{path}: names {name!r}; must name files beside it alone")
+
+
+def _check_index(index: Path, places: Mapping[str, str], stored: Stored) -> None:
+    found = {name: file.name for name, file in stored.places.items()}
+    troubles = [
+        f"{name} is in {found.get(name, 'none')}, not in {places.get(name, 'none')}"
+        for name in sorted(places.keys() | found.keys())
+        if places.get(name) != found.get(name)
+    ]
+    if troubles:
+        raise ValueError(f"{index}: is not of the files beside it: {'; '.join(troubles)}")
 
 
 def open_tensors(file: Path) -> dict[str, Tensor]:
