@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +105,36 @@ def test_a_run_exports_beside_training_and_another_begins_from_that(
         run(load(run_yaml(workplace, in_tmp, "far"), [*QUICK, *STILL, source, "model.rope_theta=10"]))
 
 
+@pytest.mark.parametrize("trouble", [None, RuntimeError("No space left")])
+def test_an_export_takes_the_place_of_another_only_when_it_is_whole(
+    trouble: Exception | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(checkpoint: Path, out: Path, *rest: Any) -> int:
+        out.mkdir()
+        assert (tmp_path / "ba3" / "old").exists()
+        if trouble:
+            raise trouble
+        return 0
+
+    for name in ("ba3/old", "ba2.partial/torn"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.setattr(exports, "export", made)
+    writer = exports.Exports(tmp_path, "1ba", torch.float32)
+    assert [path.name for path in tmp_path.iterdir()] == ["ba3"]
+    with pytest.warns(UserWarning, match="could not be written") if trouble else nullcontext():
+        writer.begin(tmp_path / "elsewhere" / "ba3")
+        writer.wait()
+    assert (tmp_path / "ba3" / "old").exists() == bool(trouble)
+    assert [path.name for path in exports.Exports(tmp_path, "1ba", torch.float32).root.iterdir()] == ["ba3"]
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("trouble", [OSError(28, "No space left on device"), RuntimeError("No space")])
 def test_an_export_that_fails_does_not_end_the_run(
-    workplace: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+    trouble: Exception, workplace: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*rest: Any) -> int:
-        raise OSError(28, "No space left on device")
+        raise trouble
 
     monkeypatch.setattr(exports, "export", full)
     options = ["checkpoints.export.interval=4ba"]
