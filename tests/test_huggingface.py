@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,11 @@ from torch import Tensor, nn
 
 from dbrx_train import Dbrx, DbrxConfig, cli
 from dbrx_train.checkpoint import folder as folders
+from dbrx_train.checkpoint import huggingface
 from dbrx_train.checkpoint.huggingface import MANIFEST, export, import_folder
 from dbrx_train.checkpoint.tensors import model_tensors, write
 from dbrx_train.checkpoint.verify import verify
-from dbrx_train.checkpoint.weights import consolidate, load_model, open_weights, upcycled
+from dbrx_train.checkpoint.weights import consolidate, load_model, open_weights, read_together, upcycled
 from dbrx_train.data.tokenizer import load_tokenizer
 from dbrx_train.model.families import table
 
@@ -255,6 +259,7 @@ def test_what_has_no_place_there_is_refused(change: dict[str, Any], says: str, t
 
 # ---------------------------------------------------------------- the tokenizer
 
+TINY = DbrxConfig(d_model=8, n_layers=1, n_heads=2, n_kv_heads=1, ffn_hidden_size=8, num_experts=2, top_k=1)
 TEXTS = [
     "",
     "it's IT'S 'ſ don'T we'LL I'd've",
@@ -271,10 +276,7 @@ def test_the_tokenizer_needs_no_code_and_gives_the_same_ids(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     ours = load_tokenizer()
-    config = DbrxConfig(
-        d_model=8, n_layers=1, n_heads=2, n_kv_heads=1, ffn_hidden_size=8, num_experts=2, top_k=1
-    )
-    export(save_checkpoint(Dbrx(config, seed=0), tmp_path), tmp_path / "out", torch.bfloat16, nobody)
+    export(save_checkpoint(Dbrx(TINY, seed=0), tmp_path), tmp_path / "out", torch.bfloat16, nobody)
     assert verify(tmp_path / "out")[0].hashed
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=False)
     assert "incorrect" not in caplog.text, "not taken for another's"
@@ -460,6 +462,96 @@ def test_verify_names_the_first_bad_thing(
         flip(path / file, (path / file).read_bytes().index(b"bytes") + 9)  # a digit of a size
         assert run_cli(["checkpoint", "verify", str(path)], monkeypatch) == 2
         assert "is damaged" in capsys.readouterr().err
+
+
+def test_a_runs_own_values_must_be_finite(tmp_path: Path) -> None:
+    model = Dbrx(DbrxConfig.from_hf(json.loads(MODELS["dbrx"]().to_json_string())), seed=0)
+    with torch.no_grad():
+        model.get_parameter("lm_head.weight")[130, 3] = torch.nan
+    path = save_checkpoint(model, tmp_path)
+    for act in (
+        lambda: verify(path),
+        lambda: export(path, tmp_path / "out", torch.float32, nobody),
+        lambda: consolidate(path, tmp_path / "out.safetensors", torch.float32, nobody),
+    ):
+        with pytest.raises(ValueError, match=r"ba3: (model\.)?lm_head.weight holds values that are not"):
+            act()
+    assert [each.name for each in tmp_path.iterdir()] == ["checkpoints"], "nothing is left behind"
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="no such call here")
+def test_a_full_disk_is_named_and_a_disk_that_cannot_say_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_checkpoint(Dbrx(DENSE, seed=0), tmp_path)
+
+    def refuse(*rest: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    number = errno.ENOSPC
+    with pytest.raises(OSError, match="No space left") as caught:
+        consolidate(path, tmp_path / "out.safetensors", torch.float32, nobody)
+    assert caught.value.filename == str(tmp_path / "out.safetensors.partial")
+    assert [each.name for each in tmp_path.iterdir()] == ["checkpoints"], "nothing is left behind"
+    number = errno.EOPNOTSUPP
+    consolidate(path, tmp_path / "out.safetensors", torch.float32, nobody)
+    assert verify(tmp_path / "out.safetensors")
+
+
+def test_what_is_wrong_on_a_rank_is_raised_whatever_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Dbrx(DENSE, seed=0)
+    weights = open_weights(save_checkpoint(model, tmp_path), nobody)
+    said = []
+
+    def fail(tensors: dict[str, Tensor]) -> None:
+        raise RuntimeError("out of memory")
+
+    def gather(found: list[str | None], mine: str | None) -> None:
+        said.append(mine)
+        found[:] = [mine, None]
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        read_together(replace(weights, read=fail), model)
+    assert said == ["out of memory"], "and the others hear of it"
+
+
+def test_a_tokenizer_that_is_not_there_is_found_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_checkpoint(Dbrx(TINY, seed=0), tmp_path)
+    facts = folders.parse(path)
+    facts["config"]["tokenizer"]["vocab_file"] = str(tmp_path / "gone")
+    folders.mark(path, facts)
+    monkeypatch.setattr(huggingface, "write", nobody)
+    with pytest.raises(ValueError, match="gone"):
+        export(path, tmp_path / "out", torch.float32, nobody)
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        (["a"], "files: .'a'. is no JSON object"),
+        ({"config.json": {}}, "files.config.json: {} is not a size, nor a size and a hash"),
+        ({"config.json": "7"}, "files.config.json: '7' is not a size"),
+        ({"../x": 7}, "names '../x'; must name files beside it alone"),
+        ({"/etc/passwd": 7}, "names '/etc/passwd'; must name"),
+    ],
+)
+def test_what_lists_files_is_not_trusted(files: Any, says: str, tmp_path: Path) -> None:
+    make("dbrx").save_pretrained(tmp_path)
+    (tmp_path / MANIFEST).write_text(json.dumps({"files": files}))
+    with pytest.raises(ValueError, match=f"{MANIFEST}: {says}"):
+        verify(tmp_path)
+    (tmp_path / "ba1").mkdir()
+    folders.mark(tmp_path / "ba1", {"config": {}, "data": {}, "time": {}, "files": files})
+    with pytest.raises(ValueError, match=f"ba1: not a whole checkpoint .*{says}"):
+        folders.read(tmp_path / "ba1")
 
 
 def test_marks_without_hashes_are_still_read(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Files are mapped into memory: nothing is read but what is asked for, and a model
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -120,12 +121,7 @@ class Stored:
 
     def _check_finite(self, part: Part, values: Tensor) -> None:
         values = values.T if part.transposed else values  # as it lies in the file
-        step = max(1, _CHECKED_AT_ONCE // max(1, math.prod(values.shape[1:])))
-        for begin in range(0, len(values), step):
-            piece = values[begin : begin + step]
-            low, high = torch.aminmax(piece)  # both are NaN if any value is
-            if not torch.isfinite(low) or not torch.isfinite(high):
-                raise ValueError(f"{self.places[part.name]}: {part.name} holds values that are not finite")
+        check_finite(self.places[part.name], part.name, values)
 
     def check_finite(self) -> int:
         """Read everything; returns its size in bytes. Raises as ``fill``."""
@@ -135,6 +131,16 @@ class Stored:
                 self._check_finite(Part(name, 0), tensor)
                 size += tensor.nbytes
         return size
+
+
+def check_finite(path: Path, name: str, values: Tensor) -> None:
+    """Raise ValueError if a value of a tensor, which ``path`` holds under ``name``, is not finite."""
+    values = values if values.ndim else values[None]
+    step = max(1, _CHECKED_AT_ONCE // max(1, math.prod(values.shape[1:])))
+    for begin in range(0, len(values), step):
+        low, high = torch.aminmax(values[begin : begin + step])  # both are NaN if any value is
+        if not torch.isfinite(low) or not torch.isfinite(high):
+            raise ValueError(f"{path}: {name} holds values that are not finite")
 
 
 def _overlaps(parts: Iterable[Part], rows: Tensor, first: int) -> Iterator[tuple[Part, slice, Tensor]]:
@@ -305,14 +311,24 @@ def map_file(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.flush()
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)  # else a full disk would kill the process later
+        _reserve(path, file.fileno(), size)
         file.truncate(size)
     data = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)[8 + len(text) :]
     return {
         name: data[slice(*places[name])].view(tensor.dtype).view(tensor.shape)
         for name, tensor in tensors.items()
     }
+
+
+def _reserve(path: Path, descriptor: int, size: int) -> None:
+    """Claim a mapped file's room on the disk, which, if full, would kill the process later."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # file systems that cannot
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def sync(path: Path) -> None:
