@@ -26,6 +26,7 @@ from dbrx_train.checkpoint.verify import verify
 from dbrx_train.checkpoint.weights import consolidate, load_model, open_weights, read_together, upcycled
 from dbrx_train.data.tokenizer import load_tokenizer
 from dbrx_train.model.families import table
+from dbrx_train.model.pretrained import open_tensors
 
 transformers = pytest.importorskip("transformers")
 
@@ -181,6 +182,14 @@ def test_a_run_of_rmsnorm_exports_as_mixtral(tmp_path: Path) -> None:
         assert apart(model(tokens()).logits, theirs(tokens()).logits) < 1e-5
 
 
+def test_the_weight_of_a_balance_loss_is_written_in_mixtrals_convention() -> None:
+    hf = json.loads(MODELS["mixtral"]().to_json_string())
+    config = DbrxConfig.from_hf(hf | {"router_aux_loss_coef": 0.02})
+    assert config.to_hf()["router_aux_loss_coef"] == 0.02
+    config.balance_loss = "megablocks"
+    assert config.to_hf()["router_aux_loss_coef"] == 0.02 / config.top_k
+
+
 def save_checkpoint(model: Dbrx, root: Path) -> Path:
     path = folders.step_folder(root / "checkpoints", 3)
     files = write(path, model_tensors(model), None)
@@ -230,6 +239,20 @@ def test_configs_of_transformers_5_are_read() -> None:
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_parameters: 'yarn' is not supported"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings: True is not supported; must be False"),
         ({"num_local_experts": 1, "num_experts_per_tok": 1}, "num_experts: must be above 1"),
+        ({"model_type": ["mixtral"]}, r"model_type: \['mixtral'\] is not supported; must be one of"),
+        (
+            {"num_attention_heads": 0},
+            "num_attention_heads: 0 is not supported; must be a whole number above 0",
+        ),
+        ({"num_attention_heads": None}, "num_attention_heads: None is not supported; must be a whole number"),
+        ({"num_attention_heads": "2"}, "num_attention_heads: '2' is not supported; must be a whole number"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps: 'small' is not supported; must be a number"),
+        ({"rope_scaling": "linear"}, "rope_scaling: 'linear' is not supported; must be a JSON object"),
+        ({"model_type": "dbrx", "attn_config": 5}, "attn_config.*: attn_config is 5; must be a JSON object"),
+        (
+            {"model_type": "dbrx", "ffn_config": {"ffn_act_fn": "silu"}},
+            "ffn_config.ffn_act_fn.name: ffn_act_fn is 'silu'; must be a JSON object",
+        ),
         ({"model_type": "llama"}, "model_type: 'llama' is not supported; must be one of dbrx, mixtral"),
     ],
 )
@@ -417,13 +440,28 @@ def test_a_damaged_folder_is_one_line_and_exit_2(
 def test_a_bin_file_that_is_no_tensors_is_not_run(tmp_path: Path) -> None:
     make("dbrx").save_pretrained(tmp_path, safe_serialization=False)
     file = tmp_path / "pytorch_model.bin"
-    for content in (file.read_bytes()[:-100], b"text"):
-        file.write_bytes(content)
+    weights = torch.load(file, weights_only=True)
+    for zipped in (True, False):
+        torch.save(weights, file, _use_new_zipfile_serialization=zipped)
+        assert open_weights(tmp_path, nobody).dtypes.keys() == weights.keys()
+        for content in (file.read_bytes()[:-100], file.read_bytes()[:700], b"text", b""):
+            (tmp_path / "harmed.bin").write_bytes(content)
+            with pytest.raises(ValueError, match=r"harmed.bin: is not a whole file of tensors"):
+                open_tensors(tmp_path / "harmed.bin")
+        torch.save({"x": Runs(tmp_path / "ran")}, file, _use_new_zipfile_serialization=zipped)
         with pytest.raises(ValueError, match=r"pytorch_model.bin: is not a whole file of tensors"):
             open_weights(tmp_path, nobody)
-    torch.save({"x": nn.Linear(1, 1)}, file)
-    with pytest.raises(ValueError, match=r"pytorch_model.bin: is not a whole file of tensors"):
-        open_weights(tmp_path, nobody)
+        assert not (tmp_path / "ran").exists()
+        torch.load(file, weights_only=False)
+        (tmp_path / "ran").unlink()  # it would have run
+
+
+class Runs:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
 
 
 def test_verify_names_the_first_bad_thing(

@@ -75,6 +75,7 @@ def _checkpoint(path: Path) -> Verified:
     else:  # imported
         stored = open_folder(path)
         stored.check(identity(shapes), shapes)
+        stored.check_finite()
         tensors = len(stored.shapes)
     return _result(path, files, tensors)
 

@@ -9,7 +9,6 @@ import errno
 import json
 import math
 import os
-import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,12 +221,19 @@ def open_tensors(file: Path) -> dict[str, Tensor]:
         try:
             opened: Any = safe_open(file, framework="pt")
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+        except OSError as error:
+            raise ValueError(f"{file}: cannot be read ({error})") from error
         except SafetensorError as error:
             raise ValueError(f"{file}: is not a whole safetensors file ({error})") from error
+    with file.open("rb") as opened:
+        zipped = opened.read(4) == b"PK\x03\x04"  # else of torch before 1.6, which cannot be mapped
     try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        line = str(error).strip().splitlines()[0]
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle fails in many ways
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        line = "truncated" if isinstance(error, EOFError) or "central directory" in line else line
         raise ValueError(f"{file}: is not a whole file of tensors that torch.save wrote ({line})") from error
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ValueError(f"{file}: must hold tensors by name")
