@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import json
 import os
@@ -557,6 +558,22 @@ def test_what_is_wrong_on_a_rank_is_raised_whatever_it_is(
     with pytest.raises(RuntimeError, match="out of memory"):
         read_together(replace(weights, read=fail), model)
     assert said == ["out of memory"], "and the others hear of it"
+
+
+def test_a_run_of_another_vocabulary_is_not_read_back_as_cl100k(tmp_path: Path) -> None:
+    path = save_checkpoint(Dbrx(TINY, seed=0), tmp_path)
+    export(path, tmp_path / "usual", torch.bfloat16, nobody)
+    usual = {"name": "cl100k_base", "vocab_file": None}
+    assert open_weights(tmp_path / "usual", nobody).config["tokenizer"] == usual
+    swapped = dict(load_tokenizer().ranks)
+    swapped[b"a"], swapped[b"b"] = swapped[b"b"], swapped[b"a"]
+    ranks = b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in swapped.items())
+    (tmp_path / "own.tiktoken").write_bytes(ranks)
+    facts = folders.parse(path)
+    facts["config"]["tokenizer"]["vocab_file"] = str(tmp_path / "own.tiktoken")
+    folders.mark(path, facts)
+    export(path, tmp_path / "own", torch.bfloat16, nobody)
+    assert open_weights(tmp_path / "own", nobody).config["tokenizer"] is None
 
 
 def test_a_tokenizer_that_is_not_there_is_found_before_anything_is_written(

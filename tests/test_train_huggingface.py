@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import threading
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,8 +17,9 @@ from dbrx_train.checkpoint.huggingface import export
 from dbrx_train.checkpoint.verify import verify
 from dbrx_train.checkpoint.weights import load_model
 from dbrx_train.config import ConfigError, load
+from dbrx_train.data.tokenizer import load_tokenizer
 from dbrx_train.train import exports
-from dbrx_train.train.builder import run
+from dbrx_train.train.builder import _same_tokenizer, run
 
 transformers = pytest.importorskip("transformers")
 
@@ -103,6 +105,15 @@ def test_a_run_exports_beside_training_and_another_begins_from_that(
         run(load(path, [*QUICK, *STILL, *bias]))
     with pytest.warns(UserWarning, match=r"model.rope_theta: 10.0 here, but 500000.0 in .*/ba8"):
         run(load(run_yaml(workplace, in_tmp, "far"), [*QUICK, *STILL, source, "model.rope_theta=10"]))
+
+
+def test_a_tokenizer_is_told_by_its_vocabulary_not_by_its_file(tmp_path: Path) -> None:
+    usual = {"name": "cl100k_base", "vocab_file": None}
+    lines = (b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in load_tokenizer().ranks.items())
+    (tmp_path / "same").write_bytes(b"".join(lines))
+    assert _same_tokenizer(usual, usual | {"vocab_file": str(tmp_path / "same")})
+    assert not _same_tokenizer(usual, usual | {"vocab_file": str(tmp_path / "gone")})
+    assert not _same_tokenizer(usual, None)
 
 
 @pytest.mark.parametrize("trouble", [None, RuntimeError("No space left")])

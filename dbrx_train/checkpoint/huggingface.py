@@ -12,7 +12,7 @@ import torch
 
 from dbrx_train import __version__
 from dbrx_train.checkpoint import folder as folders
-from dbrx_train.checkpoint.weights import Weights, meta_model, open_weights
+from dbrx_train.checkpoint.weights import MANIFEST, Weights, meta_model, open_weights
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.families import identity, table
 from dbrx_train.model.generation import STOP_IDS
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from dbrx_train.data.tokenizer import Tokenizer
 
 __all__ = ["MANIFEST", "check_exportable", "export", "import_folder"]
-
-MANIFEST = "manifest.json"
-"""Written last into an export: every other file with its size and hash."""
 
 
 def import_folder(path: Path, out: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> int:
@@ -85,8 +82,9 @@ def export(
         )
         names += ["config.json", *_write_tokenizer(partial, tokenizer, model)]
         files = {name: folders.fingerprint(partial / name) for name in names}
-        made_by = f"dbrx-train {__version__}"
-        write_json(partial / MANIFEST, folders.sealed({"made_by": made_by, "files": files}))
+        known = tokenizer and {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint}
+        facts = {"made_by": f"dbrx-train {__version__}", "tokenizer": known, "files": files}
+        write_json(partial / MANIFEST, folders.sealed(facts))
         sync(partial / MANIFEST)
     return _size(files)
 

@@ -26,8 +26,19 @@ from dbrx_train.model.lora import is_factor
 from dbrx_train.model.pretrained import Stored, check_finite, map_file, open_files, open_folder, sync
 from dbrx_train.parallel.sharding import local_rows
 
-__all__ = ["Weights", "consolidate", "load_model", "meta_model", "open_weights", "read_together", "upcycled"]
+__all__ = [
+    "MANIFEST",
+    "Weights",
+    "consolidate",
+    "load_model",
+    "meta_model",
+    "open_weights",
+    "read_together",
+    "upcycled",
+]
 
+MANIFEST = "manifest.json"
+"""Written last into an export: every other file with its size and hash, and which tokenizer it is for."""
 DBRX_TOKENIZER = {"name": "cl100k_base", "vocab_file": None}
 
 
@@ -114,8 +125,19 @@ def _open_file(path: Path) -> Weights:
 
 def _open_hugging_face(path: Path) -> Weights:
     model = DbrxConfig.from_hf(path)
-    config = {"model": model.to_dict(), "tokenizer": DBRX_TOKENIZER if model.norm == "layernorm" else None}
+    config = {"model": model.to_dict(), "tokenizer": _tokenizer(path, model)}
     return _stored(open_folder(path), config, functools.partial(table, model))
+
+
+def _tokenizer(path: Path, model: DbrxConfig) -> dict[str, Any] | None:
+    """DBRX's, if the folder's is that: of ours the manifest tells, of others the model's class."""
+    from dbrx_train.data.tokenizer import CL100K_FINGERPRINT
+
+    try:
+        known = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["tokenizer"]["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):  # from elsewhere, older, or without a tokenizer
+        return DBRX_TOKENIZER if model.norm == "layernorm" else None
+    return DBRX_TOKENIZER if known == CL100K_FINGERPRINT else None
 
 
 def _stored(
