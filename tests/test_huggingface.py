@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import errno
 import json
+import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +20,14 @@ from torch import Tensor, nn
 
 from dbrx_train import Dbrx, DbrxConfig, cli
 from dbrx_train.checkpoint import folder as folders
+from dbrx_train.checkpoint import huggingface
 from dbrx_train.checkpoint.huggingface import MANIFEST, export, import_folder
 from dbrx_train.checkpoint.tensors import model_tensors, write
 from dbrx_train.checkpoint.verify import verify
-from dbrx_train.checkpoint.weights import consolidate, load_model, open_weights, upcycled
+from dbrx_train.checkpoint.weights import consolidate, load_model, open_weights, read_together, upcycled
 from dbrx_train.data.tokenizer import load_tokenizer
 from dbrx_train.model.families import table
+from dbrx_train.model.pretrained import open_tensors
 
 transformers = pytest.importorskip("transformers")
 
@@ -177,6 +183,14 @@ def test_a_run_of_rmsnorm_exports_as_mixtral(tmp_path: Path) -> None:
         assert apart(model(tokens()).logits, theirs(tokens()).logits) < 1e-5
 
 
+def test_the_weight_of_a_balance_loss_is_written_in_mixtrals_convention() -> None:
+    hf = json.loads(MODELS["mixtral"]().to_json_string())
+    config = DbrxConfig.from_hf(hf | {"router_aux_loss_coef": 0.02})
+    assert config.to_hf()["router_aux_loss_coef"] == 0.02
+    config.balance_loss = "megablocks"
+    assert config.to_hf()["router_aux_loss_coef"] == 0.02 / config.top_k
+
+
 def save_checkpoint(model: Dbrx, root: Path) -> Path:
     path = folders.step_folder(root / "checkpoints", 3)
     files = write(path, model_tensors(model), None)
@@ -226,6 +240,20 @@ def test_configs_of_transformers_5_are_read() -> None:
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_parameters: 'yarn' is not supported"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings: True is not supported; must be False"),
         ({"num_local_experts": 1, "num_experts_per_tok": 1}, "num_experts: must be above 1"),
+        ({"model_type": ["mixtral"]}, r"model_type: \['mixtral'\] is not supported; must be one of"),
+        (
+            {"num_attention_heads": 0},
+            "num_attention_heads: 0 is not supported; must be a whole number above 0",
+        ),
+        ({"num_attention_heads": None}, "num_attention_heads: None is not supported; must be a whole number"),
+        ({"num_attention_heads": "2"}, "num_attention_heads: '2' is not supported; must be a whole number"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps: 'small' is not supported; must be a number"),
+        ({"rope_scaling": "linear"}, "rope_scaling: 'linear' is not supported; must be a JSON object"),
+        ({"model_type": "dbrx", "attn_config": 5}, "attn_config.*: attn_config is 5; must be a JSON object"),
+        (
+            {"model_type": "dbrx", "ffn_config": {"ffn_act_fn": "silu"}},
+            "ffn_config.ffn_act_fn.name: ffn_act_fn is 'silu'; must be a JSON object",
+        ),
         ({"model_type": "llama"}, "model_type: 'llama' is not supported; must be one of dbrx, mixtral"),
     ],
 )
@@ -255,6 +283,7 @@ def test_what_has_no_place_there_is_refused(change: dict[str, Any], says: str, t
 
 # ---------------------------------------------------------------- the tokenizer
 
+TINY = DbrxConfig(d_model=8, n_layers=1, n_heads=2, n_kv_heads=1, ffn_hidden_size=8, num_experts=2, top_k=1)
 TEXTS = [
     "",
     "it's IT'S 'ſ don'T we'LL I'd've",
@@ -271,10 +300,7 @@ def test_the_tokenizer_needs_no_code_and_gives_the_same_ids(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     ours = load_tokenizer()
-    config = DbrxConfig(
-        d_model=8, n_layers=1, n_heads=2, n_kv_heads=1, ffn_hidden_size=8, num_experts=2, top_k=1
-    )
-    export(save_checkpoint(Dbrx(config, seed=0), tmp_path), tmp_path / "out", torch.bfloat16, nobody)
+    export(save_checkpoint(Dbrx(TINY, seed=0), tmp_path), tmp_path / "out", torch.bfloat16, nobody)
     assert verify(tmp_path / "out")[0].hashed
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=False)
     assert "incorrect" not in caplog.text, "not taken for another's"
@@ -315,6 +341,13 @@ def edit_config(path: Path, **values: Any) -> None:
     config = json.loads((path / "config.json").read_text())
     config["ffn_config"] |= values.pop("ffn_config", {})
     (path / "config.json").write_text(json.dumps(config | values))
+
+
+def edit_index(path: Path, name: str, file: str | None) -> None:
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    index["weight_map"][name] = file
+    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if file is not None}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def truncate(path: Path) -> None:
@@ -360,11 +393,29 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "names": (
         lambda p: edit(first(p), lambda t: t.update({"wpe": t.pop("transformer.wte.weight")})),
-        "missing transformer.wte.weight; unexpected wpe",
+        "transformer.wte.weight is in none, not in model-.*; wpe is in model-.*, not in none",
     ),
     "index": (
         lambda p: (p / "model.safetensors.index.json").write_text("[]"),
         "is damaged; must hold a JSON",
+    ),
+    "in two files": (
+        lambda p: edit(
+            max(p.glob("*.safetensors")), lambda t: t.update({"transformer.wte.weight": torch.ones(131, 48)})
+        ),
+        f"model-.*: holds transformer.wte.weight, which {FIRST}.* holds too",
+    ),
+    "index of other files": (
+        lambda p: edit_index(p, "transformer.wte.weight", max(p.glob("*.safetensors")).name),
+        f"index.json: is not of the files beside it: transformer.wte.weight is in {FIRST}.*, not in model-",
+    ),
+    "index without a tensor": (
+        lambda p: edit_index(p, "transformer.wte.weight", None),
+        "index.json: is not of the files beside it: transformer.wte.weight is in .*, not in none",
+    ),
+    "index of a file elsewhere": (
+        lambda p: edit_index(p, "transformer.wte.weight", "../x.safetensors"),
+        r"index.json: names '../x.safetensors'; must name files beside it alone",
     ),
     "no config": (lambda p: (p / "config.json").unlink(), "no Hugging Face folder; must hold config.json"),
     "not JSON": (lambda p: (p / "config.json").write_text("{"), "config.json: is not JSON"),
@@ -390,13 +441,28 @@ def test_a_damaged_folder_is_one_line_and_exit_2(
 def test_a_bin_file_that_is_no_tensors_is_not_run(tmp_path: Path) -> None:
     make("dbrx").save_pretrained(tmp_path, safe_serialization=False)
     file = tmp_path / "pytorch_model.bin"
-    for content in (file.read_bytes()[:-100], b"text"):
-        file.write_bytes(content)
+    weights = torch.load(file, weights_only=True)
+    for zipped in (True, False):
+        torch.save(weights, file, _use_new_zipfile_serialization=zipped)
+        assert open_weights(tmp_path, nobody).dtypes.keys() == weights.keys()
+        for content in (file.read_bytes()[:-100], file.read_bytes()[:700], b"text", b""):
+            (tmp_path / "harmed.bin").write_bytes(content)
+            with pytest.raises(ValueError, match=r"harmed.bin: is not a whole file of tensors"):
+                open_tensors(tmp_path / "harmed.bin")
+        torch.save({"x": Runs(tmp_path / "ran")}, file, _use_new_zipfile_serialization=zipped)
         with pytest.raises(ValueError, match=r"pytorch_model.bin: is not a whole file of tensors"):
             open_weights(tmp_path, nobody)
-    torch.save({"x": nn.Linear(1, 1)}, file)
-    with pytest.raises(ValueError, match=r"pytorch_model.bin: is not a whole file of tensors"):
-        open_weights(tmp_path, nobody)
+        assert not (tmp_path / "ran").exists()
+        torch.load(file, weights_only=False)
+        (tmp_path / "ran").unlink()  # it would have run
+
+
+class Runs:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
 
 
 def test_verify_names_the_first_bad_thing(
@@ -435,6 +501,112 @@ def test_verify_names_the_first_bad_thing(
         flip(path / file, (path / file).read_bytes().index(b"bytes") + 9)  # a digit of a size
         assert run_cli(["checkpoint", "verify", str(path)], monkeypatch) == 2
         assert "is damaged" in capsys.readouterr().err
+
+
+def test_a_runs_own_values_must_be_finite(tmp_path: Path) -> None:
+    model = Dbrx(DbrxConfig.from_hf(json.loads(MODELS["dbrx"]().to_json_string())), seed=0)
+    with torch.no_grad():
+        model.get_parameter("lm_head.weight")[130, 3] = torch.nan
+    path = save_checkpoint(model, tmp_path)
+    for act in (
+        lambda: verify(path),
+        lambda: export(path, tmp_path / "out", torch.float32, nobody),
+        lambda: consolidate(path, tmp_path / "out.safetensors", torch.float32, nobody),
+    ):
+        with pytest.raises(ValueError, match=r"ba3: (model\.)?lm_head.weight holds values that are not"):
+            act()
+    assert [each.name for each in tmp_path.iterdir()] == ["checkpoints"], "nothing is left behind"
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="no such call here")
+def test_a_full_disk_is_named_and_a_disk_that_cannot_say_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_checkpoint(Dbrx(DENSE, seed=0), tmp_path)
+
+    def refuse(*rest: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    number = errno.ENOSPC
+    with pytest.raises(OSError, match="No space left") as caught:
+        consolidate(path, tmp_path / "out.safetensors", torch.float32, nobody)
+    assert caught.value.filename == str(tmp_path / "out.safetensors.partial")
+    assert [each.name for each in tmp_path.iterdir()] == ["checkpoints"], "nothing is left behind"
+    number = errno.EOPNOTSUPP
+    consolidate(path, tmp_path / "out.safetensors", torch.float32, nobody)
+    assert verify(tmp_path / "out.safetensors")
+
+
+def test_what_is_wrong_on_a_rank_is_raised_whatever_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Dbrx(DENSE, seed=0)
+    weights = open_weights(save_checkpoint(model, tmp_path), nobody)
+    said = []
+
+    def fail(tensors: dict[str, Tensor]) -> None:
+        raise RuntimeError("out of memory")
+
+    def gather(found: list[str | None], mine: str | None) -> None:
+        said.append(mine)
+        found[:] = [mine, None]
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        read_together(replace(weights, read=fail), model)
+    assert said == ["out of memory"], "and the others hear of it"
+
+
+def test_a_run_of_another_vocabulary_is_not_read_back_as_cl100k(tmp_path: Path) -> None:
+    path = save_checkpoint(Dbrx(TINY, seed=0), tmp_path)
+    export(path, tmp_path / "usual", torch.bfloat16, nobody)
+    usual = {"name": "cl100k_base", "vocab_file": None}
+    assert open_weights(tmp_path / "usual", nobody).config["tokenizer"] == usual
+    swapped = dict(load_tokenizer().ranks)
+    swapped[b"a"], swapped[b"b"] = swapped[b"b"], swapped[b"a"]
+    ranks = b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in swapped.items())
+    (tmp_path / "own.tiktoken").write_bytes(ranks)
+    facts = folders.parse(path)
+    facts["config"]["tokenizer"]["vocab_file"] = str(tmp_path / "own.tiktoken")
+    folders.mark(path, facts)
+    export(path, tmp_path / "own", torch.bfloat16, nobody)
+    assert open_weights(tmp_path / "own", nobody).config["tokenizer"] is None
+
+
+def test_a_tokenizer_that_is_not_there_is_found_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_checkpoint(Dbrx(TINY, seed=0), tmp_path)
+    facts = folders.parse(path)
+    facts["config"]["tokenizer"]["vocab_file"] = str(tmp_path / "gone")
+    folders.mark(path, facts)
+    monkeypatch.setattr(huggingface, "write", nobody)
+    with pytest.raises(ValueError, match="gone"):
+        export(path, tmp_path / "out", torch.float32, nobody)
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        (["a"], "files: .'a'. is no JSON object"),
+        ({"config.json": {}}, "files.config.json: {} is not a size, nor a size and a hash"),
+        ({"config.json": "7"}, "files.config.json: '7' is not a size"),
+        ({"../x": 7}, "names '../x'; must name files beside it alone"),
+        ({"/etc/passwd": 7}, "names '/etc/passwd'; must name"),
+    ],
+)
+def test_what_lists_files_is_not_trusted(files: Any, says: str, tmp_path: Path) -> None:
+    make("dbrx").save_pretrained(tmp_path)
+    (tmp_path / MANIFEST).write_text(json.dumps({"files": files}))
+    with pytest.raises(ValueError, match=f"{MANIFEST}: {says}"):
+        verify(tmp_path)
+    (tmp_path / "ba1").mkdir()
+    folders.mark(tmp_path / "ba1", {"config": {}, "data": {}, "time": {}, "files": files})
+    with pytest.raises(ValueError, match=f"ba1: not a whole checkpoint .*{says}"):
+        folders.read(tmp_path / "ba1")
 
 
 def test_marks_without_hashes_are_still_read(tmp_path: Path) -> None:

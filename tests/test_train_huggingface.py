@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ from dbrx_train.checkpoint.huggingface import export
 from dbrx_train.checkpoint.verify import verify
 from dbrx_train.checkpoint.weights import load_model
 from dbrx_train.config import ConfigError, load
+from dbrx_train.data.tokenizer import load_tokenizer
 from dbrx_train.train import exports
-from dbrx_train.train.builder import run
+from dbrx_train.train.builder import _same_tokenizer, run
 
 transformers = pytest.importorskip("transformers")
 
@@ -104,12 +107,45 @@ def test_a_run_exports_beside_training_and_another_begins_from_that(
         run(load(run_yaml(workplace, in_tmp, "far"), [*QUICK, *STILL, source, "model.rope_theta=10"]))
 
 
+def test_a_tokenizer_is_told_by_its_vocabulary_not_by_its_file(tmp_path: Path) -> None:
+    usual = {"name": "cl100k_base", "vocab_file": None}
+    lines = (b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in load_tokenizer().ranks.items())
+    (tmp_path / "same").write_bytes(b"".join(lines))
+    assert _same_tokenizer(usual, usual | {"vocab_file": str(tmp_path / "same")})
+    assert not _same_tokenizer(usual, usual | {"vocab_file": str(tmp_path / "gone")})
+    assert not _same_tokenizer(usual, None)
+
+
+@pytest.mark.parametrize("trouble", [None, RuntimeError("No space left")])
+def test_an_export_takes_the_place_of_another_only_when_it_is_whole(
+    trouble: Exception | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(checkpoint: Path, out: Path, *rest: Any) -> int:
+        out.mkdir()
+        assert (tmp_path / "ba3" / "old").exists()
+        if trouble:
+            raise trouble
+        return 0
+
+    for name in ("ba3/old", "ba2.partial/torn"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.setattr(exports, "export", made)
+    writer = exports.Exports(tmp_path, "1ba", torch.float32)
+    assert [path.name for path in tmp_path.iterdir()] == ["ba3"]
+    with pytest.warns(UserWarning, match="could not be written") if trouble else nullcontext():
+        writer.begin(tmp_path / "elsewhere" / "ba3")
+        writer.wait()
+    assert (tmp_path / "ba3" / "old").exists() == bool(trouble)
+    assert [path.name for path in exports.Exports(tmp_path, "1ba", torch.float32).root.iterdir()] == ["ba3"]
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("trouble", [OSError(28, "No space left on device"), RuntimeError("No space")])
 def test_an_export_that_fails_does_not_end_the_run(
-    workplace: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+    trouble: Exception, workplace: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*rest: Any) -> int:
-        raise OSError(28, "No space left on device")
+        raise trouble
 
     monkeypatch.setattr(exports, "export", full)
     options = ["checkpoints.export.interval=4ba"]

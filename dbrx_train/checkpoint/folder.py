@@ -20,11 +20,13 @@ from typing import Any
 import xxhash
 
 from dbrx_train.config import first_line
+from dbrx_train.model.pretrained import check_names
 
 __all__ = [
     "MARK",
     "Checkpoint",
     "check_file",
+    "check_listed",
     "fingerprint",
     "mark",
     "newest",
@@ -123,8 +125,10 @@ def parse(path: Path) -> dict[str, Any]:
         facts = json.loads((path / MARK).read_text(encoding="utf-8"))
         if not {"config", "data", "files", "time"} <= facts.keys():
             raise ValueError(f"{MARK} lacks entries")
-        return unsealed(facts)
-    except (OSError, ValueError, AttributeError) as error:
+        facts = unsealed(facts)
+        check_listed(path / MARK, facts["files"])
+        return facts
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a whole checkpoint ({first_line(error)})") from None
 
 
@@ -149,6 +153,17 @@ def unsealed(facts: dict[str, Any]) -> dict[str, Any]:
     if facts.get("seal") not in (None, sealed(plain)["seal"]):
         raise ValueError("is damaged: its content is not what was written")
     return plain
+
+
+def check_listed(listing: Path, files: Any) -> None:
+    """Hold what a mark or a manifest says of files against its form; raises ValueError."""
+    if not isinstance(files, dict):
+        raise ValueError(f"{listing}: files: {files!r} is no JSON object")
+    check_names(listing, files)
+    for name, facts in files.items():
+        hashed = isinstance(facts, dict) and facts.keys() == {"bytes", "xxh3"}
+        if type(facts["bytes"] if hashed else facts) is not int:
+            raise ValueError(f"{listing}: files.{name}: {facts!r} is not a size, nor a size and a hash")
 
 
 def size_of(facts: Any) -> int:

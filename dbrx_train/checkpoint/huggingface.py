@@ -6,22 +6,22 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dbrx_train import __version__
 from dbrx_train.checkpoint import folder as folders
-from dbrx_train.checkpoint.weights import meta_model, open_weights
+from dbrx_train.checkpoint.weights import MANIFEST, Weights, meta_model, open_weights
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.families import identity, table
 from dbrx_train.model.generation import STOP_IDS
 from dbrx_train.model.pretrained import MAX_SHARD_BYTES, outline, sync, write, write_json
 
-__all__ = ["MANIFEST", "check_exportable", "export", "import_folder"]
+if TYPE_CHECKING:
+    from dbrx_train.data.tokenizer import Tokenizer
 
-MANIFEST = "manifest.json"
-"""Written last into an export: every other file with its size and hash."""
+__all__ = ["MANIFEST", "check_exportable", "export", "import_folder"]
 
 
 def import_folder(path: Path, out: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> int:
@@ -69,6 +69,7 @@ def export(
     weights = open_weights(path, passed_over)
     model = weights.model
     check_exportable(model)
+    tokenizer = _tokenizer(weights)  # before hours of writing, for it may not be there
     state = dict(meta_model(model).named_parameters())
     parts = table(model, {name: tuple(tensor.shape) for name, tensor in state.items()})
     tensors = outline(parts, state, dict.fromkeys(state, dtype))
@@ -79,10 +80,11 @@ def export(
         write_json(
             partial / "config.json", model.to_hf() | {"torch_dtype": str(dtype).removeprefix("torch.")}
         )
-        names += ["config.json", *_write_tokenizer(partial, weights.config["tokenizer"], model)]
+        names += ["config.json", *_write_tokenizer(partial, tokenizer, model)]
         files = {name: folders.fingerprint(partial / name) for name in names}
-        made_by = f"dbrx-train {__version__}"
-        write_json(partial / MANIFEST, folders.sealed({"made_by": made_by, "files": files}))
+        known = tokenizer and {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint}
+        facts = {"made_by": f"dbrx-train {__version__}", "tokenizer": known, "files": files}
+        write_json(partial / MANIFEST, folders.sealed(facts))
         sync(partial / MANIFEST)
     return _size(files)
 
@@ -95,18 +97,27 @@ def check_exportable(model: DbrxConfig) -> None:
         raise ValueError(f"model.{error}") from None
 
 
-def _write_tokenizer(folder: Path, tokenizer: dict[str, Any] | None, model: DbrxConfig) -> list[str]:
-    """The tokenizer's files and the generation defaults that name its tokens."""
+def _tokenizer(weights: Weights) -> Tokenizer | None:
+    """The run's, if it is known and the model has a row for each of its ids."""
     from dbrx_train.data.tokenizer import Tokenizer, load_tokenizer
+
+    options = weights.config["tokenizer"]
+    if options is None or weights.model.vocab_size < Tokenizer.n_vocab:
+        return None
+    return load_tokenizer(**options)
+
+
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer | None, model: DbrxConfig) -> list[str]:
+    """The tokenizer's files and the generation defaults that name its tokens."""
     from dbrx_train.data.tokenizer_json import write_tokenizer
 
-    if tokenizer is None or model.vocab_size < Tokenizer.n_vocab:
+    if tokenizer is None:
         return []
-    names = write_tokenizer(folder, load_tokenizer(**tokenizer), model.max_seq_len)
+    names = write_tokenizer(folder, tokenizer, model.max_seq_len)
     generation = {
-        "bos_token_id": Tokenizer.eos_id,
+        "bos_token_id": tokenizer.eos_id,
         "eos_token_id": list(STOP_IDS),
-        "pad_token_id": Tokenizer.pad_id,
+        "pad_token_id": tokenizer.pad_id,
     }
     write_json(folder / "generation_config.json", generation)
     return [*names, "generation_config.json"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from dbrx_train.checkpoint import folder as folders
@@ -18,7 +19,7 @@ from dbrx_train.config import first_line
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.families import identity, table
 from dbrx_train.model.lora import adapt
-from dbrx_train.model.pretrained import open_files, open_folder
+from dbrx_train.model.pretrained import check_finite, open_files, open_folder
 
 __all__ = ["Verified", "verify"]
 
@@ -74,12 +75,13 @@ def _checkpoint(path: Path) -> Verified:
     else:  # imported
         stored = open_folder(path)
         stored.check(identity(shapes), shapes)
+        stored.check_finite()
         tensors = len(stored.shapes)
     return _result(path, files, tensors)
 
 
 def _check_parts(path: Path, shapes: dict[str, tuple[int, ...]], files: dict[str, Any]) -> int:
-    """Every tensor of the model is there, and every value of all tensors, within what was written."""
+    """Every tensor of the model is there, and every value of all tensors, within what was written, finite."""
     reader = Reader(path)
     metadata: Metadata = reader.read_metadata()
     for name, shape in shapes.items():
@@ -90,12 +92,17 @@ def _check_parts(path: Path, shapes: dict[str, tuple[int, ...]], files: dict[str
     places = metadata.storage_data or {}
     for name, tensor in metadata.state_dict_metadata.items():
         assert isinstance(tensor, TensorStorageMetadata)
-        values = sum(chunk.sizes.numel() for chunk in tensor.chunks)
-        if values != tensor.size.numel():
-            raise ValueError(f"{path}: of {name}, {values:,} of {tensor.size.numel():,} values are there")
+        there = sum(chunk.sizes.numel() for chunk in tensor.chunks)
+        if there != tensor.size.numel():
+            raise ValueError(f"{path}: of {name}, {there:,} of {tensor.size.numel():,} values are there")
     for index, place in places.items():
         if place.offset + place.length > folders.size_of(files.get(place.relative_path, 0)):
             raise ValueError(f"{path}: {index.fqn} lies beyond the end of {place.relative_path}")
+    for name, (size, dtype) in reader.shapes.items():
+        if dtype.is_floating_point:
+            values = torch.empty(size, dtype=dtype)
+            reader.read({name: values})
+            check_finite(path, name, values)
     return len(metadata.state_dict_metadata)
 
 
@@ -104,7 +111,8 @@ def _hugging_face(path: Path) -> Verified:
     if (path / MANIFEST).is_file():
         try:
             files = folders.unsealed(json.loads((path / MANIFEST).read_text(encoding="utf-8")))["files"]
-        except (ValueError, KeyError, AttributeError) as error:
+            folders.check_listed(path / MANIFEST, files)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path / MANIFEST}: cannot be read ({first_line(error)})") from None
         _check_files(path, files, MANIFEST)
     config = DbrxConfig.from_hf(path)

@@ -23,11 +23,22 @@ from dbrx_train.model.decoder import Dbrx
 from dbrx_train.model.families import Table, identity, table
 from dbrx_train.model.init import is_norm
 from dbrx_train.model.lora import is_factor
-from dbrx_train.model.pretrained import Stored, map_file, open_files, open_folder, sync
+from dbrx_train.model.pretrained import Stored, check_finite, map_file, open_files, open_folder, sync
 from dbrx_train.parallel.sharding import local_rows
 
-__all__ = ["Weights", "consolidate", "load_model", "meta_model", "open_weights", "read_together", "upcycled"]
+__all__ = [
+    "MANIFEST",
+    "Weights",
+    "consolidate",
+    "load_model",
+    "meta_model",
+    "open_weights",
+    "read_together",
+    "upcycled",
+]
 
+MANIFEST = "manifest.json"
+"""Written last into an export: every other file with its size and hash, and which tokenizer it is for."""
 DBRX_TOKENIZER = {"name": "cl100k_base", "vocab_file": None}
 
 
@@ -53,9 +64,10 @@ class Weights:
         return DbrxConfig.from_dict(self.config["model"])
 
     def whole(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """One tensor, of the shape of ``like``."""
+        """One tensor, of the shape of ``like``; raises as ``read``, and if a value is not finite."""
         tensor = torch.empty(like.shape, dtype=dtype)
         self.read({name: tensor})
+        check_finite(self.path, name, tensor)
         return tensor
 
 
@@ -113,8 +125,19 @@ def _open_file(path: Path) -> Weights:
 
 def _open_hugging_face(path: Path) -> Weights:
     model = DbrxConfig.from_hf(path)
-    config = {"model": model.to_dict(), "tokenizer": DBRX_TOKENIZER if model.norm == "layernorm" else None}
+    config = {"model": model.to_dict(), "tokenizer": _tokenizer(path, model)}
     return _stored(open_folder(path), config, functools.partial(table, model))
+
+
+def _tokenizer(path: Path, model: DbrxConfig) -> dict[str, Any] | None:
+    """DBRX's, if the folder's is that: of ours the manifest tells, of others the model's class."""
+    from dbrx_train.data.tokenizer import CL100K_FINGERPRINT
+
+    try:
+        known = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["tokenizer"]["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):  # from elsewhere, older, or without a tokenizer
+        return DBRX_TOKENIZER if model.norm == "layernorm" else None
+    return DBRX_TOKENIZER if known == CL100K_FINGERPRINT else None
 
 
 def _stored(
@@ -187,17 +210,19 @@ def read_together(weights: Weights, model: nn.Module) -> None:
     """Fill a model, but not its adapters, each rank its own rows; what is wrong with one's is raised on all.
 
     Raises:
-        ValueError: as ``Weights.read``.
+        ValueError: as ``Weights.read``, and what else went wrong on another rank.
     """
-    trouble = None
+    trouble, cause = None, None
     try:
         weights.read({name: t for name, t in model.state_dict().items() if not is_factor(name)})
-    except ValueError as error:
-        trouble = str(error)
+    except Exception as error:  # of any kind: the others wait to hear of it
+        trouble, cause = str(error) or type(error).__name__, error
     troubles = [trouble]
     if dist.is_initialized():
         troubles *= dist.get_world_size()
         dist.all_gather_object(troubles, trouble)
+    if cause is not None and not isinstance(cause, ValueError):
+        raise cause
     for found in troubles:
         if found is not None:
             raise ValueError(found)
@@ -231,7 +256,7 @@ def consolidate(path: Path, out: Path, dtype: torch.dtype, passed_over: Callable
     parameters, float32 or bfloat16; buffers stay float32.
 
     Raises:
-        ValueError: there is no checkpoint, or ``out`` exists.
+        ValueError: there is no checkpoint, a value is not finite, or ``out`` exists.
     """
     if out.exists():
         raise ValueError(f"{out}: exists already")
@@ -239,7 +264,14 @@ def consolidate(path: Path, out: Path, dtype: torch.dtype, passed_over: Callable
     model = meta_model(weights.model)
     state = model.state_dict() | {name: tensor.to(dtype) for name, tensor in model.named_parameters()}
     partial = out.with_name(f"{out.name}.partial")
-    weights.read(map_file(partial, state, {"config": json.dumps(weights.config)}))
-    sync(partial)
+    try:
+        tensors = map_file(partial, state, {"config": json.dumps(weights.config)})
+        weights.read(tensors)
+        for name, tensor in tensors.items():
+            check_finite(weights.path, name, tensor)
+        sync(partial)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     partial.rename(out)
     return out.stat().st_size

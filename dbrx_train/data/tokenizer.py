@@ -22,7 +22,7 @@ import numpy as np
 import tiktoken
 from numpy.typing import NDArray
 
-__all__ = ["Tokenizer", "load_tokenizer"]
+__all__ = ["CL100K_FINGERPRINT", "Tokenizer", "load_tokenizer"]
 
 _URL = "https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"
 _SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
@@ -45,6 +45,10 @@ _SPECIAL = {
     "<|im_end|>": 100279,
 }
 _PADDED_VOCAB = 100352
+
+
+CL100K_FINGERPRINT = "f5f49b57ebbebe75ac7f600c70ecda611d92c13b5920f55c48afdc5d5c3266d9"
+"""That of ``cl100k_base``, known without loading it."""
 
 
 class Tokenizer:

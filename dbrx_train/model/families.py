@@ -163,18 +163,19 @@ def config_values(hf: Mapping[str, Any]) -> dict[str, Any]:
     """
     kind = hf.get("model_type", "dbrx")
     families = {family.model_type: family for family in FAMILIES}
-    if kind not in families:
+    if not isinstance(kind, str) or kind not in families:
         raise ValueError(f"model_type: {kind!r} is not supported; must be one of {', '.join(families)}")
     family = families[kind]
     for key, accepted in family.required.items():
         value = _get(hf, key)
         if value not in accepted:
             raise ValueError(f"{key}: {value!r} is not supported; must be {accepted[0]!r}")
-    values = {ours: _get(hf, key, default) for key, (ours, default) in family.fields.items()}
+    values = {ours: _number(hf, key, default) for key, (ours, default) in family.fields.items()}
     values |= dict(family.fixed) | dict(family.adopted)
     values["rope_theta"] = _rope_theta(hf, family)
     values["router_jitter"] = values["router_jitter"] or 0.0
-    if hf.get("head_dim") not in (None, values["d_model"] / values["n_heads"]):
+    width = values["d_model"] / values["n_heads"]
+    if hf.get("head_dim") not in (None, width):
         raise ValueError(f"head_dim: {hf['head_dim']} is not supported; must be width / heads")
     if values["num_experts"] == 1:
         raise ValueError("num_experts: must be above 1, as the class always has a router")
@@ -192,12 +193,21 @@ def config_json(config: DbrxConfig) -> dict[str, Any]:
     for key, accepted in family.required.items():
         _put(hf, key, accepted[0])
     for key, (ours, _) in family.fields.items():
-        weightless = ours == "balance_loss_weight" and config.balance_loss == "none"
-        _put(hf, key, 0.0 if weightless else getattr(config, ours))
+        weight = ours == "balance_loss_weight"
+        _put(hf, key, _balance_weight(config, family) if weight else getattr(config, ours))
     hf["rope_theta"] = config.rope_theta  # transformers 5 ignores the one in attn_config
     # The first with DBRX. Without one, 4.57.6 takes every large tokenizer for a broken one of Mistral's.
     hf["transformers_version"] = "4.40.0"
     return hf
+
+
+def _balance_weight(config: DbrxConfig, family: Family) -> float:
+    """In the convention in which the class's is read."""
+    if config.balance_loss == "none":
+        return 0.0
+    if config.balance_loss == "megablocks" and family.adopted.get("balance_loss") == "huggingface":
+        return config.balance_loss_weight / config.top_k  # that loss is top_k at balance, not 1
+    return config.balance_loss_weight
 
 
 def family_of(config: DbrxConfig) -> Family:
@@ -237,6 +247,8 @@ def _rope_theta(hf: Mapping[str, Any], family: Family) -> Any:
         (key, default) for key, (ours, default) in family.fields.items() if ours == "rope_theta"
     )
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"rope_scaling: {rope!r} is not supported; must be a JSON object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise ValueError(f"rope_parameters: {kind!r} is not supported; must be 'default'")
@@ -249,11 +261,25 @@ def _rope_theta(hf: Mapping[str, Any], family: Family) -> Any:
     return next((value for value in (own, common) if value is not None), default)
 
 
+def _number(hf: Mapping[str, Any], key: str, default: Any) -> Any:
+    """The value at a key, of the kind of its default."""
+    value = _get(hf, key, default)
+    if isinstance(default, int):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{key}: {value!r} is not supported; must be a whole number above 0")
+    elif value is not None and type(value) not in (int, float):
+        raise ValueError(f"{key}: {value!r} is not supported; must be a number")
+    return value
+
+
 def _get(hf: Mapping[str, Any], key: str, default: Any = None) -> Any:
     """The value at a dotted key; ``default`` where it or its section is absent."""
     *sections, last = key.split(".")
     for section in sections:
-        hf = hf.get(section) or {}
+        inner = hf.get(section)
+        if not isinstance(inner, Mapping | None):
+            raise ValueError(f"{key}: {section} is {inner!r}; must be a JSON object")
+        hf = inner or {}
     return hf.get(last, default)
 
 

@@ -5,10 +5,10 @@ Files are mapped into memory: nothing is read but what is asked for, and a model
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
-import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,12 +120,7 @@ class Stored:
 
     def _check_finite(self, part: Part, values: Tensor) -> None:
         values = values.T if part.transposed else values  # as it lies in the file
-        step = max(1, _CHECKED_AT_ONCE // max(1, math.prod(values.shape[1:])))
-        for begin in range(0, len(values), step):
-            piece = values[begin : begin + step]
-            low, high = torch.aminmax(piece)  # both are NaN if any value is
-            if not torch.isfinite(low) or not torch.isfinite(high):
-                raise ValueError(f"{self.places[part.name]}: {part.name} holds values that are not finite")
+        check_finite(self.places[part.name], part.name, values)
 
     def check_finite(self) -> int:
         """Read everything; returns its size in bytes. Raises as ``fill``."""
@@ -135,6 +130,16 @@ class Stored:
                 self._check_finite(Part(name, 0), tensor)
                 size += tensor.nbytes
         return size
+
+
+def check_finite(path: Path, name: str, values: Tensor) -> None:
+    """Raise ValueError if a value of a tensor, which ``path`` holds under ``name``, is not finite."""
+    values = values if values.ndim else values[None]
+    step = max(1, _CHECKED_AT_ONCE // max(1, math.prod(values.shape[1:])))
+    for begin in range(0, len(values), step):
+        low, high = torch.aminmax(values[begin : begin + step])  # both are NaN if any value is
+        if not torch.isfinite(low) or not torch.isfinite(high):
+            raise ValueError(f"{path}: {name} holds values that are not finite")
 
 
 def _overlaps(parts: Iterable[Part], rows: Tensor, first: int) -> Iterator[tuple[Part, slice, Tensor]]:
@@ -160,10 +165,13 @@ def open_folder(folder: Path) -> Stored:
         if index.is_file():
             try:
                 places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                files = [folder / name for name in sorted(set(places.values()))]
+                files = sorted(set(places.values()))
             except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise ValueError(f"{index}: is damaged; must hold a JSON object with a weight_map") from error
-            return open_files(folder, files, index)
+            check_names(index, files)
+            stored = open_files(folder, [folder / name for name in files], index)
+            _check_index(index, places, stored)
+            return stored
     raise ValueError(f"{folder}: holds no weights; must have {SINGLE_FILE} or {INDEX_FILE}")
 
 
@@ -173,13 +181,34 @@ def open_files(path: Path, files: Iterable[Path], index: Path | None = None) -> 
     for file in files:
         if not file.is_file():
             raise ValueError(f"{file}: is missing{f', though {index.name} names it' if index else ''}")
-        found |= {name: (file, tensor.to("meta")) for name, tensor in open_tensors(file).items()}
+        for name, tensor in open_tensors(file).items():
+            if name in found:
+                raise ValueError(f"{file}: holds {name}, which {found[name][0].name} holds too")
+            found[name] = file, tensor.to("meta")
     return Stored(
         path,
         {name: file for name, (file, _) in found.items()},
         {name: tuple(tensor.shape) for name, (_, tensor) in found.items()},
         {name: tensor.dtype for name, (_, tensor) in found.items()},
     )
+
+
+def check_names(path: Path, names: Iterable[Any]) -> None:
+    """Raise ValueError for one that is not a file's beside ``path``, which lists them."""
+    for name in names:
+        if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):
+            raise ValueError(f"{path}: names {name!r}; must name files beside it alone")
+
+
+def _check_index(index: Path, places: Mapping[str, str], stored: Stored) -> None:
+    found = {name: file.name for name, file in stored.places.items()}
+    troubles = [
+        f"{name} is in {found.get(name, 'none')}, not in {places.get(name, 'none')}"
+        for name in sorted(places.keys() | found.keys())
+        if places.get(name) != found.get(name)
+    ]
+    if troubles:
+        raise ValueError(f"{index}: is not of the files beside it: {'; '.join(troubles)}")
 
 
 def open_tensors(file: Path) -> dict[str, Tensor]:
@@ -192,12 +221,19 @@ def open_tensors(file: Path) -> dict[str, Tensor]:
         try:
             opened: Any = safe_open(file, framework="pt")
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+        except OSError as error:
+            raise ValueError(f"{file}: cannot be read ({error})") from error
         except SafetensorError as error:
             raise ValueError(f"{file}: is not a whole safetensors file ({error})") from error
+    with file.open("rb") as opened:
+        zipped = opened.read(4) == b"PK\x03\x04"  # else of torch before 1.6, which cannot be mapped
     try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        line = str(error).strip().splitlines()[0]
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle fails in many ways
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        line = "truncated" if isinstance(error, EOFError) or "central directory" in line else line
         raise ValueError(f"{file}: is not a whole file of tensors that torch.save wrote ({line})") from error
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ValueError(f"{file}: must hold tensors by name")
@@ -281,14 +317,24 @@ def map_file(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.flush()
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)  # else a full disk would kill the process later
+        _reserve(path, file.fileno(), size)
         file.truncate(size)
     data = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)[8 + len(text) :]
     return {
         name: data[slice(*places[name])].view(tensor.dtype).view(tensor.shape)
         for name, tensor in tensors.items()
     }
+
+
+def _reserve(path: Path, descriptor: int, size: int) -> None:
+    """Claim a mapped file's room on the disk, which, if full, would kill the process later."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # file systems that cannot
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def sync(path: Path) -> None:

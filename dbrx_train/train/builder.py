@@ -6,6 +6,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +161,24 @@ def _fitting(config: RunConfig, weights: Weights) -> Weights:
                 f"what its weights were trained for",
                 stacklevel=2,
             )
+    ours, theirs = asdict(config.tokenizer), weights.config["tokenizer"]
+    if not _same_tokenizer(ours, theirs):
+        warnings.warn(
+            f"tokenizer: {ours} here, but that of {weights.path} is {theirs or 'not known'}; ids must mean "
+            f"what its weights were trained for",
+            stacklevel=2,
+        )
     with naming("init_from.upcycle: "):
         return upcycled(weights, config.model) if upcycle else weights
+
+
+def _same_tokenizer(one: dict[str, Any], other: dict[str, Any] | None) -> bool:
+    if other is None or one == other:
+        return one == other
+    try:  # a file may hold what goes by the usual name
+        return load_tokenizer(**one).fingerprint == load_tokenizer(**other).fingerprint
+    except ValueError:
+        return False
 
 
 def build_trainer(

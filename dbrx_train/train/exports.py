@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from composer.utils import dist
 from composer.utils.misc import create_interval_scheduler
 
 from dbrx_train.checkpoint.huggingface import export
@@ -32,6 +33,9 @@ class Exports:
         self.due = create_interval_scheduler(interval)
         self._worker = ThreadPoolExecutor(1, "exports")
         self._pending: dict[Path, Future[None]] = {}
+        if dist.get_global_rank() == 0:
+            for left in root.glob("*.partial"):  # of a run that was killed
+                shutil.rmtree(left, ignore_errors=True)
 
     @property
     def reading(self) -> Set[Path]:
@@ -54,11 +58,16 @@ class Exports:
 
     def _export(self, checkpoint: Path) -> None:
         out = self.root / checkpoint.name
+        new, old = (out.with_name(f"{out.name}.{age}.partial") for age in ("new", "old"))
         try:
+            for left in (new, old):
+                shutil.rmtree(left, ignore_errors=True)
+            export(checkpoint, new, self.dtype, warnings.warn)
             if out.exists():  # of a run that was set back to an earlier checkpoint
-                shutil.rmtree(out)
-            export(checkpoint, out, self.dtype, warnings.warn)
-        except (OSError, ValueError) as error:  # the checkpoint is there, and can be exported later
+                out.rename(old)
+            new.rename(out)
+            shutil.rmtree(old, ignore_errors=True)
+        except Exception as error:  # the checkpoint is there, and can be exported later
             warnings.warn(
                 f"checkpoints.export: {out} could not be written ({first_line(error)})", stacklevel=2
             )
