@@ -425,6 +425,10 @@ class RunConfig:
             self.preferences.beta is None or self.init_from.path is not None,
             "preferences.beta: needs a model whose answers to compare; name it with init_from.path",
         )
+        _require(
+            self.preferences.beta is None or not self.model.output_z_loss_weight,
+            "model.output_z_loss_weight: is of next-token prediction; preferences need it to be 0",
+        )
         _require(bool(self.run_name.strip()), "run_name: must not be empty")
         _require(0 <= self.seed < 2**32, f"seed: must be at least 0 and below 2**32, not {self.seed}")
         longest = self.model.max_seq_len

@@ -33,6 +33,7 @@ TALK = [
     {"role": "user", "content": "And <|im_start|>assistant, 3 + 3?"},
     {"role": "assistant", "content": "It is 6 <|endoftext|>."},
 ]
+PAIR = [{"prompt": "Hi", "chosen": "Good day.", "rejected": "What?"}]
 SHAPE = DbrxConfig(d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, ffn_hidden_size=28, max_seq_len=256)
 
 
@@ -287,3 +288,38 @@ def test_preferences_lie_side_by_side(tmp_path: Path) -> None:
         run(write(tmp_path / "a.jsonl", [talk(0, 3)]), tmp_path / "no", ChatFormat(preferences=True))
     with pytest.raises(ValueError, match=r"loss: preferences compare answers"):
         ChatFormat(loss="all", preferences=True)
+
+
+def test_a_side_that_begins_with_another_prompt_is_refused(tmp_path: Path) -> None:
+    answer = {"role": "assistant", "content": "Good day."}
+    form = ChatFormat(preferences=True)
+    for first in ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi "}):
+        side = [first, {"role": "user", "content": "Hi"}, answer]
+        path = write(tmp_path / "a.jsonl", [{"prompt": "Hi", "chosen": "Yes.", "rejected": side}])
+        says = rf"a.jsonl:1: rejected begins with a turn of {first['role']} but not with the prompt"
+        with pytest.raises(ValueError, match=says):
+            run(path, tmp_path / "out", form)
+    whole = [{"role": "user", "content": "Hi"}, answer]
+    later = [answer, *TALK[3:]]
+    rows = [{"prompt": "Hi", "chosen": whole, "rejected": later}]
+    rows += [{"prompt": TALK[:1], "chosen": whole, "rejected": [whole[0], TALK[4]]}]
+    assert (
+        run(write(tmp_path / "a.jsonl", rows), tmp_path / "ok", form, seq_len=256)
+        .manifest.splits["train"]
+        .documents
+        == 2
+    )
+
+
+def test_pairs_that_only_their_cut_ends_tell_apart_are_left_out(tmp_path: Path) -> None:
+    rows = [{"prompt": "Hi", "chosen": "yes " * 300 + "a", "rejected": "yes " * 300 + "b"}, *PAIR]
+    path = write(tmp_path / "a.jsonl", rows)
+    summary = run(path, tmp_path / "out", ChatFormat(preferences=True))
+    problems = {kind: (found.count, found.examples) for kind, found in summary.manifest.problems.items()}
+    assert problems == {"identical": (1, [f"{path}:1"])}
+
+
+def test_conversations_that_begin_with_an_answer_are_held_out_by_it(tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "assistant", "content": f"Answer {i}."}]} for i in range(100)]
+    summary = run(write(tmp_path / "a.jsonl", rows), tmp_path / "out", val_fraction=0.5)
+    assert 30 < summary.manifest.splits["val"].documents < 70

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run_yaml, saved_tensors, torchrun
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -290,6 +291,30 @@ def test_a_run_saves_adapters_alone_resumes_exactly_and_merges(
     shutil.rmtree(own_base)
     with pytest.raises(ValueError, match=r"holds adapters of the weights in .*/base, which is not there"):
         load_model(broken, print)
+
+
+@pytest.mark.slow
+def test_adapters_of_attention_have_the_names_of_transformers_modules(
+    workplace: Path, base: Path, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    start, _ = load_model(base, print)
+    start.save_pretrained(tmp_path / "hf")
+    for origin, named in ((tmp_path / "hf", str(tmp_path / "hf")), (base, None)):
+        name = f"of-{origin.name}"
+        folder = lora_run(workplace, origin, tmp_path, name, "lora.targets=[Wqkv]", "max_duration=2ba")
+        write_adapter(folder, tmp_path / f"{name}-adapter", print)
+        about = json.loads((tmp_path / f"{name}-adapter" / "adapter_config.json").read_text())
+        assert about["base_model_name_or_path"] == named
+    theirs = transformers.DbrxForCausalLM.from_pretrained(tmp_path / "hf", torch_dtype=torch.float32)
+    wanted = {
+        f"base_model.model.{name}.lora_{factor}.weight": shape
+        for name, module in theirs.named_modules()
+        if name.endswith(".Wqkv")
+        for factor, shape in (("A", (2, module.in_features)), ("B", (module.out_features, 2)))
+    }
+    saved = load_file(tmp_path / f"{name}-adapter" / "adapter_model.safetensors")
+    assert {key: tuple(tensor.shape) for key, tensor in saved.items()} == wanted
 
 
 @pytest.mark.slow

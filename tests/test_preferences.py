@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,10 @@ from dbrx_train.data.prepare import prepare
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.decoder import Dbrx
 from dbrx_train.model.loss import chunked_log_probs
+from dbrx_train.train import reference
 from dbrx_train.train.builder import run
 from dbrx_train.train.composer_model import ComposerDbrx
-from dbrx_train.train.preferences import TERMS
+from dbrx_train.train.preferences import TERMS, document_log_probs
 
 CONFIG = DbrxConfig(
     d_model=24,
@@ -105,6 +107,18 @@ def test_the_loss_and_every_gradient_are_those_of_the_formula_in_float64() -> No
         torch.testing.assert_close(parameter.grad.double(), wanted, rtol=1e-3, atol=1e-6, msg=name)
 
 
+def test_sums_over_documents_stay_float32_under_autocast() -> None:
+    log_probs = -9 * torch.rand(2, 24, generator=torch.Generator().manual_seed(2))
+    documents = batch_of_pairs()["document_ids"]
+    plain = document_log_probs(log_probs, documents, 4)
+    for number in range(4):
+        torch.testing.assert_close(plain[:, number], log_probs.where(documents == number, 0.0).sum(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = document_log_probs(log_probs, documents, 4)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, plain)
+
+
 @pytest.fixture(scope="module")
 def pairs(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prepared preferences for one word over another, and a run to begin from: ``pairs``, ``base``."""
@@ -112,7 +126,11 @@ def pairs(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pick = random.Random(0)
     words = ["the", "model", "reads", "a", "token"]
     rows = [
-        {"prompt": " ".join(pick.choices(words, k=3)), "chosen": f"yes {i % 7}", "rejected": f"no {i % 5}"}
+        {
+            "prompt": " ".join(pick.choices(words, k=15 if i % 3 else 1)),
+            "chosen": f"yes {i % 7}",
+            "rejected": f"no {i % 5}",
+        }
         for i in range(80)
     ]
     path = root / "pairs.jsonl"
@@ -184,10 +202,26 @@ def test_a_run_learns_to_prefer_and_resumes_with_the_reference_that_it_had(
 
 
 @pytest.mark.slow
-def test_two_ranks_learn_what_one_does(workplace: Path, pairs: Path, tmp_path: Path) -> None:
+def test_an_answer_without_a_finite_log_probability_is_refused_by_its_sample(
+    workplace: Path, pairs: Path, tmp_path: Path
+) -> None:
+    path = without_sources(run_yaml(workplace, tmp_path, "broken"))
+    with pytest.MonkeyPatch.context() as patch:
+        wrong = partial(torch.full, fill_value=-torch.inf)
+        patch.setattr(reference, "document_log_probs", lambda rows, _, count: wrong((len(rows), count)))
+        with pytest.raises(ConfigError, match=r"data.sources.pairs: an answer in sample 0 of .*/pairs/train"):
+            run(load(path, options(pairs)))
+
+
+@pytest.mark.slow
+def test_pairs_count_alike_however_ranks_and_microbatches_divide_them(
+    workplace: Path, pairs: Path, tmp_path: Path
+) -> None:
     path = without_sources(run_yaml(workplace, tmp_path, "alone"))
     few = options(pairs, "max_duration=2ba", "lora.rank=4", "evaluation.max_samples=3")
-    run(load(path, few))
+    few.append("model.balance_loss_weight=0")  # it is of a microbatch's own tokens
+    run(load(path, [*few, "optimization.microbatch_size=4"]))
+    run(load(path, [*few, "optimization.microbatch_size=1", "run_name=singly", f"folder={tmp_path}/singly"]))
     program = [str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node=2"]
     program += [f"--master-port={free_port()}", "-m", "dbrx_train", "train", str(path)]
     named = [*few, "run_name=both", f"folder={tmp_path}/both"]
@@ -200,11 +234,15 @@ def test_two_ranks_learn_what_one_does(workplace: Path, pairs: Path, tmp_path: P
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (np.load(tmp_path / name / "reference" / "pairs-train.npy") for name in ("alone", "both"))
-    np.testing.assert_allclose(one, two, rtol=1e-4)
-    one, two = (saved_tensors(tmp_path / name / "checkpoints" / "ba2") for name in ("alone", "both"))
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4, msg=name)
+    alone = saved_tensors(tmp_path / "alone" / "checkpoints" / "ba2")
+    table = np.load(tmp_path / "alone" / "reference" / "pairs-train.npy")
+    assert len(set((~np.isnan(table)).sum(1))) > 1, "samples differ in how many pairs they have"
+    for other in ("singly", "both"):
+        found = np.load(tmp_path / other / "reference" / "pairs-train.npy")
+        np.testing.assert_allclose(found, table, rtol=1e-4)
+        weights = saved_tensors(tmp_path / other / "checkpoints" / "ba2")
+        for name in alone:
+            torch.testing.assert_close(weights[name], alone[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
 @pytest.mark.slow
@@ -220,5 +258,7 @@ def test_data_of_another_kind_is_refused(workplace: Path, pairs: Path, tmp_path:
     without_sources(path)
     with pytest.raises(ConfigError, match=r"preferences.beta: needs a model whose answers to compare"):
         load(path, options(pairs, "init_from.path=null"))
+    with pytest.raises(ConfigError, match=r"model.output_z_loss_weight: is of next-token prediction; pref"):
+        load(path, options(pairs, "model.output_z_loss_weight=0.1"))
     with pytest.raises(ConfigError, match=r"preferences.beta: must be positive or null, not 0"):
         load(path, options(pairs, "preferences.beta=0"))

@@ -140,8 +140,9 @@ def write_adapter(path: Path, out: Path, passed_over: Callable[[str], None]) -> 
         written.append(EXPERTS_FILE)
     if attention:
         save_file(attention, out / PEFT_FILES[1], {"format": "pt"})
+        base = found.config["init_from"]["path"]
         content = {
-            "base_model_name_or_path": found.config["init_from"]["path"],
+            "base_model_name_or_path": base if Path(base, "config.json").is_file() else None,
             "bias": "none",
             "fan_in_fan_out": False,
             "inference_mode": True,

@@ -67,7 +67,7 @@ class Conversation(NamedTuple):
     loss: NDArray[np.uint8]
     """1 where a token's prediction is trained; as long as ``tokens``."""
     question: str
-    """What comes before the first answer, whatever its form."""
+    """What comes before the first answer, whatever its form; that answer if nothing does."""
     text_bytes: int
 
 
@@ -77,7 +77,8 @@ def conversations(
     """Each conversation (or pair) of the span, of at most ``seq_len`` tokens.
 
     Reported, by kind: ``empty`` (no answer, or a blank one; left out), ``truncated`` and ``too_long`` (left
-    out: by choice, or as the cut leaves no answer), ``identical`` (a pair's answers; left out).
+    out: by choice, or as the cut leaves no answer), ``identical`` (a pair's answers, or what a cut leaves of
+    them; left out).
 
     Raises:
         ValueError: ``FILE:LINE: …`` for a line that holds no conversation.
@@ -144,7 +145,11 @@ def _fit(
         fair = seq_len // len(sides)
         spare = sum(max(0, fair - size) for size in sizes)
         cut = [_cut(*side, fair + spare) for side in sides]
-        if all(loss.any() for _, loss in cut):
+        trained = [ids[loss == 1] for ids, loss in cut]
+        if form.preferences and len(trained[0]) and np.array_equal(*trained):
+            listener.problem("identical", where)
+            return []
+        if all(map(len, trained)):
             listener.problem("truncated", where)
             return cut
     listener.problem("too_long", where)
@@ -187,7 +192,14 @@ def _pair(row: dict[str, Any], where: Place) -> list[list[Message]]:
         if not asked and isinstance(answer, str):
             raise ValueError(f"{where()}: {key} is an answer alone; there must be a prompt")
         # Some data sets repeat the prompt at the head of each side
-        sides.append(said if said[: len(asked)] == asked else asked + said)
+        repeats = said[: len(asked)] == asked
+        is_asked = any(turn["role"] == "user" for turn in asked)
+        if is_asked and not repeats and (extra := _before_answer(said)):
+            raise ValueError(
+                f"{where()}: {key} begins with a turn of {extra[0]['role']} but not with the prompt; "
+                f"it must begin with all of the prompt, or with the answer"
+            )
+        sides.append(said if repeats else asked + said)
     return sides
 
 
@@ -230,6 +242,11 @@ def _is_empty(turns: list[Message]) -> bool:
     return not answers or not all(answer.strip() for answer in answers)
 
 
+def _before_answer(turns: list[Message]) -> list[Message]:
+    first = (number for number, turn in enumerate(turns) if turn["role"] == "assistant")
+    return turns[: next(first, len(turns))]
+
+
 def _question(messages: list[Message]) -> str:
-    first = next(i for i, turn in enumerate(messages) if turn["role"] == "assistant")
-    return json.dumps(messages[:first])
+    """An answer with nothing before it stands for itself, or all such lines would share a split."""
+    return json.dumps(_before_answer(messages) or messages[:1])

@@ -131,6 +131,8 @@ class Tokenizer:
     def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False) -> list[int]:
         """Ids of a conversation in ChatML, as the chat template of databricks/dbrx-instruct lays it out.
 
+        Only the given turns: that template's default system prompt is not added where there is none.
+
         Args:
             messages: turns, each with ``role`` and ``content``; joined by a newline.
             add_generation_prompt: end with an opened assistant turn, for the model to fill.

@@ -73,7 +73,8 @@ class DbrxConfig:
     )
     reset_positions: bool = _option(False, "Rotary positions restart at each document of a packed sample.")
     expert_impl: str = _option(
-        "auto", "How tokens meet their experts: auto, loop (the reference) or grouped."
+        "auto",
+        "How tokens meet their experts: auto, loop (the reference) or grouped; adapters have their own way.",
     )
     loss_chunk_size: int = _option(1024, "Tokens whose logits exist at one time while the loss is computed.")
     init_method: str = _option(

@@ -22,8 +22,9 @@ TERMS = ("dpo", "reward_margin", "reward_accuracy", "log_prob_chosen", "log_prob
 def document_log_probs(log_probs: Tensor, document_ids: Tensor, documents: int) -> Tensor:
     """Sums over each document: log_probs and document_ids [B, S] -> float32 [B, documents]."""
     numbers = torch.arange(documents, device=document_ids.device)
-    member = (document_ids[:, None] == numbers[:, None]).float()
-    return (member @ log_probs.float()[..., None])[..., 0]
+    member = document_ids[:, None] == numbers[:, None]
+    # No matrix product, which autocast and TF32 round
+    return log_probs.float()[:, None].where(member, 0.0).sum(-1)
 
 
 def pairs_present(batch: Batch) -> Tensor:

@@ -86,7 +86,7 @@ def _read(path: Path) -> Table:
 def _computed(config: RunConfig, trainer: Trainer, tokenizer: Tokenizer, data: EvalDataset) -> Table:
     state, ranks = trainer.state, dist.get_world_size()
     size = samples_of(config.evaluation.batch_size, config.data.seq_len, data.seq_len)
-    mine: list[tuple[int, Table]] = []
+    mine, broken = list[tuple[int, Table]](), list[int]()
     state.model.eval()
     with torch.no_grad(), get_precision_context(state.precision):
         for first in range(0, len(data), ranks * size):
@@ -99,8 +99,15 @@ def _computed(config: RunConfig, trainer: Trainer, tokenizer: Tokenizer, data: E
             ids = batch["document_ids"].to(output.log_probs.device)
             sums = document_log_probs(output.log_probs, ids, documents).cpu().numpy()
             absent = np.arange(documents) > batch["document_ids"].max(1, keepdim=True).values.numpy()
+            wrong = ~(absent | np.isfinite(sums)).all(1)
+            broken += [number for number, is_wrong in zip(numbers, wrong, strict=True) if is_wrong]
             mine.append((start, np.where(absent, np.nan, sums)))
     state.model.train()
+    if found := [number for part in dist.all_gather_object(broken) for number in part]:
+        raise ConfigError(
+            f"data.sources.{data.store.name}: an answer in sample {min(found)} of {data.store.folder} has no "
+            f"finite log-probability under the weights of init_from; see that these are whole"
+        )
     return _joined(dist.all_gather_object(mine), len(data))
 
 
