@@ -10,7 +10,7 @@ import sys
 import warnings
 from enum import StrEnum, auto
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -36,6 +36,13 @@ class Precision(StrEnum):
 
     float32 = auto()
     bfloat16 = auto()
+    fp32 = auto()
+    bf16 = auto()
+
+    @property
+    def full(self) -> str:
+        """torch's name of it."""
+        return {"fp32": "float32", "bf16": "bfloat16"}.get(self, self)
 
 
 class Trained(StrEnum):
@@ -210,6 +217,41 @@ def train(
     run(loaded)
 
 
+@app.command("eval")
+def evaluate(
+    config: Annotated[str, typer.Argument(help="The run's YAML.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="A run, checkpoint or Hugging Face folder; default: CONFIG's run."),
+    ] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Hold the weights in 8 bits.")] = False,
+) -> None:
+    """Show the loss on what was held out of each source of CONFIG."""
+    from dbrx_train.checkpoint.weights import load_model
+    from dbrx_train.config import load
+    from dbrx_train.evaluate.held_out import batches, held_out
+
+    run = load(config, overrides or [])
+    path = weights or Path(run.folder)
+    model, _ = load_model(path, lambda line: print(line, file=sys.stderr))
+    run.model = model.config  # its own, which the run's may differ from
+    samples = next((parts[0]["input_ids"] for _, parts in batches(run) if parts), None)
+    if samples is None:
+        raise ValueError(f"{config}: nothing is held out of its sources, or evaluation.max_samples is 0")
+    if int8:
+        _to_int8(model.eval(), samples)
+    for found in held_out(model, run):
+        print(f"held-out {found.source}: loss {found.loss:.4f} over {found.labels:,} tokens", flush=True)
+
+
+def _to_int8(model: Any, input_ids: Any) -> None:
+    from dbrx_train.model.quantize import quantize
+
+    error = quantize(model, input_ids)
+    print(f"int8: logits are off by {error:.2%} (root mean square)", file=sys.stderr)
+
+
 @checkpoint_app.command("consolidate")
 def checkpoint_consolidate(
     checkpoint: Annotated[Path, typer.Argument(help="A run's folder or a checkpoint.")],
@@ -221,7 +263,7 @@ def checkpoint_consolidate(
 
     from dbrx_train.checkpoint.weights import consolidate
 
-    size = consolidate(checkpoint, out, getattr(torch, dtype), lambda line: print(line, file=sys.stderr))
+    size = consolidate(checkpoint, out, getattr(torch, dtype.full), lambda line: print(line, file=sys.stderr))
     print(f"{out}: {size:,} bytes")
 
 
@@ -263,7 +305,7 @@ def checkpoint_export(
 
     from dbrx_train.checkpoint.huggingface import export
 
-    size = export(checkpoint, out, getattr(torch, dtype), lambda line: print(line, file=sys.stderr))
+    size = export(checkpoint, out, getattr(torch, dtype.full), lambda line: print(line, file=sys.stderr))
     print(f"{out}: {size:,} bytes")
 
 
@@ -312,10 +354,7 @@ def generate(
     if max(ids) >= model.config.vocab_size:
         raise ValueError(f"{checkpoint}: has {model.config.vocab_size} words, fewer than its tokenizer")
     if int8:
-        from dbrx_train.model.quantize import quantize
-
-        error = quantize(model, torch.tensor([ids]))
-        print(f"int8: the prompt's logits are off by {error:.2%} (root mean square)", file=sys.stderr)
+        _to_int8(model, torch.tensor([ids]))
     generator = torch.Generator().manual_seed(seed)
     tokens = continue_ids(
         model, torch.tensor([ids]), max_new_tokens, temperature=temperature, top_p=top_p, generator=generator

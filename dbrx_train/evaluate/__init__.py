@@ -1,0 +1,1 @@
+"""How good a model is, on one host: weights in any form, no Trainer."""

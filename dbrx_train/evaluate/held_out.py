@@ -1,0 +1,71 @@
+"""Loss on what was held out of each source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from dbrx_train.config import ConfigError, RunConfig
+from dbrx_train.data.collate import collate
+from dbrx_train.data.dataset import EvalDataset
+from dbrx_train.data.manifest import check_dataset
+from dbrx_train.data.tokenizer import load_tokenizer
+from dbrx_train.model.decoder import Dbrx
+
+__all__ = ["HeldOut", "batches", "held_out"]
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Of one source."""
+
+    source: str
+    loss: float
+    """Mean next-token cross-entropy in nats."""
+    labels: int
+    """Tokens that it is a mean over."""
+
+
+def batches(config: RunConfig) -> Iterator[tuple[str, list[Batch]]]:
+    """Each source with the samples of its held-out split that a run of ``config`` evaluates on, in batches.
+
+    Sources of which nothing is held out are left out.
+
+    Raises:
+        ConfigError: a source is not there, or not prepared for this model and tokenizer.
+    """
+    tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.vocab_file)
+    lengths, size = config.sample_lengths, config.evaluation.batch_size
+    for name, source in config.data.sources.items():
+        words = config.model.vocab_size
+        try:
+            manifest = check_dataset(
+                source.local, lengths.get(name), tokenizer.fingerprint, words, remote=source.remote
+            )
+        except ValueError as error:
+            raise ConfigError(f"data.sources.{name}: {error}") from None
+        if "val" not in manifest.splits:
+            continue
+        data = EvalDataset(source.local, seq_len=manifest.seq_len, name=name, remote=source.remote)
+        numbers = range(min(len(data), config.evaluation.max_samples))
+        parts = (numbers[begin : begin + size] for begin in range(0, len(numbers), size))
+        yield name, [collate([data[n] for n in part], eos_id=tokenizer.eos_id) for part in parts]
+
+
+@torch.no_grad()
+def held_out(model: Dbrx, config: RunConfig) -> Iterator[HeldOut]:
+    """The model's loss on each source; every label counts once. Raises as ``batches``."""
+    model.eval()
+    for name, parts in batches(config):
+        total, labels = 0.0, 0
+        for batch in parts:
+            output = model(batch["input_ids"], labels=batch["labels"], document_ids=batch["document_ids"])
+            assert output.num_labels is not None
+            count = int(output.num_labels)
+            total += float(output.losses["cross_entropy"]) * count
+            labels += count
+        yield HeldOut(name, total / max(labels, 1), labels)
