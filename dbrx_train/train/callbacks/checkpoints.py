@@ -110,8 +110,12 @@ class Checkpoints(Callback):  # type: ignore[misc]
 
     def fit_end(self, state: State, logger: Logger) -> None:
         self.wait()
-        if self.exports is not None:
-            self.exports.wait()
+        if self.exports is None:
+            return
+        # Rank 0 exports, for longer than ranks may wait for each other at one time.
+        while self._gather("busy" if self.exports.reading else None)[0]:
+            time.sleep(0.5)
+        self.exports.wait()
 
     def close(self, state: State, logger: Logger) -> None:
         self.finish()
