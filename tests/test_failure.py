@@ -62,8 +62,9 @@ def test_an_error_on_one_rank_ends_all_and_comes_first(tmp_path: Path, failing: 
 @pytest.mark.slow
 def test_a_signal_to_one_rank_ends_all(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
-    # A rank that ends for good waits for nobody; one that does not is ended.
-    program.write_text(PROGRAM + "\nif rank == failing:\n    time.sleep(300)\n")
+    # One that does not end by itself, as it waits for others on its way out
+    waits = "import atexit\natexit.register(lambda: time.sleep(300 if rank == failing else 0))\nwith end"
+    program.write_text(PROGRAM.replace("with end", waits, 1))
     done = launch(program, "1", "stopped")
     assert done.returncode != 0
     raised = next(line for line in done.stdout.splitlines() if line.startswith("raised at "))
