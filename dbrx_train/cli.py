@@ -234,15 +234,19 @@ def evaluate(
 
     run = load(config, overrides or [])
     path = weights or Path(run.folder)
-    model, _ = load_model(path, lambda line: print(line, file=sys.stderr))
+    model, _ = load_model(path, _aside)
     run.model = model.config  # its own, which the run's may differ from
-    samples = next((parts[0]["input_ids"] for _, parts in batches(run) if parts), None)
+    samples = next((batch["input_ids"] for _, parts in batches(run) for batch in parts), None)
     if samples is None:
         raise ValueError(f"{config}: nothing is held out of its sources, or evaluation.max_samples is 0")
     if int8:
         _to_int8(model.eval(), samples)
     for found in held_out(model, run):
         print(f"held-out {found.source}: loss {found.loss:.4f} over {found.labels:,} tokens", flush=True)
+
+
+def _aside(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _to_int8(model: Any, input_ids: Any) -> None:
@@ -263,7 +267,7 @@ def checkpoint_consolidate(
 
     from dbrx_train.checkpoint.weights import consolidate
 
-    size = consolidate(checkpoint, out, getattr(torch, dtype.full), lambda line: print(line, file=sys.stderr))
+    size = consolidate(checkpoint, out, getattr(torch, dtype.full), _aside)
     print(f"{out}: {size:,} bytes")
 
 
@@ -278,7 +282,7 @@ def checkpoint_adapter(
     """
     from dbrx_train.checkpoint.adapter import EXPERTS_FILE, write_adapter
 
-    for name in write_adapter(checkpoint, out, lambda line: print(line, file=sys.stderr)):
+    for name in write_adapter(checkpoint, out, _aside):
         note = " (ours: PEFT knows none for experts, and does not load it)" if name == EXPERTS_FILE else ""
         print(f"{out / name}: {(out / name).stat().st_size:,} bytes{note}")
 
@@ -305,7 +309,7 @@ def checkpoint_export(
 
     from dbrx_train.checkpoint.huggingface import export
 
-    size = export(checkpoint, out, getattr(torch, dtype.full), lambda line: print(line, file=sys.stderr))
+    size = export(checkpoint, out, getattr(torch, dtype.full), _aside)
     print(f"{out}: {size:,} bytes")
 
 
@@ -343,7 +347,7 @@ def generate(
     from dbrx_train.model.generation import STOP_IDS
     from dbrx_train.model.generation import generate as continue_ids
 
-    model, vocabulary = load_model(checkpoint, lambda line: print(line, file=sys.stderr))
+    model, vocabulary = load_model(checkpoint, _aside)
     if vocabulary is None:
         raise ValueError(f"{checkpoint}: its tokenizer is not DBRX's, which is the one known here")
     model.eval()

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,14 @@ STEPS, BATCH, LENGTH = 3, 8, 5
 DEVICE = os.environ.get("DEVICE", "cpu")
 # "balance": the loss that evens out the global batch's load, which one process sees at once.
 KINDS = ("adamw", "lionw", "bfloat16", "balance")
+
+
+def tell(found: Any) -> NoReturn:
+    """The end of such a program: rank 0 prints what was found, as JSON, and all exit."""
+    if dist.get_rank() == 0:
+        print(json.dumps(found), flush=True)
+    dist.barrier()
+    os._exit(0)  # gloo's own farewell hangs now and then
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -130,7 +138,4 @@ if __name__ == "__main__":
         for j, kind in enumerate(KINDS):
             recomputed = ACTIVATION_CHECKPOINTING[(i + j) % len(ACTIVATION_CHECKPOINTING)]
             found.append(compare(shape, kind, recomputed))
-    if dist.get_rank() == 0:
-        print(json.dumps(found), flush=True)
-    dist.barrier()
-    os._exit(0)  # gloo's own farewell hangs now and then
+    tell(found)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import run_yaml, saved_tensors, torchrun
+from parallel_ranks import CONFIG as SIZES
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.func import functional_call
@@ -29,18 +31,7 @@ from dbrx_train.parallel import MeshShape, parallelize
 from dbrx_train.train.builder import run
 from dbrx_train.train.optimizers import build_optimizer
 
-CONFIG = DbrxConfig(
-    d_model=24,
-    n_layers=2,
-    n_heads=6,
-    n_kv_heads=3,
-    ffn_hidden_size=17,
-    vocab_size=101,
-    max_seq_len=32,
-    num_experts=32,
-    top_k=2,
-    init_std=0.2,
-)
+CONFIG = replace(SIZES, balance_loss_weight=0.05)
 TOKENS = torch.randint(101, (3, 9), generator=torch.Generator().manual_seed(0))
 LORA = {"rank": 3, "alpha": 5.0}
 

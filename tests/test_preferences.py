@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import free_port, run_yaml, saved_tensors
+from parallel_ranks import CONFIG as SIZES
 from test_train import mlflow_run
 
 from dbrx_train.config import ConfigError, load
 from dbrx_train.data.chat import ChatFormat
 from dbrx_train.data.prepare import prepare
-from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.decoder import Dbrx
 from dbrx_train.model.loss import chunked_log_probs
 from dbrx_train.train import reference
@@ -28,19 +29,7 @@ from dbrx_train.train.builder import run
 from dbrx_train.train.composer_model import ComposerDbrx
 from dbrx_train.train.preferences import TERMS, document_log_probs
 
-CONFIG = DbrxConfig(
-    d_model=24,
-    n_layers=2,
-    n_heads=6,
-    n_kv_heads=3,
-    ffn_hidden_size=17,
-    vocab_size=101,
-    max_seq_len=32,
-    num_experts=4,
-    top_k=2,
-    init_std=0.2,
-    loss_chunk_size=7,
-)
+CONFIG = replace(SIZES, num_experts=4, balance_loss_weight=0.05, loss_chunk_size=7)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 5, 64])

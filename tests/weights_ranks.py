@@ -9,14 +9,13 @@ those of its own rows, or what each rank says is wrong.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from parallel_ranks import whole
+from parallel_ranks import tell, whole
 from torch import Tensor
 
 from dbrx_train.checkpoint.weights import open_weights, read_together, upcycled
@@ -63,7 +62,4 @@ if __name__ == "__main__":
     Stored._check_finite = counted  # type: ignore[method-assign]
     dist.init_process_group("gloo")
     found = [load(*job) for job in json.loads(sys.argv[1])]
-    if dist.get_rank() == 0:
-        print(json.dumps(found), flush=True)
-    dist.barrier()
-    os._exit(0)  # gloo's own farewell hangs now and then
+    tell(found)

@@ -50,6 +50,11 @@ def collate(samples: Sequence[dict[str, Any]], *, eos_id: int) -> dict[str, Tens
     }
 
 
+def samples_of(batch_size: int, base: int, seq_len: int) -> int:
+    """Samples of ``seq_len`` tokens with the tokens of ``batch_size`` samples of ``base``; at least one."""
+    return max(1, batch_size * base // seq_len)
+
+
 def build_loader(
     dataset: ScheduledDataset, *, eos_id: int, num_workers: int = 0, pin_memory: bool = False
 ) -> DataLoader[list[dict[str, Any]]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from dbrx_train.config import ConfigError, RunConfig
-from dbrx_train.data.collate import collate
+from dbrx_train.data.collate import collate, samples_of
 from dbrx_train.data.dataset import EvalDataset
 from dbrx_train.data.manifest import check_dataset
 from dbrx_train.data.tokenizer import load_tokenizer
@@ -30,8 +30,9 @@ class HeldOut:
     """Tokens that it is a mean over."""
 
 
-def batches(config: RunConfig) -> Iterator[tuple[str, list[Batch]]]:
-    """Each source with the samples of its held-out split that a run of ``config`` evaluates on, in batches.
+def batches(config: RunConfig) -> Iterator[tuple[str, Iterator[Batch]]]:
+    """Each source with the samples of its held-out split that a run of ``config`` evaluates on, in batches
+    that are read when they are due.
 
     Sources of which nothing is held out are left out.
 
@@ -39,7 +40,7 @@ def batches(config: RunConfig) -> Iterator[tuple[str, list[Batch]]]:
         ConfigError: a source is not there, or not prepared for this model and tokenizer.
     """
     tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.vocab_file)
-    lengths, size = config.sample_lengths, config.evaluation.batch_size
+    lengths = config.sample_lengths
     for name, source in config.data.sources.items():
         words = config.model.vocab_size
         try:
@@ -52,8 +53,13 @@ def batches(config: RunConfig) -> Iterator[tuple[str, list[Batch]]]:
             continue
         data = EvalDataset(source.local, seq_len=manifest.seq_len, name=name, remote=source.remote)
         numbers = range(min(len(data), config.evaluation.max_samples))
-        parts = (numbers[begin : begin + size] for begin in range(0, len(numbers), size))
-        yield name, [collate([data[n] for n in part], eos_id=tokenizer.eos_id) for part in parts]
+        size = samples_of(config.evaluation.batch_size, config.data.seq_len, manifest.seq_len)
+        yield name, _batches(data, numbers, size, tokenizer.eos_id)
+
+
+def _batches(data: EvalDataset, numbers: range, size: int, eos_id: int) -> Iterator[Batch]:
+    for begin in range(0, len(numbers), size):
+        yield collate([data[n] for n in numbers[begin : begin + size]], eos_id=eos_id)
 
 
 @torch.no_grad()

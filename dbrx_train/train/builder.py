@@ -23,6 +23,7 @@ from dbrx_train.checkpoint.remote import Remote
 from dbrx_train.checkpoint.tensors import Reader, model_tensors
 from dbrx_train.checkpoint.weights import Weights, open_weights, read_together, upcycled
 from dbrx_train.config import ConfigError, RunConfig, first_line, flatten, naming, to_dict, to_yaml
+from dbrx_train.data.collate import samples_of
 from dbrx_train.data.tokenizer import Tokenizer, load_tokenizer
 from dbrx_train.errors import show
 from dbrx_train.model.config import DbrxConfig
@@ -37,7 +38,7 @@ from dbrx_train.train.callbacks.mix import MixServed
 from dbrx_train.train.callbacks.progress import Progress
 from dbrx_train.train.composer_model import ComposerDbrx
 from dbrx_train.train.exports import Exports
-from dbrx_train.train.loaders import check_sources, evaluators, samples_of, train_data, train_dataset
+from dbrx_train.train.loaders import check_sources, evaluators, train_data, train_dataset
 from dbrx_train.train.mlflow_store import STORE_ERRORS, MLflowStore
 from dbrx_train.train.optimizers import build_optimizer
 from dbrx_train.train.reference import set_reference

@@ -12,7 +12,7 @@ from composer.utils import dist
 from torch.utils.data import DataLoader, Subset
 
 from dbrx_train.config import ConfigError, RunConfig
-from dbrx_train.data.collate import build_loader, collate
+from dbrx_train.data.collate import build_loader, collate, samples_of
 from dbrx_train.data.dataset import EvalDataset, ScheduledDataset
 from dbrx_train.data.manifest import Manifest, check_dataset, read_manifest
 from dbrx_train.data.shards import Source
@@ -69,11 +69,6 @@ def count_tokens(batch: Batch, *, mask_documents: bool) -> dict[str, int]:
     """All tokens of a batch, and those whose prediction counts in the loss."""
     labels = shift_labels(batch["labels"], batch["document_ids"], mask_documents)
     return {"total": batch["input_ids"].numel(), "loss_generating": int((labels != IGNORE_INDEX).sum())}
-
-
-def samples_of(batch_size: int, base: int, seq_len: int) -> int:
-    """Samples of ``seq_len`` tokens with the tokens of ``batch_size`` samples of ``base``; at least one."""
-    return max(1, batch_size * base // seq_len)
 
 
 def split_batch(batch: Batch, microbatch_size: int, *, seq_len: int) -> list[Batch]:

@@ -15,10 +15,9 @@ from composer.utils import dist
 from numpy.typing import NDArray
 
 from dbrx_train.config import ConfigError, RunConfig
-from dbrx_train.data.collate import collate
+from dbrx_train.data.collate import collate, samples_of
 from dbrx_train.data.dataset import EvalDataset
 from dbrx_train.data.tokenizer import Tokenizer
-from dbrx_train.train.loaders import samples_of
 from dbrx_train.train.preferences import document_log_probs
 
 __all__ = ["set_reference"]
