@@ -43,7 +43,8 @@ def compare(mesh: list[int], dtype: torch.dtype | None) -> dict[str, Any]:
     result: dict[str, Any] = {"mesh": mesh, "initial": max(apart(p, q) for _, p, q in pairs)}
     optimizers = [build_optimizer(model, OptimizerConfig(lr=1e-2, eps=1e-4)) for model in (sharded, alone)]
     frozen = {name: whole(p).clone() for name, p, _ in pairs if not is_factor(name)}
-    tokens = torch.randint(101, (2, 8, 5), generator=torch.Generator().manual_seed(0))
+    # Not 0: one of its tokens has two experts nearly alike, and bfloat16 may decide otherwise on other ranks.
+    tokens = torch.randint(101, (2, 8, 5), generator=torch.Generator().manual_seed(2))
     for batch in tokens:
         count = batch[:, 1:].numel()
         mine = batch.view(ranks, -1, 5)[rank]

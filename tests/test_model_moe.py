@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+import types
 from typing import Any
 
 import pytest
@@ -29,59 +32,120 @@ def routing_of(probs: Tensor, expert_ids: Tensor, token_mask: Tensor | None = No
 
 
 def run_experts(
-    impl: str, counts: list[int], width: int, hidden: int, dtype: torch.dtype
-) -> tuple[Tensor, list[Tensor]]:
+    impl: str, counts: list[int], width: int, hidden: int, dtype: torch.dtype, weighted: bool = True
+) -> list[Tensor]:
+    """Outputs, and gradients of tokens, weights of tokens (if ``weighted``) and matrices."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(sum(counts), width), *[(len(counts), hidden, width)] * 3]
-    tensors = [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]
-    y = experts.EXPERT_FNS[impl](*tensors, torch.tensor(counts))
+    tokens = sum(counts)
+    shapes = [(tokens, width), (tokens,), *[(len(counts), hidden, width)] * 3]
+    x, weight, *matrices = (torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes)
+    y = experts.EXPERT_FNS[impl](x, weight if weighted else None, *matrices, torch.tensor(counts))
     cotangent = torch.randn(y.shape, generator=generator).to(dtype)
-    return y, list(torch.autograd.grad(y, tensors, cotangent))
+    inputs = [x, *([weight] if weighted else []), *matrices]
+    return [y, *torch.autograd.grad(y, inputs, cotangent)]
 
 
-@settings(max_examples=25, deadline=None)
+def assert_experts_agree(got: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> None:
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == dtype
+        scale = b.abs().max().clamp(min=1.0) if b.numel() else 1.0
+        atol = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(a / scale, b / scale, rtol=0, atol=atol)
+
+
+@settings(max_examples=40, deadline=None)
 @given(
-    counts=st.lists(st.sampled_from([0, 0, 1, 2, 5, 17]), min_size=1, max_size=8),
+    counts=st.lists(st.sampled_from([0, 0, 1, 2, 5, 16, 17, 40]), min_size=1, max_size=8),
     width=st.sampled_from([6, 16]),
     hidden=st.sampled_from([5, 24]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    weighted=st.booleans(),
 )
-def test_expert_backends_agree(counts: list[int], width: int, hidden: int, dtype: torch.dtype) -> None:
-    reference, reference_grads = run_experts("loop", counts, width, hidden, dtype)
-    y, grads = run_experts("grouped", counts, width, hidden, dtype)
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    assert y.dtype == dtype
-    for got, expected in zip([y, *grads], [reference, *reference_grads], strict=True):
-        scale = expected.abs().max().clamp(min=1.0) if expected.numel() else 1.0
-        torch.testing.assert_close(got / scale, expected / scale, rtol=0, atol=tolerance)
-    for w in grads[1:]:
+def test_expert_backends_agree(
+    counts: list[int], width: int, hidden: int, dtype: torch.dtype, weighted: bool
+) -> None:
+    expected = run_experts("loop", counts, width, hidden, dtype, weighted)
+    got = run_experts("grouped", counts, width, hidden, dtype, weighted)
+    assert_experts_agree(got, expected, dtype)
+    for w in got[-3:]:
         assert not w[torch.tensor(counts) == 0].any()
+    again = run_experts("grouped", counts, width, hidden, dtype, weighted)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+def test_frozen_matrices_get_no_gradients_and_tokens_the_same() -> None:
+    x = torch.randn(7, 16, requires_grad=True)
+    matrices = torch.randn(3, 4, 8, 16).unbind()
+    counts = torch.tensor([2, 0, 4, 1])
+    grads = [
+        torch.autograd.grad(experts.EXPERT_FNS[impl](x, None, *matrices, counts).square().sum(), x)[0]
+        for impl in ("loop", "grouped")
+    ]
+    torch.testing.assert_close(*grads)
 
 
 def test_loop_is_the_formula() -> None:
     x, w1, v1, w2 = torch.randn(3, 4), *torch.randn(3, 2, 5, 4)
-    y = experts.loop(x, w1, v1, w2, torch.tensor([1, 2]))
+    weight = torch.tensor([0.5, 2.0, 3.0])
+    y = experts.loop(x, weight, w1, v1, w2, torch.tensor([1, 2]))
     for row, e in ((0, 0), (1, 1), (2, 1)):
-        expected = (F.silu(w1[e] @ x[row]) * (v1[e] @ x[row])) @ w2[e]
+        expected = weight[row] * (F.silu(w1[e] @ x[row]) * (v1[e] @ x[row])) @ w2[e]
         torch.testing.assert_close(y[row], expected)
 
 
-def test_grouped_calls_torchs_grouped_product_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where this torch has no grouped_mm, a stand-in with its documented meaning."""
-
-    def grouped_mm(a: Tensor, b: Tensor, *, offs: Tensor) -> Tensor:
-        assert offs.dtype == torch.int32
-        sizes = offs.diff(prepend=offs.new_zeros(1)).tolist()
+def by_segment(a: Tensor, b: Tensor, sizes: list[int]) -> Tensor:
+    """Rows of a times the matrices of b, or, where b is rows too, the product of each segment's rows."""
+    if b.dim() == 3:
         return torch.cat([rows @ b[e] for e, rows in enumerate(a.split(sizes))])
+    return torch.stack([left @ right for left, right in zip(a.split(sizes, 1), b.split(sizes), strict=True)])
 
+
+def grouped_mm(a: Tensor, b: Tensor, *, offs: Tensor) -> Tensor:
+    """What torch 2.8 documents, for older ones."""
+    assert offs.dtype == torch.int32
+    return by_segment(a, b, offs.diff(prepend=offs.new_zeros(1)).tolist())
+
+
+def gmm(a: Tensor, b: Tensor, sizes: Tensor, trans_a: bool = False, trans_b: bool = False) -> Tensor:
+    """What grouped_gemm's kernels compute and insist on, which run on a GPU only."""
+    assert sizes.dtype == torch.int64
+    assert sizes.device.type == "cpu"
+    assert a.is_contiguous()
+    assert b.is_contiguous()
+    return by_segment(a.T if trans_a else a, b.mT if trans_b else b, sizes.tolist())
+
+
+@pytest.mark.parametrize("impl", ["grouped_mm", "grouped_gemm"])
+@pytest.mark.parametrize("counts", [[3, 0, 7, 1], [0, 0, 11, 0], [0, 4, 0, 0]])
+def test_grouped_products_are_called_right(
+    monkeypatch: pytest.MonkeyPatch, impl: str, counts: list[int]
+) -> None:
     if not hasattr(F, "grouped_mm"):
         monkeypatch.setattr(F, "grouped_mm", grouped_mm, raising=False)
-    counts = [3, 0, 7, 1]
-    assert experts.grouped_mm_fits(torch.empty(1, 16), torch.empty(4, 24, 16))
-    got, got_grads = run_experts("grouped", counts, 16, 24, torch.float32)
-    expected, expected_grads = run_experts("loop", counts, 16, 24, torch.float32)
-    for a, b in zip([got, *got_grads], [expected, *expected_grads], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+    kernels = types.ModuleType("grouped_gemm.backend")
+    kernels.gmm = gmm
+    monkeypatch.setitem(sys.modules, "grouped_gemm", types.ModuleType("grouped_gemm"))
+    monkeypatch.setitem(sys.modules, "grouped_gemm.backend", kernels)
+    for weighted in (False, True):
+        got = run_experts(impl, counts, 16, 24, torch.float32, weighted)
+        expected = run_experts("loop", counts, 16, 24, torch.float32, weighted)
+        assert_experts_agree(got, expected, torch.float32)
+
+
+def test_backends_that_are_not_there_are_named() -> None:
+    if not hasattr(F, "grouped_mm"):
+        with pytest.raises(ValueError, match=r"expert_impl: torch .* has no grouped_mm; 2.8 or later has"):
+            MoE(config_of(expert_impl="grouped_mm"))
+    if importlib.util.find_spec("grouped_gemm") is None:
+        with pytest.raises(ValueError, match="expert_impl: grouped_gemm is not installed; pip install"):
+            MoE(config_of(expert_impl="grouped_gemm"))
+
+
+def test_the_operators_keep_torchs_rules() -> None:
+    x, weight = torch.randn(9, 6, requires_grad=True), torch.randn(9, requires_grad=True)
+    matrices = torch.randn(3, 3, 5, 6).requires_grad_().unbind()
+    operator = torch.ops.dbrx_train.grouped_glu.default
+    torch.library.opcheck(operator, (x, weight, *matrices, torch.tensor([4, 0, 5]), "grouped"))
 
 
 def test_every_configurable_backend_exists() -> None:

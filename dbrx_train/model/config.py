@@ -12,7 +12,7 @@ from typing import Any, Self
 from dbrx_train.model.families import config_json, config_values
 
 BALANCE_LOSSES = ("megablocks", "huggingface", "none")
-EXPERT_IMPLS = ("auto", "loop", "grouped")
+EXPERT_IMPLS = ("auto", "loop", "grouped", "grouped_mm", "grouped_gemm")
 INIT_METHODS = ("normal", "trunc_normal", "kaiming_normal")
 LORA_TARGETS = ("Wqkv", "out_proj", "w1", "v1", "w2")
 """The matrices that adapters may be beside: attention's two, an expert's three."""
@@ -74,7 +74,8 @@ class DbrxConfig:
     reset_positions: bool = _option(False, "Rotary positions restart at each document of a packed sample.")
     expert_impl: str = _option(
         "auto",
-        "How tokens meet their experts: auto, loop (the reference) or grouped; adapters have their own way.",
+        "How tokens meet their experts: auto, loop (the reference), grouped (one after another), grouped_mm "
+        "(torch 2.8 or later) or grouped_gemm (MegaBlocks' kernels); adapters have their own way.",
     )
     loss_chunk_size: int = _option(1024, "Tokens whose logits exist at one time while the loss is computed.")
     init_method: str = _option(

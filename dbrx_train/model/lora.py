@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from dbrx_train.model.config import LORA_TARGETS, DbrxConfig
 from dbrx_train.model.decoder import Block, Dbrx
-from dbrx_train.model.experts import GatedExperts, grouped_mm_fits
+from dbrx_train.model.experts import GatedExperts
 from dbrx_train.model.init import draw_rows
 
 __all__ = ["adapt", "factor_modules", "factor_names", "is_factor", "narrow"]
@@ -110,10 +110,10 @@ class AdaptedExperts(GatedExperts):
         self.w1, self.v1, self.w2 = experts.w1, experts.v1, experts.w2
         self.lora = ExpertFactors(config, rank, scale, targets, experts.w1.device)
 
-    def forward(self, x_ND: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    def forward(self, x_ND: Tensor, tokens_per_expert: Tensor, weight_N: Tensor | None = None) -> Tensor:
         """As GatedExperts."""
         y_ND: Tensor = self.lora(x_ND, *self.by_expert(x_ND.dtype), tokens_per_expert)
-        return y_ND
+        return y_ND if weight_N is None else y_ND * weight_N[:, None]
 
 
 class ExpertFactors(nn.Module):
@@ -135,7 +135,7 @@ class ExpertFactors(nn.Module):
     def forward(
         self, x_ND: Tensor, w1_EFD: Tensor, v1_EFD: Tensor, w2_EFD: Tensor, tokens_per_expert: Tensor
     ) -> Tensor:
-        """An ``ExpertsFn`` (see experts.py): ((silu(x w1') * (x v1')) w2 with factors beside each."""
+        """(silu(x w1') * (x v1')) w2 with factors beside each matrix; arguments as in experts.py."""
         counts = tokens_per_expert
 
         def narrowing(name: str, w_EFD: Tensor) -> Tensor:
@@ -165,7 +165,9 @@ class ExpertFactors(nn.Module):
 
 def segment_mm(x_NK: Tensor, w_EKM: Tensor, tokens_per_expert: Tensor) -> Tensor:
     """Each expert's tokens, sorted by expert, times its matrix: [N, M]."""
-    if grouped_mm_fits(x_NK, w_EKM):
+    # It wants rows that are multiples of 16 bytes.
+    aligned = all(width * x_NK.element_size() % 16 == 0 for width in w_EKM.shape[1:])
+    if hasattr(torch.nn.functional, "grouped_mm") and aligned and w_EKM.shape[0] > 1:
         mm = torch.nn.functional.grouped_mm  # type: ignore[attr-defined,unused-ignore]
         y: Tensor = mm(x_NK, w_EKM, offs=tokens_per_expert.cumsum(0).to(torch.int32))
         return y

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.experts import Experts
@@ -50,10 +51,10 @@ class MoE(nn.Module):
             else count_tokens(routing.expert_ids, self.num_experts)
         )
 
-        sorted_ND = gather(x_TD.to(compute_dtype(x)), order_N // self.top_k, place_N.view(-1, self.top_k))
-        y_ND = gather(self.experts(sorted_ND, tokens_per_expert), place_N, order_N[:, None])
-        y_TkD = y_ND.view(*routing.expert_ids.shape, x.shape[-1])
-        y_TD = torch.bmm(routing.weights[:, None].to(y_TkD.dtype), y_TkD)
+        sorted_ND = spread(x_TD.to(compute_dtype(x)), order_N // self.top_k, place_N.view(-1, self.top_k))
+        weight_N = routing.weights.flatten()[order_N].to(sorted_ND.dtype)
+        y_ND = self.experts(sorted_ND, tokens_per_expert, weight_N)
+        y_TD = collect(y_ND, place_N.view(-1, self.top_k), order_N // self.top_k)
         return y_TD.view(x.shape), routing
 
 
@@ -64,23 +65,44 @@ def inverse(order_N: Tensor) -> Tensor:
     return place_N
 
 
-def gather(rows: Tensor, index: Tensor, places: Tensor) -> Tensor:
-    """rows[index]; places [rows, copies] lists the places in the result of each row's copies.
+def spread(rows: Tensor, source_N: Tensor, places_Tk: Tensor) -> Tensor:
+    """rows [T, D] -> rows[source], [N, D]; places [T, k] lists where the copies of each row then lie.
 
-    Its backward is a gather too: unlike index_add it is deterministic and needs no atomics.
+    Its backward is `collect`: unlike index_add it is deterministic and needs no atomics.
     """
-    out: Tensor = _Gather.apply(rows, index, places)  # type: ignore[no-untyped-call]
+    out: Tensor = _Spread.apply(rows, source_N, places_Tk)  # type: ignore[no-untyped-call]
     return out
 
 
-class _Gather(torch.autograd.Function):
+def collect(rows: Tensor, places_Tk: Tensor, source_N: Tensor) -> Tensor:
+    """rows [N, D] -> the sum of rows[places], [T, D]; the transpose of `spread`, and its backward."""
+    out: Tensor = _Collect.apply(rows, places_Tk, source_N)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _sum_of(rows: Tensor, places_Tk: Tensor) -> Tensor:
+    if places_Tk.shape[1] == 1:
+        return rows.index_select(0, places_Tk[:, 0])
+    return F.embedding_bag(places_Tk, rows, mode="sum")  # reads each row once, and makes no copies
+
+
+class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, index: Tensor, places: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, source: Tensor, places: Tensor) -> Tensor:
         ctx.save_for_backward(places)
-        return rows.index_select(0, index)
+        return rows.index_select(0, source)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (places,) = ctx.saved_tensors
-        copies = grad.index_select(0, places.flatten()).view(*places.shape, grad.shape[-1])
-        return (copies.squeeze(1) if copies.shape[1] == 1 else copies.sum(1)), None, None
+        return _sum_of(grad.contiguous(), *ctx.saved_tensors), None, None
+
+
+class _Collect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor, source: Tensor) -> Tensor:
+        ctx.save_for_backward(source)
+        return _sum_of(rows, places)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.index_select(0, *ctx.saved_tensors), None, None

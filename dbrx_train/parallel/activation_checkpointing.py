@@ -27,7 +27,7 @@ _DEAR = {
         "_scaled_dot_product_cudnn_attention",
     )
     if hasattr(torch.ops.aten, name)
-}
+} | {torch.ops.dbrx_train.grouped_glu.default}
 
 
 def checkpoint_activations(model: Dbrx, what: str) -> None:

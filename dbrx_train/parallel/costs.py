@@ -128,7 +128,7 @@ def _activations(config: DbrxConfig, what: str, itemsize: int) -> tuple[int, int
     stream = 2 * d * _FLOAT32  # before attention and before the experts
     # Normalised input; q, k, v before and after clamping and rotation, heads repeated; attention's output
     attention = itemsize * (2 * d + 2 * (d + 2 * kv) + 3 * d)
-    experts = itemsize * config.top_k * (2 * d + 4 * config.ffn_hidden_size) + itemsize * d
+    experts = itemsize * config.top_k * (d + 2 * config.ffn_hidden_size) + itemsize * d
     everything = stream + attention + experts
     products = itemsize * (2 * d + 2 * kv + config.top_k * (d + 2 * config.ffn_hidden_size))
     kept = {

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dbrx_train.model.experts import GatedExperts
-from dbrx_train.model.moe import gather, inverse
+from dbrx_train.model.moe import inverse, spread
 
 __all__ = ["TokenExchange"]
 
@@ -43,8 +43,8 @@ class TokenExchange:
         place_M = inverse(order_M)
 
         x_MD = _AllToAll.apply(x_ND, leaving, arriving, self.group, float(self.ranks))  # type: ignore[no-untyped-call]
-        y_MD = experts(gather(x_MD, order_M, place_M[:, None]), got_Re.sum(0))
-        y_MD = gather(y_MD, place_M, order_M[:, None])
+        y_MD = experts(spread(x_MD, order_M, place_M[:, None]), got_Re.sum(0))
+        y_MD = spread(y_MD, place_M, order_M[:, None])
         y_ND: Tensor = _AllToAll.apply(y_MD, arriving, leaving, self.group, 1 / self.ranks)  # type: ignore[no-untyped-call]
         return y_ND
 
