@@ -381,6 +381,7 @@ class RunConfig:
     seed: int = _doc("seed of initialisation and of all that is random but the data order", 17)
     device: str = _doc("`auto`, `cpu` or `gpu`", "auto")
     precision: str = _doc("`fp32`, or `amp_bf16` (float32 weights, bfloat16 matrix products)", "fp32")
+    compile: bool = _doc("compile attention and norms (torch.compile; the first step takes longer)", False)
     tokenizer: TokenizerConfig = _doc("the tokenizer that the data was prepared with", TokenizerConfig)
     optimization: OptimizationConfig = _doc("batches, optimizer and learning rate", OptimizationConfig)
     init_from: InitFromConfig = _doc("where the first weights come from; default: drawn", InitFromConfig)

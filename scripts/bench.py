@@ -4,8 +4,8 @@
                             [--routing real balanced] [--rounds 5] [--threads N] [--json FILE]
 
 Every contestant is a process of its own, built from the same weights and fed the same inputs. They take
-turns, one step each, in an order that alternates; two warm-up steps are thrown away. Each must compute what the
-first one does, or the table says so and the exit code is 1. Those that are not installed are named.
+turns, one step each, in an order that alternates; two warm-up steps are thrown away. Each must compute what
+the first one does, or the table says so and the exit code is 1. Those that are not installed are named.
 
 - step: forward, backward, clipping to 1.0 and fused AdamW of a whole model. bfloat16 is autocast over float32
   weights, for all alike.

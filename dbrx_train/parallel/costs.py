@@ -113,7 +113,7 @@ def memory(
     block = sum(u.padded for u in blocks) // config.n_layers
     # The gradient is scattered in float32.
     gathered = block * (2 * itemsize + itemsize + _FLOAT32) + head.padded * (head.itemsize + _FLOAT32)
-    kept, most = _activations(config, activation_checkpointing, itemsize)
+    kept, most = _activations(config, activation_checkpointing, itemsize, exchanged=shape.expert > 1)
     logits = config.loss_chunk_size * config.vocab_size * (_FLOAT32 + itemsize)
     return Memory(
         shards=sum(u.padded // u.ranks for u in units) * 4 * _FLOAT32,
@@ -122,13 +122,17 @@ def memory(
     )
 
 
-def _activations(config: DbrxConfig, what: str, itemsize: int) -> tuple[int, int]:
-    """Bytes per token that a block keeps, and that it keeps while its backward pass runs."""
+def _activations(config: DbrxConfig, what: str, itemsize: int, exchanged: bool = False) -> tuple[int, int]:
+    """Bytes per token that a block keeps, and that it keeps while its backward pass runs.
+
+    ``exchanged``: tokens travel to experts on other ranks; what comes back is kept too, to be weighted.
+    """
     d, kv = config.d_model, config.n_kv_heads * config.head_dim
     stream = 2 * d * _FLOAT32  # before attention and before the experts
     # Normalised input; q, k, v before and after clamping and rotation, heads repeated; attention's output
     attention = itemsize * (2 * d + 2 * (d + 2 * kv) + 3 * d)
-    experts = itemsize * config.top_k * (d + 2 * config.ffn_hidden_size) + itemsize * d
+    experts = itemsize * config.top_k * ((2 if exchanged else 1) * d + 2 * config.ffn_hidden_size)
+    experts += itemsize * d  # the experts' input
     everything = stream + attention + experts
     products = itemsize * (2 * d + 2 * kv + config.top_k * (d + 2 * config.ffn_hidden_size))
     kept = {

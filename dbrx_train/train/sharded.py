@@ -17,6 +17,7 @@ from composer.utils import dist
 from torch.distributed.fsdp import FSDPModule
 
 from dbrx_train.config import ConfigError, RunConfig
+from dbrx_train.model.compiling import compile_dense
 from dbrx_train.model.decoder import Dbrx
 from dbrx_train.model.lora import adapt, narrow
 from dbrx_train.parallel import BatchLoad, MeshShape, checkpoint_activations, parallelize
@@ -58,6 +59,8 @@ def build_model(config: RunConfig, device: str) -> Dbrx:
         if config.precision == "amp_bf16":
             narrow(model, torch.bfloat16)
     checkpoint_activations(model, parallelism.activation_checkpointing)
+    if config.compile:
+        compile_dense(model)
     if config.optimization.balance_over == "global_batch":
         model.batch_load = BatchLoad()
     if sharded:
