@@ -14,8 +14,9 @@ from typing import Annotated, Any
 
 import typer
 
-from dbrx_train import __version__
+from dbrx_train import __version__, logs
 from dbrx_train.errors import show
+from dbrx_train.redact import mask
 
 app = typer.Typer(
     name="dbrx-train",
@@ -63,6 +64,7 @@ def main() -> None:
     """Entry point: turns a user's mistake into one line and exit code 2."""
     warnings.formatwarning = _one_line
     try:
+        logs.begin()
         app()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -77,8 +79,8 @@ def _one_line(
 ) -> str:
     """A warning of ours without the place in the code, which means nothing to its reader."""
     if not Path(filename).is_relative_to(Path(__file__).parent):
-        return f"{filename}:{lineno}: {message}\n"
-    return f"dbrx-train: warning: {message}\n" if os.environ.get("RANK", "0") == "0" else ""
+        return mask(f"{filename}:{lineno}: {message}\n")
+    return mask(f"dbrx-train: warning: {message}\n") if os.environ.get("RANK", "0") == "0" else ""
 
 
 def _show_version(wanted: bool) -> None:
@@ -254,6 +256,22 @@ def _to_int8(model: Any, input_ids: Any) -> None:
 
     error = quantize(model, input_ids)
     print(f"int8: logits are off by {error:.2%} (root mean square)", file=sys.stderr)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    out: Annotated[Path | None, typer.Option(help="The file to write; default: report.html in RUN.")] = None,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="The MLflow store that it is in; default: its configuration's.")
+    ] = None,
+) -> None:
+    """Write what RUN was and how it went to one HTML file, which opens without a network."""
+    from dbrx_train.train.page import read, render
+
+    page = out or run / "report.html"
+    page.write_text(render(read(run, tracking_uri)), encoding="utf-8")
+    print(page)
 
 
 @checkpoint_app.command("consolidate")

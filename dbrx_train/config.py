@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dbrx_train.data.mix import MixSchedule
 from dbrx_train.duration import Clock
 from dbrx_train.model.config import ACTIVATION_CHECKPOINTING, LORA_TARGETS, DbrxConfig
+from dbrx_train.redact import mask_tree
 
 
 class ConfigError(ValueError):
@@ -341,7 +342,8 @@ class PreferencesConfig:
 class LoggingConfig:
     mlflow_uri: str = _doc("MLflow tracking URI", "sqlite:///mlruns.db")
     experiment: str = _doc("MLflow experiment", "dbrx-train")
-    interval: str = _doc("how often expert load and throughput are logged", "10ba")
+    interval: str = _doc("how often what costs more than a number is logged, such as expert load", "10ba")
+    activations: bool = _doc("log the largest and the root mean square output of every block, too", False)
     progress: bool = _doc("progress bar, where there is a terminal", True)
     peak_flops: float | None = _doc(
         "FLOP/s of one device that MFU is relative to; default: the GPU's published dense peak, "
@@ -353,6 +355,20 @@ class LoggingConfig:
         peak = self.peak_flops
         _require(peak is None or 0 < peak < inf, f"logging.peak_flops: must be positive or null, not {peak}")
         _require(bool(self.experiment.strip()), "logging.experiment: must not be empty")
+
+
+@dataclass
+class ProfileConfig:
+    at: str | None = _doc(
+        "trace rank 0 from the first step that begins at this moment, such as `100ba`, into the run's "
+        "`profile` folder; null: never",
+        None,
+    )
+    steps: int = _doc("how many steps are traced", 3)
+    memory: bool = _doc("keep what was allocated on the GPU meanwhile, and where, too", False)
+
+    def check(self) -> None:
+        _require(self.steps >= 1, f"profile.steps: must be at least 1, not {self.steps}")
 
 
 @dataclass
@@ -390,6 +406,7 @@ class RunConfig:
     parallelism: ParallelismConfig = _doc("how the model is spread over ranks", ParallelismConfig)
     checkpoints: CheckpointsConfig = _doc("when to save and what to keep", CheckpointsConfig)
     logging: LoggingConfig = _doc("what is shown and where it is kept", LoggingConfig)
+    profile: ProfileConfig = _doc("a look into a few steps", ProfileConfig)
     evaluation: EvaluationConfig = _doc("held-out loss per source", EvaluationConfig)
 
     def check(self) -> None:
@@ -409,6 +426,7 @@ class RunConfig:
             self.parallelism,
             self.checkpoints,
             self.logging,
+            self.profile,
             self.evaluation,
         ):
             section.check()
@@ -455,12 +473,15 @@ class RunConfig:
             "checkpoints.export.interval",
             "logging.interval",
             "evaluation.interval",
+            "profile.at",
         ):
             value = attrgetter(key)(self)
             if value is None:
                 continue
             length = clock.tokens(value, key)
-            _require(length > 0 or key.endswith(("warmup", "decay")), f"{key}: must be longer than nothing")
+            _require(
+                length > 0 or key.endswith(("warmup", "decay", "at")), f"{key}: must be longer than nothing"
+            )
         with naming("data."):
             self.mix_schedule().sample_lengths(clock)
         for stage in clock.stages:
@@ -567,9 +588,15 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def for_record(config: RunConfig) -> dict[str, Any]:
+    """The same with secrets masked, for all that is kept."""
+    masked: dict[str, Any] = mask_tree(to_dict(config))
+    return masked
+
+
 def to_yaml(config: RunConfig) -> str:
-    """The whole run as YAML that ``load`` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+    """The whole run as YAML that ``load`` reads back, secrets masked."""
+    return OmegaConf.to_yaml(OmegaConf.create(for_record(config)))
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -6,6 +6,8 @@ import os
 import sys
 import traceback
 
+from dbrx_train.redact import mask
+
 __all__ = ["show"]
 
 
@@ -14,10 +16,11 @@ def show(error: Exception, quiet: bool = False) -> int:
     line, rank = _mistake(error), os.environ.get("RANK", "0")
     where = "" if rank == "0" else f" (rank {rank})"
     if line is None or (isinstance(error, ValueError) and os.environ.get("DBRX_TRAIN_LOG") == "debug"):
-        print(f"dbrx-train{where}:", *traceback.format_exception(error), file=sys.stderr, flush=True)
-        return 1
+        trace = mask("".join(traceback.format_exception(error)))
+        print(f"dbrx-train{where}:", trace, file=sys.stderr, flush=True)
+        return 1 if line is None else 2
     if not quiet:
-        print(f"dbrx-train{where}: {line}", file=sys.stderr, flush=True)
+        print(f"dbrx-train{where}: {mask(line)}", file=sys.stderr, flush=True)
     return 2
 
 

@@ -22,6 +22,7 @@ from dbrx_train.config import OptimizerConfig
 from dbrx_train.model.config import ACTIVATION_CHECKPOINTING, DbrxConfig
 from dbrx_train.model.decoder import Dbrx
 from dbrx_train.parallel import BatchLoad, MeshShape, checkpoint_activations, clip_grad_norm, parallelize
+from dbrx_train.parallel.norms import group_norms
 from dbrx_train.train.optimizers import build_optimizer
 
 # Sizes that no number of ranks divides, and more experts than the few tokens visit.
@@ -76,6 +77,16 @@ def backward(model: Dbrx, samples: Tensor, labels: Tensor, count: float, dtype: 
     return loss.detach()
 
 
+def norms_by_group(model: Dbrx) -> dict[str, float]:
+    groups: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        part = "experts" if ".experts." in name else "rest"
+        assert parameter.grad is not None
+        groups.setdefault(f"{part}'s weights", []).append(parameter)
+        groups.setdefault(f"{part}'s gradients", []).append(parameter.grad)
+    return group_norms(groups)
+
+
 def compare(shape: MeshShape, kind: str, checkpointing: str) -> dict[str, Any]:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     balanced, dtype = kind == "balance", torch.bfloat16 if kind == "bfloat16" else None
@@ -111,6 +122,10 @@ def compare(shape: MeshShape, kind: str, checkpointing: str) -> dict[str, Any]:
             sharded.batch_load.begin()  # type: ignore[attr-defined]
         dist.all_reduce(loss)
         expected = backward(alone, batch, labels, count, dtype)
+        by_group = [norms_by_group(model) for model in (sharded, alone)]
+        result[f"norms {step}"] = max(
+            abs(a / b - 1) for a, b in zip(*map(dict.values, by_group), strict=True)
+        )
         norms = [clip_grad_norm(model.parameters(), 0.5) for model in (sharded, alone)]
         if step == 0:
             grads = {name: (p.grad, q.grad) for name, p, q in pairs}

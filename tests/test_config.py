@@ -115,6 +115,8 @@ def test_variables_interpolate_and_are_no_part_of_the_run(tmp_path: Path) -> Non
         ("data.mix=soon", "data.mix"),
         ("checkpoints.interval=0ba", "checkpoints.interval: must be longer than nothing"),
         ("logging.peak_flops=-5", "logging.peak_flops: must be positive"),
+        ("profile.steps=0", "profile.steps: must be at least 1"),
+        ("profile.at=soon", "profile.at: 'soon' is not a time"),
         ("optimization.optimizer.name=sgd", "optimization.optimizer.name: 'sgd' is not one of adamw, lionw"),
         ("optimization.learning_rate.warmup=soon", "optimization.learning_rate.warmup: 'soon' is not a time"),
         ("max_duration=1ep", "max_duration: '1ep' is not a time"),

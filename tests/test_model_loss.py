@@ -37,6 +37,7 @@ def test_equals_the_plain_loss_and_its_gradients(chunk_size: int, z_weight: floa
     torch.testing.assert_close(loss.cross_entropy, cross_entropy)
     torch.testing.assert_close(loss.z, z)
     torch.testing.assert_close(loss.total, cross_entropy + z_weight * z)
+    torch.testing.assert_close(loss.token_losses, F.cross_entropy(logits, labels, reduction="none"))
     assert loss.num_labels == 19
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 import types
 from typing import Any
@@ -271,6 +272,19 @@ def test_router_z_loss() -> None:
     logits = torch.randn(5, 4)
     layer = Routing(logits, logits.softmax(-1), *[torch.empty(0)] * 3)
     torch.testing.assert_close(balance.router_z_loss([layer]), (logits.exp().sum(-1).log() ** 2).mean())
+
+
+def test_statistics_of_the_routers() -> None:
+    logits = [torch.tensor([[1.0, 1.0, 1.0, 1.0], [5.0, 0.0, 0.0, 0.0]]), torch.zeros(2, 4)]
+    counts = torch.ones(4, dtype=torch.int64)
+    ids = torch.zeros(2, 1, dtype=torch.int64)
+    found = balance.routing_stats([Routing(x, x.softmax(-1), ids.float(), ids, counts) for x in logits])
+    sure = torch.distributions.Categorical(logits=logits[0][1]).entropy() / math.log(4)
+    torch.testing.assert_close(found.token_entropy, torch.stack(((1 + sure) / 2, torch.tensor(1.0))))
+    z = (logits[0].logsumexp(-1).square().mean(), torch.tensor(math.log(4) ** 2))
+    torch.testing.assert_close(found.z, torch.stack(z))
+    assert found.max_logit.tolist() == [5, 0]
+    assert not any(term.requires_grad for term in found)
 
 
 def test_load_entropy() -> None:

@@ -155,7 +155,9 @@ def test_two_ranks_train_what_one_does_and_one_goes_on_from_there(
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)  # of steps of 1e-2
     # Adam hides a constant factor on the gradients; their norm and the held-out loss do not.
-    for metric in ("gradients/norm", "metrics/eval/web/cross_entropy"):
+    logged = ["gradients/norm", "metrics/eval/web/cross_entropy", "gradients/experts", "parameters/head"]
+    logged += ["loss/source/web", "loss/source/code", "router/layer01/z", "router/layer01/max_logit"]
+    for metric in logged:
         histories = []
         for name in names:
             client, found = mlflow_run(workplace, name)
@@ -243,6 +245,7 @@ def test_a_changed_past_of_the_mix_is_refused(workplace: Path, in_tmp: Path) -> 
         (["data.sources.web.local=nowhere"], "data.sources.web: nowhere"),
         (["model.vocab_size=1000"], "vocabulary has only 1000"),
         (["device=gpu"], "device: gpu, but torch finds no CUDA GPU"),
+        (["device=cpu", "profile.memory=true"], "profile.memory: is of a GPU, and this run is on a CPU"),
     ],
 )
 def test_data_and_machine_that_do_not_fit(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from dbrx_train.data.dataset import ScheduledDataset
 from dbrx_train.data.tokenizer import Tokenizer
 from dbrx_train.model.loss import IGNORE_INDEX
 
-__all__ = ["build_loader", "collate", "document_ids"]
+__all__ = ["TimedLoader", "build_loader", "collate", "document_ids"]
 
 
 def document_ids(tokens: Tensor, eos_id: int) -> Tensor:
@@ -55,11 +56,28 @@ def samples_of(batch_size: int, base: int, seq_len: int) -> int:
     return max(1, batch_size * base // seq_len)
 
 
+class TimedLoader(DataLoader[list[dict[str, Any]]]):
+    """A DataLoader that knows for how long it was waited for."""
+
+    waited = 0.0
+    """Seconds, of all batches so far."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        batches = super().__iter__()
+        while True:
+            begin = time.monotonic()
+            batch = next(batches, None)
+            self.waited += time.monotonic() - begin
+            if batch is None:
+                return
+            yield batch
+
+
 def build_loader(
     dataset: ScheduledDataset, *, eos_id: int, num_workers: int = 0, pin_memory: bool = False
-) -> DataLoader[list[dict[str, Any]]]:
+) -> TimedLoader:
     """A DataLoader of this rank's batches; the dataset makes them, as they need not be of one size."""
-    return DataLoader(
+    return TimedLoader(
         dataset,
         batch_size=None,
         num_workers=num_workers,

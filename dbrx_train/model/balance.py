@@ -22,6 +22,12 @@ class RoutingStats(NamedTuple):
     """[L, E] int64."""
     mean_probs: Tensor
     """[L, E] float32, the router's probability of each expert averaged over tokens."""
+    token_entropy: Tensor
+    """[L] entropy of a token's probabilities over log E, averaged over tokens: 1.0 knows no preference."""
+    z: Tensor
+    """[L] logsumexp(logits)^2 averaged over tokens."""
+    max_logit: Tensor
+    """[L] the largest logit of any token."""
 
     @property
     def entropy(self) -> Tensor:
@@ -37,10 +43,20 @@ def load_entropy(tokens_per_expert: Tensor) -> Tensor:
     return entropy.float()
 
 
+@torch.no_grad()
 def routing_stats(routings: Sequence[Routing], token_mask: Tensor | None = None) -> RoutingStats:
     """Stack the layers' statistics; token_mask [T] is False for padding."""
     tokens_LE = torch.stack([r.tokens_per_expert for r in routings])
-    return RoutingStats(tokens_LE, _mean_probs(routings, token_mask).detach())
+    probs_LTE = torch.stack([r.probs for r in routings])
+    logits_LTE = torch.stack([r.logits for r in routings])
+    logsumexp_LT = logits_LTE.logsumexp(-1)
+    entropy_LT = (logsumexp_LT - (probs_LTE * logits_LTE).sum(-1)) / math.log(probs_LTE.shape[-1])
+    terms_LT2 = torch.stack((entropy_LT, logsumexp_LT.square()), -1)
+    entropy_L, z_L = _mean_over_tokens(terms_LT2, token_mask).unbind(-1)
+    if token_mask is not None:
+        logits_LTE = logits_LTE.masked_fill(~token_mask[None, :, None], -math.inf)
+    probs_LE = _mean_over_tokens(probs_LTE, token_mask)
+    return RoutingStats(tokens_LE, probs_LE, entropy_L, z_L, logits_LTE.amax((1, 2)))
 
 
 def balance_loss(

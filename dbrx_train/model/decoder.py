@@ -53,6 +53,8 @@ class DbrxOutput:
     """Raw terms, unweighted and detached: cross_entropy and, where in use, balance, router_z, output_z."""
     num_labels: Tensor | None = None
     """How many labels the cross-entropy is a mean of."""
+    token_losses: Tensor | None = None
+    """[B, S] float32, detached: cross-entropy of what each token predicts; 0 where it predicts nothing."""
     routing: RoutingStats | None = None
     """Load of the experts; None for a dense model."""
 
@@ -205,6 +207,7 @@ class Dbrx(nn.Module):
                 head = self._log_probs(output, hidden_BSD, targets)
             else:
                 head = self.lm_head(hidden_BSD, targets)
+            output.token_losses = head.token_losses.view(labels.shape)
             self._add_losses(output, head, routings, token_mask)
         return output
 
@@ -213,7 +216,8 @@ class Dbrx(nn.Module):
         log_probs: Tensor = self.lm_head(hidden_BSD, targets, log_probs=True)
         output.log_probs = log_probs
         count, zero = (targets != IGNORE_INDEX).sum(), log_probs.new_zeros(())
-        return HeadLoss(zero, -log_probs.detach().sum() / count.clamp(min=1), zero, count)
+        losses = -log_probs.detach().flatten()
+        return HeadLoss(zero, losses.sum() / count.clamp(min=1), zero, count, losses)
 
     def _add_losses(
         self, output: DbrxOutput, head: HeadLoss, routings: list[Routing], token_mask: Tensor | None

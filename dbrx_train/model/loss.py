@@ -31,6 +31,8 @@ class HeadLoss(NamedTuple):
     """logsumexp(logits)^2, the z-loss of PaLM (arXiv 2204.02311)."""
     num_labels: Tensor
     """int64 scalar."""
+    token_losses: Tensor
+    """[T] float32, each token's cross-entropy, detached; 0 where there is no label."""
 
 
 class LMHead(nn.Linear):
@@ -150,7 +152,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk_size: int,
         z_weight: float,
         wants_grad: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         dtype = compute_dtype(hidden_TD)
         hidden, weight = hidden_TD.to(dtype), weight_VD.to(dtype)
         wants_hidden, wants_weight = (wants_grad and wanted for wanted in ctx.needs_input_grad[:2])
@@ -158,14 +160,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # float32, since it adds up many chunks
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         sums = hidden.new_zeros(2, dtype=torch.float32)
+        token_losses = hidden.new_empty(labels_T.shape[0], dtype=torch.float32)
         softmax = _ChunkSoftmax(weight, min(chunk_size, hidden.shape[0]))
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, labels_T.shape[0], chunk_size):
                 chunk = slice(start, start + chunk_size)
                 real = labels_T[chunk, None] != IGNORE_INDEX
                 labels = labels_T[chunk, None].clamp(min=0)
-                terms = softmax.terms(hidden[chunk], labels)
-                sums += terms.where(real, 0.0).sum(0)
+                terms = softmax.terms(hidden[chunk], labels).where(real, 0.0)
+                token_losses[chunk] = terms[:, 0]
+                sums += terms.sum(0)
                 if not (wants_hidden or wants_weight):
                     continue
                 grad = softmax.grad(labels, z_weight)
@@ -179,8 +183,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(grad_hidden, grad_weight, divisor)
         ctx.weight_dtype = weight_VD.dtype
         cross_entropy, z = sums / divisor
-        ctx.mark_non_differentiable(cross_entropy, z, num_labels)
-        return cross_entropy + z_weight * z, cross_entropy, z, num_labels
+        ctx.mark_non_differentiable(cross_entropy, z, num_labels, token_losses)
+        return cross_entropy + z_weight * z, cross_entropy, z, num_labels, token_losses
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]

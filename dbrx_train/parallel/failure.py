@@ -20,6 +20,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from dbrx_train.redact import mask
+
 __all__ = ["end_together"]
 
 _POLL_SECONDS = 0.5
@@ -61,7 +63,7 @@ def end_together(show: Callable[[Exception], int] | None = None) -> Iterator[End
         raise
     except Exception as error:
         over.set()
-        first = notice.post(f"failed: {type(error).__name__}: {error}")
+        first = notice.post(mask(f"failed: {type(error).__name__}: {error}"))
         _exit_in(_CLOSE_SECONDS)
         if first is None:
             code = (show or _traceback)(error)
@@ -75,7 +77,8 @@ def end_together(show: Callable[[Exception], int] | None = None) -> Iterator[End
 
 
 def _traceback(error: Exception) -> int:
-    print(f"rank {dist.get_rank()} failed:", *traceback.format_exception(error), sep="\n", file=sys.stderr)
+    trace = mask("".join(traceback.format_exception(error)))
+    print(f"rank {dist.get_rank()} failed:", trace, sep="\n", file=sys.stderr)
     return 1
 
 

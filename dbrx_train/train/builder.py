@@ -22,12 +22,22 @@ from dbrx_train.checkpoint.huggingface import check_exportable
 from dbrx_train.checkpoint.remote import Remote
 from dbrx_train.checkpoint.tensors import Reader, model_tensors
 from dbrx_train.checkpoint.weights import Weights, open_weights, read_together, upcycled
-from dbrx_train.config import ConfigError, RunConfig, first_line, flatten, naming, to_dict, to_yaml
+from dbrx_train.config import (
+    ConfigError,
+    RunConfig,
+    first_line,
+    flatten,
+    for_record,
+    naming,
+    to_dict,
+    to_yaml,
+)
 from dbrx_train.data.collate import samples_of
 from dbrx_train.data.tokenizer import Tokenizer, load_tokenizer
 from dbrx_train.errors import show
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.parallel import end_together
+from dbrx_train.redact import mask
 from dbrx_train.train import environment, report
 from dbrx_train.train.callbacks.checkpoints import Checkpoints
 from dbrx_train.train.callbacks.expert_load import ExpertLoad
@@ -44,7 +54,9 @@ from dbrx_train.train.optimizers import build_optimizer
 from dbrx_train.train.reference import set_reference
 from dbrx_train.train.sharded import ReduceOnce, build_model, check_left_alone, mesh_shape
 from dbrx_train.train.state import model_of, restore
+from dbrx_train.train.summary import summary
 from dbrx_train.train.throughput import peak_flops
+from dbrx_train.train.watch import watchers
 
 # What the weights' shapes depend on, and the optimizer's state beside them.
 _FIXED_WEIGHTS = (
@@ -104,6 +116,7 @@ def run(config: RunConfig) -> None:
             if config.preferences.beta is not None:
                 set_reference(config, trainer, tokenizer, made=found is not None)
             _record(config, store, f"{peak:.4g} FLOP/s, {origin}")
+            _say(summary(config, device, dist.get_world_size()))
             if config.evaluation.at_start and found is None and trainer.state.evaluators:
                 trainer.eval()
             trainer.fit()
@@ -205,6 +218,7 @@ def build_trainer(
     callbacks = [
         LearningRate(optimization.learning_rate, clock),
         ReduceOnce(data.split_batch),
+        *watchers(config),
         GradientNorm(optimization.clip_grad_norm),
         ExpertLoad(often),
         MixServed(often),
@@ -218,7 +232,7 @@ def build_trainer(
             checkpoint_folder(config),
             clock.interval(config.checkpoints.interval),
             config.checkpoints.keep,
-            to_dict(config),
+            for_record(config),
             asynchronous=config.checkpoints.asynchronous,
             remote=remote,
             timeout=config.parallelism.timeout,
@@ -390,7 +404,10 @@ def _check_mix(config: RunConfig, saved: Checkpoint | None) -> None:
 def _device(config: RunConfig) -> str:
     if config.device == "gpu" and not torch.cuda.is_available():
         raise ConfigError("device: gpu, but torch finds no CUDA GPU on this machine; use cpu or auto")
-    return {"auto": "gpu" if torch.cuda.is_available() else "cpu"}.get(config.device, config.device)
+    device = {"auto": "gpu" if torch.cuda.is_available() else "cpu"}.get(config.device, config.device)
+    if config.profile.memory and device == "cpu":
+        raise ConfigError("profile.memory: is of a GPU, and this run is on a CPU")
+    return device
 
 
 def _open_store(config: RunConfig, *, resume: bool) -> MLflowStore:
@@ -409,7 +426,7 @@ def _record(config: RunConfig, store: MLflowStore, peak: str) -> None:
     if dist.get_global_rank() != 0:
         return
     store.log_hyperparameters(
-        {key: str(value) for key, value in flatten(to_dict(config))}
+        {key: str(value) for key, value in flatten(for_record(config))}
         | environment.describe()
         | {
             "mfu.formula": "(6*active_params_without_embedding + 12*n_layers*d_model*seq_len)*tokens/s/peak",
@@ -450,4 +467,4 @@ def _tokens(config: RunConfig, step: int) -> str:
 
 def _say(text: str) -> None:
     if dist.get_global_rank() == 0:
-        print(text, flush=True)
+        print(mask(text), flush=True)

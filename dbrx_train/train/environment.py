@@ -13,6 +13,8 @@ from collections.abc import Mapping
 
 from composer.utils import dist, get_device
 
+from dbrx_train.redact import mask_argument
+
 _PACKAGES = ("torch", "mosaicml", "mosaicml-streaming", "mlflow-skinny", "numpy", "tiktoken")
 
 
@@ -58,7 +60,7 @@ def describe() -> dict[str, str]:
         "env.python": platform.python_version(),
         "env.platform": platform.platform(),
         "env.world_size": str(dist.get_world_size()),
-        "env.command": shlex.join(sys.argv),
+        "env.command": shlex.join(map(mask_argument, sys.argv)),
         "env.git": _git_state(),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 import warnings
 from pathlib import Path
@@ -17,6 +18,10 @@ from sqlalchemy.exc import SQLAlchemyError
 from dbrx_train.config import first_line
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # its news would break up the progress bar
+# The run's address, which the builder says without the credentials that MLflow prints.
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+
+_log = logging.getLogger(__name__)
 
 STORE_ERRORS = (MlflowException, SQLAlchemyError, OSError)
 """What a tracking store raises when it cannot be used."""
@@ -66,11 +71,13 @@ class MLflowStore(MLFlowLogger):  # type: ignore[misc]
 
     def flush(self) -> None:
         """Write what is pending to the store; what cannot be written stays pending."""
-        self._flushed_at = time.monotonic()
+        begin = self._flushed_at = time.monotonic()
+        waiting = len(self._pending)
         try:
             while self._pending:
                 self._mlflow_client.log_batch(self._run_id, metrics=self._pending[:_LARGEST_BATCH])
                 del self._pending[:_LARGEST_BATCH]
+            _log.debug("%d metrics kept in %.3f s", waiting, time.monotonic() - begin)
         except STORE_ERRORS as error:
             warnings.warn(f"MLflow: {len(self._pending)} metrics wait ({first_line(error)})", stacklevel=2)
 
