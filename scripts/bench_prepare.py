@@ -6,7 +6,7 @@ The text is the source code of Python's library, a document a file. Contestants 
 its own on one core; what is timed begins after imports and with the vocabulary read. `floor` is tiktoken's
 `encode_ordinary_batch` in one thread, which writes nothing. `ours` is `data prepare` with one worker process,
 shards, manifest and hashes included. `foundry` is LLM Foundry's ConcatTokensDataset with the same vocabulary
-as a fast tokenizer of transformers, written by Streaming's MDSWriter; absent without llm-foundry and datasets.
+as a fast tokenizer of transformers, written by Streaming's MDSWriter (absent without the two packages).
 """
 
 from __future__ import annotations
