@@ -8,3 +8,5 @@ export PYTHONPATH=.
 python3 -m pytest -q -m gpu tests/test_devices.py tests/test_parallel.py -p no:cacheprovider
 # Memory of dbrx-9b's layers with each choice of activation checkpointing, beside the estimate.
 python3 scripts/activation_memory.py
+# DBRX's layer, the loss and whole models beside what others would pick, with real and with balanced routing.
+python3 scripts/bench.py --rounds 3 --trained 20 --json "${OUT:-.}/gpu_bench.json"

@@ -7,7 +7,9 @@ import torch
 
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.decoder import Dbrx, DbrxOutput
+from dbrx_train.model.experts import EXPERT_FNS
 from dbrx_train.model.generation import generate
+from dbrx_train.model.grouped_glu import check_available
 
 CUDA = pytest.param(
     "cuda",
@@ -48,10 +50,46 @@ def test_loss_and_every_gradient_equal_the_reference(device: str, expert_impl: s
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 def test_bfloat16_stays_near_float32(device: str) -> None:
     expected, _ = step("cpu", "loop")
-    output, _ = step(device, "grouped", autocast=True)
+    output, _ = step(device, "auto", autocast=True)
     assert expected.loss is not None
     assert output.loss is not None
     torch.testing.assert_close(output.loss.cpu(), expected.loss, rtol=2e-2, atol=0)
+
+
+def experts(
+    device: str, impl: str, counts: list[int], dtype: torch.dtype, weighted: bool
+) -> list[torch.Tensor]:
+    """Outputs and every gradient, brought to the CPU."""
+    generator, tokens = torch.Generator().manual_seed(0), sum(counts)
+    shapes = [(tokens, 64), (tokens,), *[(len(counts), 112, 64)] * 3]
+    x, weight, *matrices = (
+        torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in shapes
+    )
+    sizes = torch.tensor(counts, device=device)
+    y = EXPERT_FNS[impl](x, weight if weighted else None, *matrices, sizes)
+    inputs = [x, *matrices, *([weight] if weighted else [])]
+    grads = torch.autograd.grad(y, inputs, torch.randn(y.shape, generator=generator).to(device, dtype))
+    return [t.detach().cpu() for t in (y, *grads)]
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("impl", ["auto", "grouped", "grouped_mm", "grouped_gemm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_with_no_one_and_all_tokens(device: str, impl: str, dtype: torch.dtype) -> None:
+    try:
+        check_available(impl)
+    except ValueError as error:
+        pytest.skip(str(error))
+    if impl == "grouped_gemm" and (device == "cpu" or dtype == torch.float32):
+        pytest.skip("grouped_gemm computes in bfloat16 on CUDA alone")
+    for counts in ([3, 0, 40, 1], [0, 0, 44, 0], [11, 11, 11, 11]):
+        for weighted in (True, False):
+            expected = experts("cpu", "loop", counts, dtype, weighted)
+            got, again = (experts(device, impl, counts, dtype, weighted) for _ in range(2))
+            for a, b, c in zip(got, expected, again, strict=True):
+                limit = {torch.float32: 1e-5 if device == "cpu" else 1e-4, torch.bfloat16: 2e-2}[dtype]
+                assert (a - b).abs().max() <= limit * b.abs().max()
+                assert torch.equal(a, c), "twice the same"
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
