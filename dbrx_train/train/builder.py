@@ -109,7 +109,7 @@ def run(config: RunConfig) -> None:
         # Trainer.close waits for all ranks, of which some may have failed.
         afterwards.push(lambda kind, *_: trainer.close() if kind is None else trainer.engine.close())
         afterwards.callback(_keep_events, config, store)
-        base = config.init_from.path if weights else None
+        base = config.init_from.path if config.lora.rank is not None else None
         try:
             if weights:
                 with naming("init_from.path: "):

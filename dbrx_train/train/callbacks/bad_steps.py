@@ -49,7 +49,8 @@ class BadSteps(Kept):
         """Each microbatch's share of this rank's loss."""
         self.samples: list[tuple[Tensor, Tensor]] = []
         """Sources and numbers of each microbatch's samples."""
-        self.causes: list[str] = []
+        self.cause = ""
+        """Of the latest bad step."""
 
     def state_dict(self) -> dict[str, Any]:
         return self.judge.state_dict()
@@ -73,16 +74,15 @@ class BadSteps(Kept):
         values = (found / dist.get_world_size()).tolist()  # the one time that the host waits
         step = state.timestamp.batch.value
         cause = self.judge.judge(step, dict(zip(("loss", "gradient norm"), values, strict=True)))
-        if cause is None:
-            self.causes.clear()
-        else:
+        if cause is not None:
+            self.cause = cause
             for optimizer in state.optimizers:
                 optimizer.zero_grad(set_to_none=True)
-            self._record(state, cause, *values)
+            self._record(state, *values)
             logger.log_metrics({"bad_steps/skipped": self.judge.skipped})
         return float(values[1])
 
-    def _record(self, state: State, cause: str, loss: float, norm: float) -> None:
+    def _record(self, state: State, loss: float, norm: float) -> None:
         step, (every, suspect) = state.timestamp.batch.value, self._samples(state)
         suspects = {"not_finite": suspect} if suspect else {}
         events.record(
@@ -90,17 +90,16 @@ class BadSteps(Kept):
             "bad_step",
             step=step,
             tokens=state.timestamp.token.value,
-            cause=cause,
+            cause=self.cause,
             loss=loss,
             norm=norm,
             row=self.judge.row,
             samples=every,
             **suspects,
         )
-        self.causes.append(f"step {step}: {cause}")
         if dist.get_global_rank() == 0:
             where = self.folder / events.FILE
-            tqdm.write(f"step {step} skipped: {cause}; the samples of its batch are in {where}")
+            tqdm.write(f"step {step} skipped: {self.cause}; the samples of its batch are in {where}")
 
     def _samples(self, state: State) -> tuple[Samples, Samples]:
         """By source, the samples of the global batch, and those of microbatches whose loss is not finite."""
@@ -132,13 +131,12 @@ class BadSteps(Kept):
         raise RollBack(state.timestamp.batch.value - row)
 
     def give_up(self, state: State, why: str) -> NoReturn:
-        """Raises Stopped with a report."""
+        """Raises Stopped, which says what there is to see."""
         step, row = state.timestamp.batch.value, self.judge.row
         events.record(
             self.folder, "gave_up", step=step, tokens=state.timestamp.token.value, row=row, cause=why
         )
         raise Stopped(
-            f"stopped at step {step}, after {row} bad steps in a row: {why}. The weights are as they were "
-            f"before these steps, and the samples are in {self.folder / events.FILE} (see them with "
-            f"`dbrx-train data inspect`). The latest:\n  " + "\n  ".join(self.causes[-row:])
+            f"stopped at step {step}, after {row} bad steps in a row (in the last, {self.cause}): {why}. "
+            f"Their samples are in {self.folder / events.FILE}; `dbrx-train data inspect` shows them"
         )
