@@ -216,7 +216,9 @@ def test_without_skipping_a_bad_step_is_taken(workplace: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_bad_steps_in_a_row_take_the_run_back(workplace: Path, tmp_path: Path) -> None:
+def test_bad_steps_in_a_row_take_the_run_back(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["bad_steps.rollback_after=3", "checkpoints.asynchronous=true", "data.num_workers=1"]
     options += ["checkpoints.keep=9"]
     straight = configured(workplace, tmp_path, "straight", *options)
@@ -228,6 +230,8 @@ def test_bad_steps_in_a_row_take_the_run_back(workplace: Path, tmp_path: Path) -
         run(again)
     bad = [(step, False) for step in (3, 4, 5)]
     assert noted.steps == [(0, True), (1, True), (2, True), *bad, *((step, True) for step in range(2, 8))]
+    back = f"3 bad steps in a row: back from step 6 to {again.folder}/checkpoints/ba2\n"
+    assert back in capsys.readouterr().out
     assert equal(final(again), final(straight)), "bit for bit as if nothing had been"
     found = events(again)
     assert [event["kind"] for event in found] == ["bad_step"] * 3 + ["rollback"]

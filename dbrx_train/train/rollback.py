@@ -6,10 +6,12 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from composer import Callback, Trainer
 from composer.callbacks import SpeedMonitor
+from composer.utils import dist
+from tqdm import tqdm
 
 from dbrx_train.checkpoint.folder import Checkpoint
 from dbrx_train.train import events
@@ -73,15 +75,19 @@ def _go_back(
     step, tokens = now["time"]["batch"], now["time"]["token"]
     kept = None if pass_over else checkpoint.facts.get(guard.key)
     judge = guard.judge.roll_back(step, kept)
-    spent = {key: value for key, value in now["time"].items() if key.endswith("_wct")}
-    back: dict[str, Any] = {"time": checkpoint.facts["time"] | spent, guard.key: judge}
     if pass_over:  # as if the checkpoint's weights had been saved now
-        back = {"time": now["time"], "data": now["data"], guard.key: judge}
-    resume(replace(checkpoint, facts=checkpoint.facts | back))
+        back = now
+    else:
+        spent = {key: value for key, value in now["time"].items() if key.endswith("_wct")}
+        back = {"time": checkpoint.facts["time"] | spent}
+    resume(replace(checkpoint, facts=checkpoint.facts | back | {guard.key: judge}))
     for callback in trainer.state.callbacks:
         if isinstance(callback, SpeedMonitor):  # measures over its latest steps, as if they were in a row
             for name in ("samples", "tokens", "wct", "flops"):
                 getattr(callback, f"history_{name}").clear()
+    if dist.get_global_rank() == 0:
+        on = f"; data goes on at step {step}" if pass_over else ""
+        tqdm.write(f"{row} bad steps in a row: back from step {step} to {checkpoint.folder}{on}")
     events.record(
         folder,
         "rollback",
