@@ -260,6 +260,51 @@ class ParallelismConfig:
 
 
 @dataclass
+class BadStepsConfig:
+    skip: bool = _doc(
+        "skip the optimizer's step, on every rank alike, where loss or gradient is not finite, or far above "
+        "what is usual",
+        True,
+    )
+    window: int = _doc("good steps, the latest, that say what is usual", 128)
+    warmup: int = _doc("good steps before a finite loss or gradient can be bad", 64)
+    deviations: float | None = _doc(
+        "how far above the median a loss or gradient norm is bad, in median absolute deviations; both of "
+        "logarithms, and a deviation is 0.05 at least: so 20 is never less than 2.7 times the median; null: "
+        "what is finite is good",
+        20.0,
+    )
+    rollback_after: int | None = _doc(
+        "bad steps in a row after which the run goes back to the newest checkpoint from before them; null: "
+        "never",
+        10,
+    )
+    max_rollbacks: int = _doc("roll-backs over one trouble, before the run stops with exit code 1", 3)
+    pass_over: bool = _doc(
+        "go back with weights and optimizer alone, and on with the data after the bad steps; otherwise what "
+        "came since the checkpoint is trained on again",
+        False,
+    )
+
+    def check(self) -> None:
+        _require(self.window >= 1, f"bad_steps.window: must be positive, not {self.window}")
+        _require(
+            1 <= self.warmup <= self.window,
+            f"bad_steps.warmup: must be at least 1 and at most window {self.window}, not {self.warmup}",
+        )
+        far = self.deviations
+        _require(far is None or far > 0, f"bad_steps.deviations: must be positive or null, not {far}")
+        after = self.rollback_after
+        _require(
+            after is None or after >= 1, f"bad_steps.rollback_after: must be positive or null, not {after}"
+        )
+        _require(
+            self.max_rollbacks >= 0,
+            f"bad_steps.max_rollbacks: must not be negative, not {self.max_rollbacks}",
+        )
+
+
+@dataclass
 class ExportConfig:
     interval: str | None = _doc(
         "how often to save a checkpoint and export it to the run's `exports` folder; null: never", None
@@ -404,6 +449,7 @@ class RunConfig:
     lora: LoraConfig = _doc("adapters instead of all weights", LoraConfig)
     preferences: PreferencesConfig = _doc("learning from pairs of answers", PreferencesConfig)
     parallelism: ParallelismConfig = _doc("how the model is spread over ranks", ParallelismConfig)
+    bad_steps: BadStepsConfig = _doc("what happens to steps that would spoil the weights", BadStepsConfig)
     checkpoints: CheckpointsConfig = _doc("when to save and what to keep", CheckpointsConfig)
     logging: LoggingConfig = _doc("what is shown and where it is kept", LoggingConfig)
     profile: ProfileConfig = _doc("a look into a few steps", ProfileConfig)
@@ -424,6 +470,7 @@ class RunConfig:
             self.preferences,
             self.init_from,
             self.parallelism,
+            self.bad_steps,
             self.checkpoints,
             self.logging,
             self.profile,

@@ -8,13 +8,20 @@ import traceback
 
 from dbrx_train.redact import mask
 
-__all__ = ["show"]
+__all__ = ["Stopped", "show"]
+
+
+class Stopped(Exception):
+    """The run cannot go on, and its message says all that there is to say; exit code 1."""
 
 
 def show(error: Exception, quiet: bool = False) -> int:
     """Print ``error``; returns the exit code: 2 for a user's mistake, else 1. ``quiet``: not a mistake."""
     line, rank = _mistake(error), os.environ.get("RANK", "0")
     where = "" if rank == "0" else f" (rank {rank})"
+    if isinstance(error, Stopped):
+        print(f"dbrx-train{where}: {mask(str(error))}", file=sys.stderr, flush=True)
+        return 1
     if line is None or (isinstance(error, ValueError) and os.environ.get("DBRX_TRAIN_LOG") == "debug"):
         trace = mask("".join(traceback.format_exception(error)))
         print(f"dbrx-train{where}:", trace, file=sys.stderr, flush=True)

@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +85,11 @@ def saved(root: Path) -> list[Path]:
     return [path for _, path in sorted(steps, reverse=True)]
 
 
-def newest(root: Path, passed_over: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that is whole; ``passed_over`` hears of newer ones that are not."""
+def newest(root: Path, passed_over: Callable[[str], None], last: float = inf) -> Checkpoint | None:
+    """The newest whole checkpoint, of step ``last`` at most; ``passed_over`` hears of newer ones."""
     for path in saved(root):
+        if (step_of(path.name) or 0) > last:
+            continue
         try:
             return read(path)
         except ValueError as error:

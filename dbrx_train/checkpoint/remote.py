@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from math import inf
 from pathlib import Path
 from typing import Protocol
 
@@ -42,15 +43,15 @@ class Remote:
             self._store.upload_object(self._object(folder.stem, MARK), str(nothing))
             nothing.unlink()
 
-    def newest(self, root: Path, passed_over: Callable[[str], None]) -> Checkpoint | None:
+    def newest(self, root: Path, passed_over: Callable[[str], None], last: float = inf) -> Checkpoint | None:
         """The newest whole one, as a folder in ``root`` that holds no tensors yet: ``fetch`` brings them.
 
-        ``passed_over`` hears of newer ones that are not whole.
+        Of step ``last`` at most. ``passed_over`` hears of newer ones that are not whole.
         """
         start = self._object("", "")
         found = [name.removeprefix(f"{start}/").split("/") for name in self._list(start)]
         marked = {step_of("/".join(parent)) for *parent, name in found if name == MARK}
-        for step in sorted((step for step in marked if step is not None), reverse=True):
+        for step in sorted((step for step in marked if step is not None and step <= last), reverse=True):
             folder = step_folder(root, step).with_suffix(".fetched")
             folder.mkdir(parents=True, exist_ok=True)
             self._store.download_object(self._object(folder.stem, MARK), str(folder / MARK), overwrite=True)

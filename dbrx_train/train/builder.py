@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ from dbrx_train.errors import show
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.parallel import end_together
 from dbrx_train.redact import mask
-from dbrx_train.train import environment, report
+from dbrx_train.train import environment, events, report, rollback
+from dbrx_train.train.callbacks.bad_steps import BadSteps
 from dbrx_train.train.callbacks.checkpoints import Checkpoints
 from dbrx_train.train.callbacks.expert_load import ExpertLoad
 from dbrx_train.train.callbacks.gradients import GradientNorm
@@ -106,20 +108,27 @@ def run(config: RunConfig) -> None:
         trainer = build_trainer(config, tokenizer, device, store, peak, remote)
         # Trainer.close waits for all ranks, of which some may have failed.
         afterwards.push(lambda kind, *_: trainer.close() if kind is None else trainer.engine.close())
+        afterwards.callback(_keep_events, config, store)
+        base = config.init_from.path if config.lora.rank is not None else None
         try:
             if weights:
                 with naming("init_from.path: "):
                     read_together(weights, model_of(trainer.state))
             if found:
                 _say(f"{config.run_name} goes on from {found.folder}, after {found.tokens:,} tokens")
-                resume(trainer, found, remote, config.init_from.path if weights else None)
+                resume(trainer, found, remote, base)
             if config.preferences.beta is not None:
                 set_reference(config, trainer, tokenizer, made=found is not None)
             _record(config, store, f"{peak:.4g} FLOP/s, {origin}")
             _say(summary(config, device, dist.get_world_size()))
             if config.evaluation.at_start and found is None and trainer.state.evaluators:
                 trainer.eval()
-            trainer.fit()
+            rollback.fit(
+                trainer,
+                Path(config.folder),
+                newest=lambda last: _newest(config, remote, last),
+                resume=lambda checkpoint: resume(trainer, checkpoint, remote, base),
+            )
             if dist.get_global_rank() == 0:
                 _report(config, store, trainer.state.timestamp.batch.value)
         except (KeyboardInterrupt, SystemExit):  # Composer turns SIGINT and SIGTERM into SystemExit
@@ -215,11 +224,13 @@ def build_trainer(
     often = clock.interval(config.logging.interval)
     most = max(stage.tokens_per_batch for stage in clock.stages)
     whole = most // config.data.seq_len // dist.get_world_size()
+    bad_steps = BadSteps(config.bad_steps, Path(config.folder)) if config.bad_steps.skip else None
     callbacks = [
         LearningRate(optimization.learning_rate, clock),
         ReduceOnce(data.split_batch),
         *watchers(config),
-        GradientNorm(optimization.clip_grad_norm),
+        *([bad_steps] if bad_steps else []),
+        GradientNorm(optimization.clip_grad_norm, bad_steps),
         ExpertLoad(often),
         MixServed(often),
         SpeedMonitor(
@@ -262,7 +273,7 @@ def build_trainer(
 def resume(
     trainer: Trainer, checkpoint: Checkpoint, remote: Remote | None = None, base: str | None = None
 ) -> None:
-    """Put a new Trainer where ``checkpoint`` was saved; files that are not there come from ``remote``.
+    """Put a Trainer where ``checkpoint`` was saved; files that are not there come from ``remote``.
 
     ``base``: where the weights come from that the Trainer's model has beside its adapters, if it has any.
 
@@ -361,15 +372,15 @@ def _store_errors(uri: str | None) -> Iterator[None]:
         raise ConfigError(f"checkpoints.remote: {uri} cannot be used ({first_line(error)})") from None
 
 
-def _newest(config: RunConfig, remote: Remote | None) -> Checkpoint | None:
-    """The checkpoint to go on from, the same on every rank: rank 0 looks."""
+def _newest(config: RunConfig, remote: Remote | None, last: float = inf) -> Checkpoint | None:
+    """The checkpoint to go on from, of step ``last`` at most, the same on every rank: rank 0 looks."""
     found: list[Checkpoint | ConfigError | None] = [None]
     if dist.get_global_rank() == 0:
         root = checkpoint_folder(config)
-        candidates = [folders.newest(root, _say)]
+        candidates = [folders.newest(root, _say, last)]
         try:
             with _store_errors(config.checkpoints.remote):
-                candidates += [remote.newest(root, _say)] if remote else []
+                candidates += [remote.newest(root, _say, last)] if remote else []
             found = [max(filter(None, candidates), key=lambda c: c.step, default=None)]
         except ConfigError as error:
             found = [error]
@@ -459,6 +470,16 @@ def _report(config: RunConfig, store: MLflowStore, batch: int) -> None:
         _say(f"run {store.run_id}: {uri.rstrip('/')}/{page}")
     else:
         _say(f"run {store.run_id}: mlflow ui --backend-store-uri {uri}, then http://127.0.0.1:5000/{page}")
+
+
+def _keep_events(config: RunConfig, store: MLflowStore) -> None:
+    """Have MLflow keep what happened to the run, however it ended."""
+    path = Path(config.folder) / events.FILE
+    if path.exists():
+        try:
+            store.log_artifact(path)
+        except STORE_ERRORS as error:
+            warnings.warn(f"MLflow: {path} is not kept there ({first_line(error)})", stacklevel=2)
 
 
 def _tokens(config: RunConfig, step: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 import warnings
@@ -65,7 +66,10 @@ class MLflowStore(MLFlowLogger):  # type: ignore[misc]
         if not self._enabled:
             return
         now = int(time.time() * 1000)
-        self._pending += [Metric(key, float(value), now, step or 0) for key, value in metrics.items()]
+        values = {key: float(value) for key, value in metrics.items()}
+        # SQL stores make infinity the largest number there is, which flattens every chart
+        finite = {key: math.nan if math.isinf(value) else value for key, value in values.items()}
+        self._pending += [Metric(key, value, now, step or 0) for key, value in finite.items()]
         if time.monotonic() - self._flushed_at > _FLUSH_SECONDS:
             self.flush()
 
@@ -94,9 +98,10 @@ class MLflowStore(MLFlowLogger):  # type: ignore[misc]
             self._mlflow_client.log_artifact(self._run_id, str(path))
 
     def metric_history(self, key: str) -> list[tuple[int, float]]:
-        """(step, value) pairs of one metric over the whole run, resumptions included."""
+        """(step, value) of one metric over the whole run; of steps that were taken again, the latest."""
         self.flush()
-        return [(m.step, m.value) for m in self._mlflow_client.get_metric_history(self._run_id, key)]
+        found = self._mlflow_client.get_metric_history(self._run_id, key)
+        return sorted({m.step: m.value for m in sorted(found, key=lambda m: m.timestamp)}.items())
 
     def metric_names(self) -> list[str]:
         self.flush()

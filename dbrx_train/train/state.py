@@ -10,11 +10,11 @@ from __future__ import annotations
 import datetime
 import io
 import random
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from composer import State, Trainer
+from composer import Callback, State, Trainer
 from composer.utils import dist
 from torch import Tensor
 
@@ -22,7 +22,13 @@ from dbrx_train.checkpoint.folder import Checkpoint
 from dbrx_train.checkpoint.tensors import Reader, model_tensors, optimizer_tensors
 from dbrx_train.model.decoder import Dbrx
 
-__all__ = ["facts", "model_of", "restore", "restore_random", "tensors"]
+__all__ = ["Kept", "facts", "model_of", "restore", "restore_random", "step_skipped", "tensors"]
+
+
+class Kept(Callback):  # type: ignore[misc]
+    """A callback whose ``state_dict``, of plain values, is kept in every checkpoint under ``key``."""
+
+    key: ClassVar[str]
 
 
 def model_of(state: State) -> Dbrx:
@@ -30,6 +36,12 @@ def model_of(state: State) -> Dbrx:
     composed = state.model.module if state.is_model_ddp else state.model
     model: Dbrx = composed.model
     return model
+
+
+def step_skipped(state: State) -> bool:
+    """Whether the optimizer had nothing to do in the step that has just ended: its gradients were dropped."""
+    groups = state.optimizers[0].param_groups
+    return all(parameter.grad is None for group in groups for parameter in group["params"])
 
 
 def tensors(state: State) -> dict[str, Tensor]:
@@ -43,16 +55,20 @@ def tensors(state: State) -> dict[str, Tensor]:
 
 
 def facts(state: State) -> dict[str, Any]:
-    """Time and position in the data, as plain values."""
+    """Time, position in the data and what callbacks keep, as plain values."""
     times = state.timestamp.state_dict()
-    return {
+    return {each.key: each.state_dict() for each in _kept(state)} | {
         "time": {k: v.total_seconds() if isinstance(v, datetime.timedelta) else v for k, v in times.items()},
         "data": state.train_dataloader.dataset.state_dict(state.timestamp.sample_in_epoch.value, True),
     }
 
 
+def _kept(state: State) -> list[Kept]:
+    return [callback for callback in state.callbacks if isinstance(callback, Kept)]
+
+
 def restore(trainer: Trainer, checkpoint: Checkpoint, reader: Reader) -> Tensor | None:
-    """Put a new Trainer where the checkpoint was saved.
+    """Put a Trainer where the checkpoint was saved.
 
     Returns this rank's random states, for ``restore_random`` once nothing else will draw before the next
     step; None if other numbers of ranks saved than read.
@@ -72,6 +88,9 @@ def restore(trainer: Trainer, checkpoint: Checkpoint, reader: Reader) -> Tensor 
         {"timestamp": {"Timestamp": times | spans}, "dataset_state": {"train": checkpoint.facts["data"]}},
         trainer.logger,
     )
+    for callback in _kept(state):
+        if callback.key in checkpoint.facts:  # not in older ones
+            callback.load_state_dict(checkpoint.facts[callback.key])
     return drawn
 
 

@@ -65,7 +65,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
 
     def fit_start(self, state: State, logger: Logger) -> None:
         warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # torch's own use of it in saving
-        if dist.get_world_size() > 1:
+        if dist.get_world_size() > 1 and self.group is None:
             # Apart from training's, for a thread may use it
             self.group = new_group(backend="gloo", timeout=self.timeout)
         self.shared = self._is_shared()

@@ -10,7 +10,7 @@ from torch import Tensor
 from dbrx_train.model.balance import RoutingStats, load_entropy
 from dbrx_train.parallel import BatchLoad
 from dbrx_train.train.intervals import every
-from dbrx_train.train.state import model_of
+from dbrx_train.train.state import model_of, step_skipped
 
 
 class ExpertLoad(Callback):  # type: ignore[misc]
@@ -24,7 +24,8 @@ class ExpertLoad(Callback):  # type: ignore[misc]
     - of the router, a token's mean entropy, the mean of logsumexp^2, and the largest logit.
 
     After each batch it moves the loss-free balancing biases, where the model has them, and before each it
-    begins the count of the batch's load, where the balance loss goes by it.
+    begins the count of the batch's load, where the balance loss goes by it. A batch whose step was skipped
+    moves nothing, and does not count.
     """
 
     def __init__(self, interval: str) -> None:
@@ -52,6 +53,8 @@ class ExpertLoad(Callback):  # type: ignore[misc]
         model = model_of(state)
         counts, self.batch_counts = self.batch_counts, None
         routers, self.batch_routers = self.batch_routers, []
+        if step_skipped(state):
+            return
         if model.config.loss_free_bias_rate > 0:
             dist.all_reduce(counts)
             model.update_expert_bias(counts)

@@ -23,6 +23,7 @@ class Progress(Callback):  # type: ignore[misc]
         self.bar: Any = None
 
     def fit_start(self, state: State, logger: Logger) -> None:
+        self.close(state, logger)  # of a run that was rolled back
         self.bar = tqdm(
             total=self.clock.total_tokens,
             initial=state.timestamp.token.value,
