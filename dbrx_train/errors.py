@@ -8,7 +8,19 @@ import traceback
 
 from dbrx_train.redact import mask
 
-__all__ = ["show"]
+__all__ = ["HUNG", "STOPPED", "exit_code", "show"]
+
+STOPPED = 75
+"""Exit code (sysexits' EX_TEMPFAIL): stopped as asked, with all that was done saved; start it again."""
+HUNG = 74
+"""Exit code: no progress for too long."""
+
+
+def exit_code(error: BaseException | None) -> int:
+    """What a process that ends with ``error`` exits with, if nothing else is said of it."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    return 130 if isinstance(error, KeyboardInterrupt) else int(error is not None)
 
 
 def show(error: Exception, quiet: bool = False) -> int:
