@@ -5,11 +5,15 @@ Reads from stdin, line by line, {"ranks", "arguments": of dbrx-train, "faults": 
 
 A moment is one of Composer's events, or "write": while the rank writes a checkpoint, or "batch": while its
 data set makes one. A deed is "sleep" (five minutes), "nap" (four seconds), or the number of a signal to its
-own process; "group NUMBER": to all in its process group; "later NUMBER": after three seconds.
+own process; "group NUMBER": to all in its process group; "parent NUMBER": to its launcher; "later NUMBER":
+after three seconds; "once NUMBER": in the first run of this folder.
+
+With a JSON list of faults as its first argument, it is a rank that a launcher has started.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -37,6 +41,12 @@ def do(deed: str) -> None:
         time.sleep(300 if deed == "sleep" else 4)
     elif kind == "group":
         os.killpg(0, int(number))
+    elif kind == "parent":
+        os.kill(os.getppid(), int(number))
+    elif kind == "once":
+        with contextlib.suppress(FileExistsError):
+            Path("befallen").touch(exist_ok=False)
+            os.kill(os.getpid(), int(number))
     elif kind == "later":
         threading.Timer(3, os.kill, [os.getpid(), int(number)]).start()
     else:
@@ -84,6 +94,14 @@ def befall(moment: str, step: int, deed: str) -> None:
         builder.build_trainer = with_fault
 
 
+def train(faults: list[Any], arguments: list[str]) -> None:
+    for rank, *fault in faults:
+        if rank == int(os.environ["RANK"]):
+            befall(*fault)
+    sys.argv = ["dbrx-train", *arguments]
+    main()
+
+
 def be_rank(rank: int, port: int, job: dict[str, Any]) -> None:
     os.setpgid(0, 0)
     ranks = str(job["ranks"])
@@ -91,11 +109,7 @@ def be_rank(rank: int, port: int, job: dict[str, Any]) -> None:
     os.environ.update(NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{job['folder']}/{name}{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
-    for who, *fault in job["faults"]:
-        if who == rank:
-            befall(*fault)
-    sys.argv = ["dbrx-train", *job["arguments"]]
-    main()
+    train(job["faults"], job["arguments"])
 
 
 def fork(rank: int, port: int, job: dict[str, Any]) -> int:
@@ -132,5 +146,7 @@ def run(job: dict[str, Any]) -> list[int]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        train(json.loads(sys.argv[1]), sys.argv[2:])
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)

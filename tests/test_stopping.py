@@ -17,11 +17,12 @@ from typing import Any
 import mlflow
 import pytest
 import torch
-from conftest import run_yaml, saved_tensors
+from conftest import free_port, run_yaml, saved_tensors
 
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.config import ConfigError, load
 
+SUPERVISION = Path(__file__).parents[1] / "scripts" / "supervision"
 PROGRAM = Path(__file__).with_name("forked_ranks.py")
 TERM, USR1, KILL = int(signal.SIGTERM), int(signal.SIGUSR1), int(signal.SIGKILL)
 STEPS = 12
@@ -98,11 +99,19 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.slow
-def test_stopped_in_every_way_on_one_rank_of_two_it_ends_as_if_undisturbed(ranks: Ranks) -> None:
+@pytest.fixture(scope="module")
+def undisturbed(ranks: Ranks) -> dict[str, torch.Tensor]:
+    """The weights at the end of a run that nothing befalls."""
     # A first step, a save and an evaluation that last longer than a step may are no hangs.
     naps = [[0, moment, step, "nap"] for moment, step in SLOW]
     assert ranks.train("undisturbed", "hangs.step=2s", ranks=2, faults=naps).codes == [0, 0]
+    return ranks.weights("undisturbed")
+
+
+@pytest.mark.slow
+def test_stopped_in_every_way_on_one_rank_of_two_it_ends_as_if_undisturbed(
+    ranks: Ranks, undisturbed: dict[str, torch.Tensor]
+) -> None:
     stops: list[tuple[list[str], list[Any], set[int], str]] = [
         # To the workers of the loader too, which it can do without least
         (["data.num_workers=2"], [1, "before_forward", 1, f"group {TERM}"], {2}, "SIGTERM"),
@@ -123,7 +132,33 @@ def test_stopped_in_every_way_on_one_rank_of_two_it_ends_as_if_undisturbed(ranks
         assert not any("Traceback" in err for err in done.err)
     assert ranks.train("stopped", ranks=2).codes == [0, 0]
     assert ranks.status("stopped") == "FINISHED"
-    assert same(ranks.weights("stopped"), ranks.weights("undisturbed"))
+    assert same(ranks.weights("stopped"), undisturbed)
+
+
+@pytest.mark.slow
+def test_under_torchrun_a_killed_rank_is_restarted_and_a_stopped_run_is_not(
+    ranks: Ranks, undisturbed: dict[str, torch.Tensor]
+) -> None:
+    faults = [[1, "before_forward", 5, f"once {KILL}"], [0, "before_forward", 6, f"parent {TERM}"]]
+    path = run_yaml(ranks.workplace, ranks.folder, "restarted")
+    command = ["bash", str(SUPERVISION / "restart.sh"), "3", sys.executable, str(SUPERVISION / "torchrun.py")]
+    command += ["--nproc-per-node=2", f"--master-port={free_port()}", str(PROGRAM), json.dumps(faults)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "train", str(path), *OPTIONS],
+        env=env,
+        cwd=ranks.folder,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 75, done.stderr[-3000:]
+    assert done.stderr.count("restart.sh: exit code 137; starting again, 2 times left") == 1
+    assert f"goes on from {ranks.folder}/restarted/checkpoints/ba4, after" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("stopped (SIGUSR1); the same command goes on from ")
+    assert ranks.saved("restarted")[0] == "ba7"
+    assert ranks.train("restarted", ranks=2).codes == [0, 0]
+    assert same(ranks.weights("restarted"), undisturbed)
 
 
 @pytest.mark.slow
