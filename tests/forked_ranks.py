@@ -4,7 +4,7 @@ Reads from stdin, line by line, {"ranks", "arguments": of dbrx-train, "faults": 
 "folder": for what each rank prints}; answers each with a JSON list of the ranks' exit codes.
 
 A moment is one of Composer's events, or "write": while the rank writes a checkpoint, or "batch": while its
-data set makes one. A deed is "sleep" (five minutes), "nap" (four seconds), or the number of a signal to its
+data set makes one. A deed is "sleep" (five minutes), "nap" (three seconds), or the number of a signal to its
 own process; "group NUMBER": to all in its process group; "parent NUMBER": to its launcher; "later NUMBER":
 after three seconds; "once NUMBER": in the first run of this folder.
 
@@ -23,13 +23,17 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mlflow.store.tracking.sqlalchemy_store  # noqa: F401  # imported late, by every run
 from composer import Callback, Event, Logger, State
+from composer.utils import collect_env
 
 from dbrx_train.cli import main
 from dbrx_train.data.dataset import ScheduledDataset
+from dbrx_train.data.tokenizer import load_tokenizer
 from dbrx_train.errors import exit_code
 from dbrx_train.train import builder
 from dbrx_train.train.callbacks import checkpoints
@@ -38,7 +42,7 @@ from dbrx_train.train.callbacks import checkpoints
 def do(deed: str) -> None:
     kind, _, number = deed.rpartition(" ")
     if deed in ("sleep", "nap"):
-        time.sleep(300 if deed == "sleep" else 4)
+        time.sleep(300 if deed == "sleep" else 3)
     elif kind == "group":
         os.killpg(0, int(number))
     elif kind == "parent":
@@ -148,5 +152,7 @@ def run(job: dict[str, Any]) -> list[int]:
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         train(json.loads(sys.argv[1]), sys.argv[2:])
+    load_tokenizer("cl100k_base")  # what every run would take its time for
+    collect_env.get_cpu_model = partial(str, collect_env.get_cpu_model())
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)

@@ -29,7 +29,9 @@ STEPS = 12
 SLOW = [("before_forward", 0), ("write", 4), ("eval_batch_start", 6)]
 # Noise in the router, so that a random state which is not what it was shows in the weights.
 OPTIONS = [f"max_duration={STEPS}ba", "model.router_jitter=0.2", "checkpoints.interval=4ba"]
-OPTIONS += ["evaluation.interval=6ba", "evaluation.at_start=false"]
+OPTIONS += ["evaluation.interval=6ba", "evaluation.at_start=false", "evaluation.max_samples=2"]
+OPTIONS += ["model.d_model=16", "model.n_layers=1", "model.n_heads=2", "model.n_kv_heads=1"]
+OPTIONS += ["model.num_experts=4", "model.top_k=2"]
 
 
 @dataclass
@@ -211,9 +213,9 @@ def test_a_loader_that_starves_is_told_from_a_collective_that_hangs(ranks: Ranks
         "rank 1 is behind, last seen at step 3, waiting for data; the foremost is at step 3, waiting for "
         in done.err[0]
     )
-    alone = ranks.train("starved-alone", *options, faults=[[0, "batch", 3, "sleep"]])
+    alone = ranks.train("starved-alone", "hangs.step=2s", *options[1:], faults=[[0, "batch", 3, "sleep"]])
     assert alone.codes == [74]
-    assert "rank 0 sees no progress for 3 s: it is at step 3, waiting for data" in alone.err[0]
+    assert "rank 0 sees no progress for 2 s: it is at step 3, waiting for data" in alone.err[0]
 
 
 def test_spans_of_time(tmp_path: Path, workplace: Path) -> None:
