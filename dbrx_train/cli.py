@@ -1,6 +1,7 @@
 """The command line: one command per verb, each a thin call into one room.
 
-Exit codes: 0 done; 2 the user's input is wrong (one line); 130 interrupted; 1 anything else.
+Exit codes: 0 done; 2 the user's input is wrong (one line); 75 stopped as asked, with all that was done saved;
+74 no progress for too long; 130 interrupted; 1 anything else.
 """
 
 from __future__ import annotations

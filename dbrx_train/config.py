@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dbrx_train.data.mix import MixSchedule
-from dbrx_train.duration import Clock
+from dbrx_train.duration import Clock, parse_span
 from dbrx_train.model.config import ACTIVATION_CHECKPOINTING, LORA_TARGETS, DbrxConfig
 from dbrx_train.redact import mask_tree
 
@@ -431,11 +431,50 @@ class EvaluationConfig:
 
 
 @dataclass
+class StoppingConfig:
+    grace: str = _doc("how long saving and ending may take; then the process exits at once", "5m")
+
+    @property
+    def seconds(self) -> int:
+        return parse_span(self.grace, "stopping.grace")
+
+    def check(self) -> None:
+        _ = self.seconds
+
+
+@dataclass
+class HangsConfig:
+    first_step: str | None = _doc(
+        "without progress for so long, a run hangs, until its first step is done and while it evaluates; "
+        "null: never",
+        "30m",
+    )
+    step: str | None = _doc("the same from the second step on; saving does not count", "10m")
+
+    def check(self) -> None:
+        _ = self.seconds
+
+    @property
+    def seconds(self) -> tuple[int | None, int | None]:
+        """Of the first step, and of the others."""
+        first, others = self.first_step, self.step
+        return (
+            None if first is None else parse_span(first, "hangs.first_step"),
+            None if others is None else parse_span(others, "hangs.step"),
+        )
+
+
+@dataclass
 class RunConfig:
     """One run. The order is the one in which a reader wants it."""
 
     run_name: str = _doc("names the run; the same name resumes it")
     max_duration: str = _doc("how long to train: `1_000_000tok` or `1000ba`")
+    stop_after: str | None = _doc(
+        "wall time since the process began, such as `3h50m`, after which it saves and exits with 75, so that "
+        "the same command goes on; null: never",
+        None,
+    )
     model: DbrxConfig = _doc("the model's shape", DbrxConfig)
     data: DataConfig = _doc("what it is trained on", DataConfig)
     folder: str = _doc("where the run's files go", "runs/${run_name}")
@@ -454,6 +493,8 @@ class RunConfig:
     logging: LoggingConfig = _doc("what is shown and where it is kept", LoggingConfig)
     profile: ProfileConfig = _doc("a look into a few steps", ProfileConfig)
     evaluation: EvaluationConfig = _doc("held-out loss per source", EvaluationConfig)
+    stopping: StoppingConfig = _doc("at SIGTERM, SIGUSR1 or `stop_after`", StoppingConfig)
+    hangs: HangsConfig = _doc("when a run that makes no progress ends, with 74", HangsConfig)
 
     def check(self) -> None:
         """Refuse what cannot be run; sections first.
@@ -475,8 +516,11 @@ class RunConfig:
             self.logging,
             self.profile,
             self.evaluation,
+            self.stopping,
+            self.hangs,
         ):
             section.check()
+        _ = self.stop_after_seconds
         _one_of("device", self.device, ("auto", "cpu", "gpu"))
         _one_of("precision", self.precision, ("fp32", "amp_bf16"))
         _require(
@@ -538,6 +582,10 @@ class RunConfig:
                     f"(batch_size_warmup, or seq_len in the mix)",
                     stacklevel=2,
                 )
+
+    @property
+    def stop_after_seconds(self) -> int | None:
+        return None if self.stop_after is None else parse_span(self.stop_after, "stop_after")
 
     @property
     def clock(self) -> Clock:

@@ -40,6 +40,23 @@ def parse_time(text: str | int, field: str) -> tuple[Fraction, Unit | Literal["d
     return Fraction(number.replace("_", "")) * _MAGNITUDE[magnitude], cast(Unit, unit)
 
 
+_SPAN = re.compile(r"(?=\d)(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
+
+
+def parse_span(text: str, field: str) -> int:
+    """Read a span of wall time, such as ``"3h50m"``, ``"90s"`` or ``"2d"``, as seconds.
+
+    Raises:
+        ValueError: anything else, or nothing; the message begins with ``field``.
+    """
+    match = _SPAN.fullmatch(text)
+    parts = [int(part or 0) for part in match.groups()] if match else [0]
+    seconds = sum(part * unit for part, unit in zip(parts, (86400, 3600, 60, 1), strict=False))
+    if not seconds:
+        raise ValueError(f"{field}: {text!r} is not a span of time; write it like 3h50m, 90s or 2d")
+    return seconds
+
+
 @dataclass(frozen=True)
 class Stage:
     """Optimizer steps that are alike, up to the next stage.

@@ -8,11 +8,24 @@ import traceback
 
 from dbrx_train.redact import mask
 
-__all__ = ["Stopped", "show"]
+
+__all__ = ["HUNG", "STOPPED", "Stopped", "exit_code", "show"]
+
+STOPPED = 75
+"""Exit code (sysexits' EX_TEMPFAIL): stopped as asked, with all that was done saved; start it again."""
+HUNG = 74
+"""Exit code: no progress for too long."""
 
 
 class Stopped(Exception):
     """The run cannot go on, and its message says all that there is to say; exit code 1."""
+
+
+def exit_code(error: BaseException | None) -> int:
+    """What a process that ends with ``error`` exits with, if nothing else is said of it."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    return 130 if isinstance(error, KeyboardInterrupt) else int(error is not None)
 
 
 def show(error: Exception, quiet: bool = False) -> int:

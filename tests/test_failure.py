@@ -21,7 +21,7 @@ signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Composer does
 dist.init_process_group("gloo")
 rank, failing = dist.get_rank(), int(sys.argv[1])
 with end_together() as ending:
-    ending.at_end = lambda: print(f"rank {rank} tidied up", flush=True)
+    ending.at_end = lambda code: print(f"rank {rank} tidied up", flush=True)
     if rank == failing:
         time.sleep(1)
         print(f"raised at {time.time()}", flush=True)

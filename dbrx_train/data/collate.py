@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from dbrx_train.data.dataset import ScheduledDataset
 from dbrx_train.data.tokenizer import Tokenizer
+from dbrx_train.data.worker_signals import heed_parent_alone
 from dbrx_train.model.loss import IGNORE_INDEX
 
 __all__ = ["TimedLoader", "build_loader", "collate", "document_ids"]
@@ -57,10 +58,11 @@ def samples_of(batch_size: int, base: int, seq_len: int) -> int:
 
 
 class TimedLoader(DataLoader[list[dict[str, Any]]]):
-    """A DataLoader that knows for how long it was waited for."""
+    """A DataLoader that knows for how long it was waited for, and calls ``arrived`` when it has a batch."""
 
     waited = 0.0
     """Seconds, of all batches so far."""
+    arrived: Callable[[], None] = staticmethod(lambda: None)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         batches = super().__iter__()
@@ -70,6 +72,7 @@ class TimedLoader(DataLoader[list[dict[str, Any]]]):
             self.waited += time.monotonic() - begin
             if batch is None:
                 return
+            self.arrived()
             yield batch
 
 
@@ -84,4 +87,5 @@ def build_loader(
         collate_fn=partial(collate, eos_id=eos_id),
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
+        worker_init_fn=heed_parent_alone,
     )

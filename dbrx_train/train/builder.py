@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -35,9 +36,9 @@ from dbrx_train.config import (
 )
 from dbrx_train.data.collate import samples_of
 from dbrx_train.data.tokenizer import Tokenizer, load_tokenizer
-from dbrx_train.errors import show
+from dbrx_train.errors import STOPPED, exit_code, show
 from dbrx_train.model.config import DbrxConfig
-from dbrx_train.parallel import end_together
+from dbrx_train.parallel import Progress, StoppedTogether, end_together
 from dbrx_train.redact import mask
 from dbrx_train.train import environment, events, report, rollback
 from dbrx_train.train.callbacks.bad_steps import BadSteps
@@ -47,7 +48,9 @@ from dbrx_train.train.callbacks.gradients import GradientNorm
 from dbrx_train.train.callbacks.learning_rate import LearningRate
 from dbrx_train.train.callbacks.memory import PeakMemory
 from dbrx_train.train.callbacks.mix import MixServed
-from dbrx_train.train.callbacks.progress import Progress
+from dbrx_train.train.callbacks.phases import Phases
+from dbrx_train.train.callbacks.progress import Progress as ProgressBar
+from dbrx_train.train.callbacks.stopping import Stopping
 from dbrx_train.train.composer_model import ComposerDbrx
 from dbrx_train.train.exports import Exports
 from dbrx_train.train.loaders import check_sources, evaluators, train_data, train_dataset
@@ -56,6 +59,7 @@ from dbrx_train.train.optimizers import build_optimizer
 from dbrx_train.train.reference import set_reference
 from dbrx_train.train.sharded import ReduceOnce, build_model, check_left_alone, mesh_shape
 from dbrx_train.train.state import model_of, restore
+from dbrx_train.train.stopping import Stop, reason
 from dbrx_train.train.summary import summary
 from dbrx_train.train.throughput import peak_flops
 from dbrx_train.train.watch import watchers
@@ -90,8 +94,16 @@ def run(config: RunConfig) -> None:
         ConfigError: the configuration does not fit the data, the machine or the saved run.
     """
     device = _device(config)
-    environment.join_ranks(device, config.parallelism.timeout)
-    with ExitStack() as afterwards, end_together(show) as ending:
+    with Stop(config.stopping.seconds, config.stop_after_seconds) as stop:
+        environment.join_ranks(device, config.parallelism.timeout)
+        _train(config, device, stop)
+
+
+def _train(config: RunConfig, device: str, stop: Stop) -> None:
+    progress, stacks = Progress(), Path(config.folder) / "stacks"
+    with ExitStack() as afterwards, end_together(show, progress, stacks) as ending:
+        afterwards.push(lambda _, error, __: _say_how_to_go_on(config, stop, error))
+        stop.tell = ending.tell
         check_world(config, dist.get_world_size())
         tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.vocab_file)
         check_sources(config, tokenizer)
@@ -103,13 +115,18 @@ def run(config: RunConfig) -> None:
             _say(f"{config.run_name} is done: {end}. A larger max_duration= continues it.")
             return
         store = _open_store(config, resume=found is not None)
-        ending.at_end = store.fail
+        ending.at_end = store.end
         peak, origin = peak_flops(device, config.precision, config.logging.peak_flops)
         trainer = build_trainer(config, tokenizer, device, store, peak, remote)
+        stopping = Stopping(stop, _saver(trainer), config.parallelism.timeout)
+        callbacks = trainer.state.callbacks
+        callbacks[:] = [Phases(progress, *config.hangs.seconds), *callbacks, stopping]
+        afterwards.push(lambda kind, *_: stopping.meet() if kind is StoppedTogether else None)
         # Trainer.close waits for all ranks, of which some may have failed.
         afterwards.push(lambda kind, *_: trainer.close() if kind is None else trainer.engine.close())
         afterwards.callback(_keep_events, config, store)
         base = config.init_from.path if config.lora.rank is not None else None
+        afterwards.push(lambda _, error, __: store.ends_with(exit_code(error)))
         try:
             if weights:
                 with naming("init_from.path: "):
@@ -131,15 +148,18 @@ def run(config: RunConfig) -> None:
             )
             if dist.get_global_rank() == 0:
                 _report(config, store, trainer.state.timestamp.batch.value)
-        except (KeyboardInterrupt, SystemExit):  # Composer turns SIGINT and SIGTERM into SystemExit
-            store.end_status = "KILLED"
+        except SystemExit:  # which Composer makes of Ctrl-C
             _saver(trainer).finish()
-            newest = next(iter(folders.saved(checkpoint_folder(config))), None)
-            _say(f"stopped; the same command goes on from {newest or 'the beginning: nothing was saved yet'}")
             raise
-        except BaseException:
-            store.end_status = "FAILED"
-            raise
+
+
+def _say_how_to_go_on(config: RunConfig, stop: Stop, error: BaseException | None) -> None:
+    """The last line of a run that was stopped."""
+    if exit_code(error) in (STOPPED, 128 + signal.SIGINT):
+        newest = next(iter(folders.saved(checkpoint_folder(config))), None)
+        why = f" ({reason(stop.asked())})" if stop.asked() else ""
+        where = newest or "the beginning: nothing was saved yet"
+        _say(f"stopped{why}; the same command goes on from {where}")
 
 
 def _check_beginning(config: RunConfig, found: Checkpoint | None) -> Weights | None:
@@ -238,7 +258,7 @@ def build_trainer(
             gpu_flops_available=peak_flops,
         ),
         PeakMemory(often) if on_cpu else MemoryMonitor(),
-        Progress(clock, enabled=config.logging.progress),
+        ProgressBar(clock, enabled=config.logging.progress),
         Checkpoints(
             checkpoint_folder(config),
             clock.interval(config.checkpoints.interval),

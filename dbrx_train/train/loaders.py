@@ -131,6 +131,7 @@ def evaluators(config: RunConfig, tokenizer: Tokenizer) -> list[Evaluator]:
             batch_size=samples_of(config.evaluation.batch_size, config.data.seq_len, seq_len),
             sampler=dist.get_sampler(subset, shuffle=False),
             collate_fn=partial(collate, eos_id=tokenizer.eos_id),
+            generator=torch.Generator(),  # an iterator draws a number: not one of training's
         )
         interval = config.clock.interval(config.evaluation.interval)
         # A batch is one forward pass, and the last one may be small.

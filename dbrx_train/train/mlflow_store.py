@@ -17,6 +17,7 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from dbrx_train.config import first_line
+from dbrx_train.errors import STOPPED
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # its news would break up the progress bar
 # The run's address, which the builder says without the credentials that MLflow prints.
@@ -113,9 +114,14 @@ class MLflowStore(MLFlowLogger):  # type: ignore[misc]
     def fit_end(self, state: State, logger: Logger) -> None:
         self.flush()
 
-    def fail(self) -> None:
-        """Record that the run failed; for a process that ends without closing its Trainer."""
-        self.end_status = "FAILED"
+    def ends_with(self, code: int) -> None:
+        """Take the run's status, to be recorded when the store is closed, from the process' exit code."""
+        stopped = code == STOPPED or code >= 128  # as of a process that a signal ended
+        self.end_status = "KILLED" if stopped else "FAILED" if code else "FINISHED"
+
+    def end(self, code: int) -> None:
+        """Record how the run ended; for a process that ends without closing its Trainer."""
+        self.ends_with(code)
         self.post_close()
 
     def post_close(self) -> None:

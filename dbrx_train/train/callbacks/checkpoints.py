@@ -12,7 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from composer import Callback, Event, Logger, State
+from composer import Callback, Event, Logger, State, Timestamp
 from composer.utils import dist
 from composer.utils.misc import create_interval_scheduler
 from torch import Tensor
@@ -58,6 +58,8 @@ class Checkpoints(Callback):  # type: ignore[misc]
         self.writer = ThreadPoolExecutor(1, "checkpoints") if asynchronous else None
         self.pending: Future[None] | None = None
         self.group: ProcessGroup | None = None
+        self.saved: Timestamp | None = None
+        """Of the state that was saved last."""
         self.shared = True
         """All hosts see the same ``root``."""
         self.drawn: Tensor | None = None
@@ -137,8 +139,15 @@ class Checkpoints(Callback):  # type: ignore[misc]
             pending, self.pending = self.pending, None
             pending.result()
 
+    def save_now(self, state: State) -> None:
+        """Save this step, unless it has been; returns when it is whole."""
+        if self.saved is not state.timestamp:
+            self.save(state)
+        self.wait()
+
     def save(self, state: State, exported: bool = False) -> None:
         self.wait()
+        self.saved = state.timestamp
         mark = facts(state) | {"ranks": dist.get_world_size(), "config": self.config}
         partial = folders.step_folder(self.root, state.timestamp.batch.value).with_suffix(".partial")
         if self.writer is None:
