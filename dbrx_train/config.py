@@ -319,16 +319,28 @@ class CheckpointsConfig:
     asynchronous: bool = _doc(
         "go on training while a checkpoint is written, from a copy in the host's memory", False
     )
-    remote: str | None = _doc(
-        "object store to copy checkpoints to, such as `s3://bucket/run`; a run goes on from the newest in "
-        "either place; nothing is deleted there",
+    keep_every: str | None = _doc(
+        "keep for good the first checkpoint beyond every multiple of this, such as `10_000ba` or `0.1dur`; "
+        "null: none but the newest",
         None,
     )
-
+    remote: str | None = _doc(
+        "object store to copy checkpoints to, such as `s3://bucket/run`; a run goes on from the newest in "
+        "either place",
+        None,
+    )
+    prune_remote: bool = _doc(
+        "keep in `remote` (an S3 store) what `keep` and `keep_every` say; otherwise nothing is deleted there",
+        False,
+    )
     export: ExportConfig = _doc("write folders that transformers loads, beside training", ExportConfig)
 
     def check(self) -> None:
         _require(self.keep >= 1, f"checkpoints.keep: must be at least 1, not {self.keep}")
+        _require(
+            not self.prune_remote or (self.remote or "").startswith("s3://"),
+            f"checkpoints.prune_remote: needs an S3 store in checkpoints.remote, not {self.remote}",
+        )
         _one_of("checkpoints.export.dtype", self.export.dtype, ("bfloat16", "float32"))
 
 
@@ -561,6 +573,7 @@ class RunConfig:
             "optimization.learning_rate.warmup",
             "optimization.learning_rate.decay",
             "checkpoints.interval",
+            "checkpoints.keep_every",
             "checkpoints.export.interval",
             "logging.interval",
             "evaluation.interval",

@@ -8,7 +8,6 @@ import traceback
 
 from dbrx_train.redact import mask
 
-
 __all__ = ["HUNG", "STOPPED", "Stopped", "exit_code", "show"]
 
 STOPPED = 75

@@ -11,6 +11,8 @@ import torch
 from conftest import torchrun
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.tensors import Reader, model_tensors, optimizer_tensors, write
@@ -124,14 +126,78 @@ class Evil:
         return eval, ("open('ran', 'w')",)
 
 
-def test_no_code_in_a_checkpoint_is_run(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def evil_metadata(checkpoint: Path, how: str) -> bytes:
+    """What reads like a checkpoint's metadata, but has other plans."""
+    metadata = Reader(checkpoint).read_metadata()
+    name = "model.lm_head.weight"
+    places = [place for index, place in metadata.storage_data.items() if index.fqn == name]
+    if how == "code":
+        return pickle.dumps(Evil())
+    if how == "code inside":
+        metadata.planner_data = Evil()
+    if how == "unpickled":  # by torch, which takes what is no tensor for an object
+        (checkpoint / "__0_0.distcp").write_bytes(pickle.dumps(Evil()))
+        metadata.state_dict_metadata[name] = BytesStorageMetadata()
+    if how == "elsewhere":
+        places[0].relative_path = "../../secret"
+    return pickle.dumps(metadata)
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("code", r"builtins.eval has no place in it"),
+        ("code inside", r"builtins.eval has no place in it"),
+        ("unpickled", r"BytesStorageMetadata has no place in it"),
+        ("elsewhere", r"names '../../secret'; must name files beside it alone"),
+    ],
+)
+def test_no_code_in_a_checkpoint_is_run_and_no_other_file_read(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, says: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (checkpoint / ".metadata").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(ValueError, match=r"metadata cannot be read \(builtins.eval has no place in it\)"):
-        _ = Reader(checkpoint).shapes
+    (checkpoint / ".metadata").write_bytes(evil_metadata(checkpoint, how))
+    with pytest.raises(ValueError, match=rf"metadata cannot be read \(.*{says}\)"):
+        Reader(checkpoint).read({"model.lm_head.weight": torch.empty(51, 16)})
     assert not (tmp_path / "ran").exists()
+    if how == "code":
+        FileSystemReader(checkpoint).read_metadata()
+        assert (tmp_path / "ran").exists(), "it would have run"
+
+
+@pytest.mark.parametrize("name", ["../stolen", "/etc/passwd", "a/b", "..", ""])
+def test_a_mark_cannot_name_files_elsewhere(checkpoint: Path, name: str) -> None:
+    facts = folders.parse(checkpoint)
+    folders.mark(checkpoint, facts | {"files": {name: {"bytes": 1, "xxh3": "0"}}})
+    with pytest.raises(ValueError, match="must name files beside it alone"):
+        folders.read(checkpoint)
+
+
+def test_the_newest_and_the_milestones_stay() -> None:
+    steps = list(range(3, 40, 3))
+    kept: list[int] = []
+    for step in steps:
+        kept.append(step)
+        for old in folders.spare(kept, 2, lambda step: step // 10):
+            kept.remove(old)
+    assert kept == [12, 21, 30, 36, 39]
+    assert folders.spare([8, 6, 4], 1) == [6, 4]
+    assert folders.spare([4], 1) == []
+
+
+def test_one_that_got_its_mark_but_not_its_name_is_named(checkpoint: Path) -> None:
+    root = checkpoint.parent
+    checkpoint.rename(root / "ba3.partial")
+    (root / "ba4.partial").mkdir()
+    assert folders.newest(root, nobody) is None
+    folders.settle(root)
+    found = folders.newest(root, nobody)
+    assert found is not None
+    assert found.step == 3
+    checkpoint.rename(root / "ba3.partial")
+    (root / "ba3.partial" / "__0_0.distcp").unlink()
+    folders.settle(root)
+    assert folders.newest(root, nobody) is None, "not whole, whatever its mark says"
 
 
 def test_tensors_that_do_not_fit_are_named(checkpoint: Path) -> None:

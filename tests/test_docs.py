@@ -34,6 +34,19 @@ def test_links_between_the_documents_lead_somewhere() -> None:
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def test_every_fault_is_proved_by_a_test_that_exists() -> None:
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    _, _, *faults = rows[rows.index("| fault | what happens | what is lost | proved by |") :]
+    assert len(faults) > 15
+    for row in faults:
+        proofs = re.findall(r"`(test_\w+)`", row.split("|")[-2])
+        assert proofs, row
+        for name in proofs:
+            assert f"\ndef {name}(" in tests, name
+
+
 def test_the_custom_trainer_of_the_docs_runs_without_composer(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "custom-trainer.md").read_text(encoding="utf-8")
     code = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)[0]

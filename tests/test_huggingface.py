@@ -457,6 +457,26 @@ def test_a_bin_file_that_is_no_tensors_is_not_run(tmp_path: Path) -> None:
         (tmp_path / "ran").unlink()  # it would have run
 
 
+def test_code_in_a_folder_is_not_run(tmp_path: Path) -> None:
+    """As folders of models that transformers did not know bring it, for ``trust_remote_code``."""
+    folder = tmp_path / "hf"
+    make("dbrx").save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    names = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": names}))
+    tokenizer = {"auto_map": {"AutoTokenizer": ["theirs.Tokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (folder / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nraise SystemExit")
+    weights = open_weights(folder, nobody)
+    import_folder(folder, tmp_path / "ours")
+    export(tmp_path / "ours", tmp_path / "out", torch.float32, nobody)
+    assert Dbrx.from_pretrained(folder).state_dict().keys() == weights.dtypes.keys()
+    assert not (tmp_path / "ran").exists()
+    for made in ("ours", "out"):
+        assert not list((tmp_path / made).glob("*.py"))
+        assert all("auto_map" not in path.read_text() for path in (tmp_path / made).glob("*.json"))
+
+
 class Runs:
     def __init__(self, path: Path) -> None:
         self.path = path

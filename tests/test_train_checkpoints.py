@@ -7,15 +7,19 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import boto3
+import mlflow
 import pytest
 import torch
 from composer import Logger, State
 from composer.utils import maybe_create_object_store_from_uri
+from composer.utils.object_store import S3ObjectStore
 from conftest import run_yaml, saved_tensors, torchrun
 from moto.server import ThreadedMotoServer
 
@@ -222,28 +226,73 @@ def test_a_checkpoint_waits_for_the_slowest_copy(workplace: Path, in_tmp: Path, 
 
 
 @pytest.mark.slow
-def test_a_copy_that_fails_leaves_the_checkpoint_here(
+def test_a_copy_that_fails_is_tried_again_then_reported_and_ends_nothing(
     workplace: Path, in_tmp: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    upload = Remote.upload
+    """At step 2 a file comes through at the third try, at step 4 never, and at step 6 the mark does not."""
+    upload, tries = S3ObjectStore.upload_object, Counter[str]()
 
-    def lost(remote: Remote, folder: Path, names: list[str]) -> None:
-        if folder.stem == "ba4":
+    def lossy(store: S3ObjectStore, name: str, filename: str, **rest: Any) -> None:
+        tries[name.rsplit("/", 2)[-2] + "/" + Path(name).name] += 1
+        if "ba2/__0_0" in name and tries["ba2/__0_0.distcp"] < 3:
             raise ConnectionError("connection lost")
-        upload(remote, folder, names)
+        if "ba4/__0_0" in name or name.endswith(f"ba6/{folders.MARK}"):
+            raise ConnectionError("connection lost for good")
+        upload(store, name, filename, **rest)
 
-    monkeypatch.setattr(Remote, "upload", lost)
-    config = load(run_yaml(workplace, in_tmp, "cut"), [*QUICK, f"checkpoints.remote={bucket}"])
-    root = in_tmp / "cut" / "checkpoints"
-    says = f"{root}/ba4 is whole, but cannot be copied to checkpoints.remote \\(rank 0: connection lost\\)"
-    with pytest.raises(RuntimeError, match=says):
-        run(config)
-    assert folders.read(root / "ba4").tokens == 512
-    found = open_remote(config)
-    assert found is not None
-    newest = found.newest(root, pytest.fail)
-    assert newest is not None
-    assert newest.step == 2
+    monkeypatch.setattr(S3ObjectStore, "upload_object", lossy)
+    monkeypatch.setattr("dbrx_train.checkpoint.remote.WAITS", (0.01, 0.01, 0.01))
+    options = [*QUICK, f"checkpoints.remote={bucket}-cut", "checkpoints.keep=1"]
+    options += ["checkpoints.prune_remote=true"]
+    options += ["logging.interval=1ba"]
+    config = load(run_yaml(workplace, in_tmp, "cut"), options)
+    root, s3 = in_tmp / "cut" / "checkpoints", open_remote(config)
+    assert s3 is not None
+    with pytest.warns(UserWarning, match="is whole, but it cannot be copied to checkpoints.remote") as warned:
+        run(replace(config, max_duration="6ba"))
+    said = [str(each.message) for each in warned if "cannot be copied" in str(each.message)]
+    assert [f"{root}/ba{step} is" in line for step, line in zip((4, 6), said, strict=True)] == [True, True]
+    assert "(rank 0: connection lost for good)" in said[0]
+    assert tries["ba2/__0_0.distcp"] == 3
+    assert tries["ba4/__0_0.distcp"] == 4
+    # Here the newest is kept; there the last that came through whole still is.
+    assert [path.name for path in root.iterdir()] == ["ba6"]
+    assert s3.steps() == [2]
+    client = mlflow.MlflowClient(f"sqlite:///{workplace}/mlruns.db")
+    experiment = client.get_experiment_by_name("dbrx-train")
+    assert experiment is not None
+    (found,) = client.search_runs([experiment.experiment_id], "tags.run_name = 'cut'")
+    counts = client.get_metric_history(found.info.run_id, "checkpoints/not_copied")
+    assert [count.value for count in counts] == [0, 1, 2]
+    # The next one replaces it there, and what never got a mark goes too.
+    run(config)
+    assert s3.steps() == [8]
+    client = boto3.client("s3", endpoint_url=os.environ["S3_ENDPOINT_URL"])
+    left = client.list_objects_v2(Bucket="runs", Prefix="deep/er-cut/")["Contents"]
+    assert {each["Key"].split("/")[-2] for each in left} == {"ba8"}
+
+
+@pytest.mark.slow
+def test_a_damaged_file_on_a_store_leads_to_the_checkpoint_before(
+    workplace: Path, in_tmp: Path, bucket: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run_yaml(workplace, in_tmp, "there")
+    options = [*QUICK, f"checkpoints.remote={bucket}-there"]
+    run(load(path, options))
+    whole = saved_tensors(in_tmp / "there" / "checkpoints" / "ba8")
+    shutil.rmtree(in_tmp / "there")
+    s3 = boto3.client("s3", endpoint_url=os.environ["S3_ENDPOINT_URL"])
+    key = "deep/er-there/ba8/__0_0.distcp"
+    content = bytearray(s3.get_object(Bucket="runs", Key=key)["Body"].read())
+    content[len(content) // 2] ^= 1
+    s3.put_object(Bucket="runs", Key=key, Body=bytes(content))
+    capsys.readouterr()
+    run(load(path, options))
+    said = capsys.readouterr().out
+    assert "ba8.fetched/__0_0.distcp: is damaged there: its content is not what was written" in said
+    assert "ba6.fetched, after 768 tokens" in said
+    found = saved_tensors(in_tmp / "there" / "checkpoints" / "ba8")
+    assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
 
 
 @pytest.mark.slow

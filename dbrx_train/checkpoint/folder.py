@@ -1,7 +1,8 @@
 """A checkpoint is a folder; it counts once its mark is there, which is written last.
 
 ba1000/
-    checkpoint.json   the mark: step, configuration, position in the data, every file with its size and hash
+    checkpoint.json   the mark: step, configuration, position in the data, what made it, every file with its
+                      size and hash
     .metadata         which part of which tensor lies where (torch.distributed.checkpoint)
     __0_0.distcp ...  what each rank wrote
 """
@@ -12,9 +13,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +28,29 @@ __all__ = [
     "MARK",
     "Checkpoint",
     "check_file",
+    "check_files",
     "check_listed",
     "fingerprint",
     "mark",
     "newest",
     "open_newest",
+    "publish",
     "read",
     "remove",
     "remove_torn",
     "saved",
+    "settle",
     "size_of",
+    "spare",
     "step_folder",
+    "step_of",
+    "whole",
 ]
 
 MARK = "checkpoint.json"
 _STEP = re.compile(r"ba(\d+)")
+_THREADS = 8
+"""Files hashed at a time: a thread hashes some 8 GB/s, and disks want several readers."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,11 @@ class Checkpoint:
         """The resolved configuration of the run that saved it."""
         config: dict[str, Any] = self.facts["config"]
         return config
+
+    @property
+    def bytes(self) -> int:
+        """Size of its files."""
+        return sum(map(size_of, self.facts["files"].values()))
 
     @property
     def step(self) -> int:
@@ -85,16 +99,20 @@ def saved(root: Path) -> list[Path]:
     return [path for _, path in sorted(steps, reverse=True)]
 
 
-def newest(root: Path, passed_over: Callable[[str], None], last: float = inf) -> Checkpoint | None:
-    """The newest whole checkpoint, of step ``last`` at most; ``passed_over`` hears of newer ones."""
+def whole(root: Path, passed_over: Callable[[str], None]) -> Iterator[Checkpoint]:
+    """The checkpoints in ``root`` that are whole, newest first; ``passed_over`` hears of the others."""
     for path in saved(root):
-        if (step_of(path.name) or 0) > last:
-            continue
         try:
-            return read(path)
+            checkpoint = read(path)
         except ValueError as error:
             passed_over(f"passed over {error}")
-    return None
+        else:
+            yield checkpoint
+
+
+def newest(root: Path, passed_over: Callable[[str], None]) -> Checkpoint | None:
+    """The first of ``whole``."""
+    return next(whole(root, passed_over), None)
 
 
 def open_newest(path: Path, passed_over: Callable[[str], None]) -> Checkpoint | None:
@@ -127,12 +145,12 @@ def parse(path: Path) -> dict[str, Any]:
     try:
         facts = json.loads((path / MARK).read_text(encoding="utf-8"))
         if not {"config", "data", "files", "time"} <= facts.keys():
-            raise ValueError(f"{MARK} lacks entries")
+            raise ValueError("lacks entries")
         facts = unsealed(facts)
         check_listed(path / MARK, facts["files"])
         return facts
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a whole checkpoint ({first_line(error)})") from None
+        raise ValueError(f"{path}: not a whole checkpoint ({MARK}: {first_line(error)})") from None
 
 
 def fingerprint(file: Path) -> dict[str, Any]:
@@ -174,6 +192,26 @@ def size_of(facts: Any) -> int:
     return int(facts["bytes"] if isinstance(facts, dict) else facts)
 
 
+def check_files(
+    checkpoint: Checkpoint, names: Iterable[str], before: Callable[[str], None] = lambda name: None
+) -> None:
+    """Hold the content of some files of a checkpoint against its mark, several at a time.
+
+    ``before`` is asked for each file first.
+
+    Raises:
+        ValueError: one is missing or damaged; the first in the order of names.
+    """
+
+    def check(name: str) -> None:
+        before(name)
+        check_file(checkpoint.folder / name, checkpoint.facts["files"][name])
+
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(check, names):  # raises what a file raised
+            pass
+
+
 def check_file(file: Path, facts: Any) -> None:
     """Hold a file against a mark's entry.
 
@@ -196,6 +234,54 @@ def mark(folder: Path, facts: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(folder / MARK)
+    sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(partial: Path) -> Path:
+    """Give a marked ``ba4.partial`` its name; one that had it before, of a run that was set back, goes."""
+    path = partial.with_suffix("")
+    if path.exists():
+        remove(path)
+    partial.rename(path)
+    sync_folder(path.parent)
+    return path
+
+
+def settle(root: Path) -> None:
+    """Finish what a kill interrupted between a checkpoint's mark and its name."""
+    for partial in root.glob(f"ba*.partial/{MARK}"):
+        if step_of(partial.parent.stem) is not None and _is_whole(partial.parent):
+            publish(partial.parent)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        read(path)
+    except ValueError:
+        return False
+    return True
+
+
+def spare(steps: Sequence[int], keep: int, milestone: Callable[[int], int] = lambda step: 0) -> list[int]:
+    """The steps of checkpoints that may go: neither one of the ``keep`` newest nor a milestone.
+
+    ``milestone``: how many milestones a step lies beyond; the first checkpoint beyond each is kept for good.
+    """
+    kept, beyond = set(sorted(steps)[-keep:]), 0
+    for step in sorted(steps):
+        if milestone(step) > beyond:
+            beyond = milestone(step)
+            kept.add(step)
+    return [step for step in steps if step not in kept]
 
 
 def remove(folder: Path) -> None:

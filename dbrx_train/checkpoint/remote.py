@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from math import inf
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from filelock import FileLock
 
-from dbrx_train.checkpoint.folder import MARK, Checkpoint, parse, size_of, step_folder, step_of
+from dbrx_train.checkpoint.folder import (
+    MARK,
+    Checkpoint,
+    fingerprint,
+    parse,
+    size_of,
+    spare,
+    step_folder,
+    step_of,
+)
 
-__all__ = ["ObjectStore", "Remote"]
+__all__ = ["WAITS", "ObjectStore", "Remote"]
+
+WAITS = (1.0, 4.0, 16.0)
+"""Seconds before each further try to copy a file."""
 
 
 class ObjectStore(Protocol):
@@ -33,7 +46,7 @@ class Remote:
     def upload(self, folder: Path, names: Iterable[str]) -> None:
         """Copy files of a checkpoint; give its mark last, when all ranks' files are there."""
         for name in names:
-            self._store.upload_object(self._object(folder.stem, name), str(folder / name))
+            _again(self._store.upload_object, self._object(folder.stem, name), str(folder / name))
 
     def withdraw(self, folder: Path) -> None:
         """Before a checkpoint is replaced: the mark of the one that is there, if any, no longer counts."""
@@ -43,45 +56,79 @@ class Remote:
             self._store.upload_object(self._object(folder.stem, MARK), str(nothing))
             nothing.unlink()
 
-    def newest(self, root: Path, passed_over: Callable[[str], None], last: float = inf) -> Checkpoint | None:
-        """The newest whole one, as a folder in ``root`` that holds no tensors yet: ``fetch`` brings them.
+    def whole(self, root: Path, passed_over: Callable[[str], None]) -> Iterator[Checkpoint]:
+        """The whole ones, newest first, as folders in ``root`` without tensors: ``fetch`` brings them.
 
-        Of step ``last`` at most. ``passed_over`` hears of newer ones that are not whole.
+        ``passed_over`` hears of others between them.
         """
-        start = self._object("", "")
-        found = [name.removeprefix(f"{start}/").split("/") for name in self._list(start)]
-        marked = {step_of("/".join(parent)) for *parent, name in found if name == MARK}
-        for step in sorted((step for step in marked if step is not None and step <= last), reverse=True):
+        for step in self.steps():
             folder = step_folder(root, step).with_suffix(".fetched")
             folder.mkdir(parents=True, exist_ok=True)
             self._store.download_object(self._object(folder.stem, MARK), str(folder / MARK), overwrite=True)
             try:
                 checkpoint = Checkpoint(folder, parse(folder))
                 missing = checkpoint.facts["files"].keys() - self._names(folder.stem)
-                if not missing:
-                    return checkpoint
-                raise ValueError(f"{folder}: not a whole checkpoint ({min(missing)} is missing there)")
+                if missing:
+                    raise ValueError(f"{folder}: not a whole checkpoint ({min(missing)} is missing there)")
             except ValueError as error:
                 passed_over(f"passed over {error}")
-        return None
+            else:
+                yield checkpoint
+
+    def newest(self, root: Path, passed_over: Callable[[str], None]) -> Checkpoint | None:
+        """The first of ``whole``."""
+        return next(self.whole(root, passed_over), None)
+
+    def steps(self) -> list[int]:
+        """The steps of the marked ones, newest first."""
+        start = self._object("", "")
+        found = [name.removeprefix(f"{start}/").split("/") for name in self._list(start)]
+        marked = {step_of("/".join(parent)) for *parent, name in found if name == MARK}
+        return sorted((step for step in marked if step is not None), reverse=True)
 
     def fetch(self, checkpoint: Checkpoint, name: str) -> None:
-        """Bring a file of what ``newest`` found, unless it is there; ranks on one host share it.
+        """Bring a file of what ``whole`` found, unless it is there; ranks on one host share it.
 
         Raises:
-            ValueError: it has another size than was written.
+            ValueError: it is not what was written.
         """
-        path, size = checkpoint.folder / name, size_of(checkpoint.facts["files"][name])
+        path, facts = checkpoint.folder / name, checkpoint.facts["files"][name]
+        if _is_there(path, facts):
+            return
         with FileLock(f"{path}.lock"):
-            if path.exists() and path.stat().st_size == size:
+            if _is_there(path, facts):
                 return
             partial = Path(f"{path}.partial")
-            self._store.download_object(self._object(path.parent.stem, name), str(partial), overwrite=True)
-            if partial.stat().st_size != size:
-                raise ValueError(
-                    f"{path}: has {partial.stat().st_size:,} bytes there, not {size:,} as written"
-                )
+            _again(
+                self._store.download_object,
+                self._object(path.parent.stem, name),
+                str(partial),
+                overwrite=True,
+            )
+            if not _is_there(partial, facts):
+                size, wanted = partial.stat().st_size, size_of(facts)
+                raise ValueError(f"{path}: has {size:,} bytes there, not {wanted:,} as written")
+            if isinstance(facts, dict) and fingerprint(partial) != facts:
+                raise ValueError(f"{path}: is damaged there: its content is not what was written")
             partial.replace(path)
+
+    def prune(self, step: int, keep: int, milestone: Callable[[int], int]) -> None:
+        """Delete what ``spare`` names of the checkpoints up to that of ``step``, which is there whole.
+
+        And what is left of older ones that never got a mark. A mark goes first, so that what an interruption
+        leaves does not count.
+        """
+        marked = [each for each in self.steps() if each <= step]
+        names = {name.split("/")[0] for name in self._names("")}
+        torn = {each for each in map(step_of, names) if each is not None and each < step} - {*marked}
+        for old in [*spare(marked, keep, milestone), *torn]:
+            folder = step_folder(Path(), old).name
+            for name in sorted(self._names(folder), key=lambda name: name != MARK):
+                self._delete(self._object(folder, name))
+
+    def _delete(self, name: str) -> None:
+        store: Any = self._store  # an S3 one of Composer's, whose stores delete nothing themselves
+        store.client.delete_object(Bucket=store.bucket, Key=store.get_key(name))
 
     def _names(self, step: str) -> set[str]:
         """The files of a checkpoint."""
@@ -93,3 +140,19 @@ class Remote:
 
     def _object(self, step: str, name: str) -> str:
         return "/".join(part for part in (self._prefix, step, name) if part)
+
+
+def _is_there(path: Path, facts: Any) -> bool:
+    return path.exists() and path.stat().st_size == size_of(facts)
+
+
+def _again(action: Callable[..., None], *arguments: Any, **options: Any) -> None:
+    """Try until it is done; raises what the last try raised."""
+    for seconds in WAITS:
+        try:
+            return action(*arguments, **options)
+        except FileNotFoundError:
+            raise
+        except Exception:  # every kind of store has its own
+            time.sleep(seconds * random.uniform(0.75, 1.25))  # so that ranks do not come back all at once
+    return action(*arguments, **options)

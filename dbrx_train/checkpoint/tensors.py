@@ -6,32 +6,36 @@ Through torch.distributed.checkpoint, which knows a DTensor's place in the whole
 
 from __future__ import annotations
 
+import os
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import xxhash
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import FSDPModule
 
 from dbrx_train.checkpoint.folder import fingerprint
+from dbrx_train.config import first_line
 from dbrx_train.model.init import is_norm
+from dbrx_train.model.pretrained import check_names
 
 __all__ = ["Reader", "model_tensors", "optimizer_tensors", "staged", "write"]
 
 # All that a metadata file is made of. Anything else in one is not ours, and is not run.
 _METADATA_TYPES = {
     "torch.distributed.checkpoint.metadata": (
-        "BytesStorageMetadata",
         "ChunkStorageMetadata",
         "Metadata",
         "MetadataIndex",
@@ -99,24 +103,22 @@ def write(
 ) -> dict[str, dict[str, Any]]:
     """Write the ranks' tensors; returns the files with their sizes and hashes, the same on every rank.
 
-    Each rank hashes what it wrote while the kernel still has it in memory. ``group``: of all ranks, None for
-    the default one.
+    Each rank hashes what it writes on its way to the disk, so nothing is read again, and what the disk made
+    of it can be told from what was meant. ``group``: of all ranks, None for the default one.
 
     Raises:
         OSError: a rank cannot write.
     """
+    writer = _Writer(folder)
     try:
-        metadata = save(tensors, storage_writer=_Writer(folder), process_group=group)
+        save(tensors, storage_writer=writer, process_group=group)
     except CheckpointException as error:
         for cause, _ in error.failures.values():
             if isinstance(cause, OSError):
                 raise OSError(cause.errno, cause.strerror, str(folder)) from error
         raise
-    assert isinstance(metadata, Metadata)
-    assert metadata.storage_data is not None
     rank, ranks = (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
-    names = {part.relative_path for part in metadata.storage_data.values()}
-    mine = {name: fingerprint(folder / name) for name in names if name.startswith(f"__{rank}_")}
+    mine = writer.files.written
     if rank == 0:
         mine[".metadata"] = fingerprint(folder / ".metadata")
     everyones = [mine] * ranks
@@ -132,6 +134,10 @@ def staged(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class _Writer(FileSystemWriter):
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.fs = self.files = _Hashing()
+
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
         try:
             return super().write_data(plan, planner)
@@ -141,6 +147,41 @@ class _Writer(FileSystemWriter):
             while cause is not None and not isinstance(cause, OSError):
                 cause = cause.__cause__ or cause.__context__
             raise cause or error from None
+
+
+class _Hashing(FileSystem):
+    """Hashes files of tensors while they are written."""
+
+    def __init__(self) -> None:
+        self.written: dict[str, dict[str, Any]] = {}
+        """What a mark says of each."""
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        with super().create_stream(path, mode) as stream:
+            if mode != "wb" or Path(path).suffix != ".distcp":
+                yield stream
+                return
+            hashed = _Hashed(stream)
+            yield hashed
+            self.written[Path(path).name] = {"bytes": hashed.bytes, "xxh3": hashed.digest.hexdigest()}
+
+
+class _Hashed:
+    """A file that is written from its beginning to its end."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self.bytes, self.digest = stream, 0, xxhash.xxh3_128()
+        self.flush, self.fileno, self.close = stream.flush, stream.fileno, stream.close
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        count: int = self._stream.write(data)
+        self.bytes += count
+        return count
+
+    def tell(self) -> int:
+        return self.bytes
 
 
 class Reader(FileSystemReader):
@@ -160,10 +201,11 @@ class Reader(FileSystemReader):
             self._fetch(".metadata")
             try:
                 with (self._folder / ".metadata").open("rb") as file:
-                    self._metadata = _PlainUnpickler(file).load()
-            except (OSError, pickle.UnpicklingError, EOFError, AttributeError) as error:
-                raise ValueError(f"{self._folder}: its metadata cannot be read ({error})") from None
-        assert self._metadata is not None
+                    self._metadata = _checked(self._folder, _PlainUnpickler(file).load())
+            except Exception as error:  # a damaged pickle fails in many ways
+                raise ValueError(
+                    f"{self._folder}: its metadata cannot be read ({first_line(error)})"
+                ) from None
         return self._metadata
 
     @property
@@ -192,6 +234,20 @@ class Reader(FileSystemReader):
         for name in {self.storage_data[item.storage_index].relative_path for item in plan.items}:
             self._fetch(name)
         return super().read_data(plan, planner)
+
+
+def _checked(folder: Path, metadata: Any) -> Metadata:
+    """Raises ValueError for metadata that name anything but tensors in files of the folder.
+
+    torch would unpickle what is not a tensor, and open whatever file is named.
+    """
+    if not isinstance(metadata, Metadata):
+        raise ValueError("it is none")
+    for name, found in metadata.state_dict_metadata.items():
+        if not isinstance(found, TensorStorageMetadata):
+            raise ValueError(f"{name} is no tensor")
+    check_names(folder / ".metadata", {part.relative_path for part in (metadata.storage_data or {}).values()})
+    return metadata
 
 
 class _PlainUnpickler(pickle.Unpickler):

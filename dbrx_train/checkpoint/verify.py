@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,13 @@ class Verified:
     tensors: int
     hashed: bool
     """Contents were held against hashes, not sizes alone."""
+    origin: str | None = None
+    """What made it, where that is known."""
 
     def __str__(self) -> str:
         how = "sizes and hashes as written" if self.hashed else "sizes alone checked, for no hashes were kept"
-        return f"{self.path}: whole: {self.files} files, {self.bytes:,} bytes, {self.tensors} tensors; {how}"
+        whole = f"{self.path}: whole: {self.files} files, {self.bytes:,} bytes, {self.tensors} tensors; {how}"
+        return whole if self.origin is None else f"{whole}\n  {self.origin}"
 
 
 def verify(path: Path) -> list[Verified]:
@@ -77,7 +80,22 @@ def _checkpoint(path: Path) -> Verified:
         stored.check(identity(shapes), shapes)
         stored.check_finite()
         tensors = len(stored.shapes)
-    return _result(path, files, tensors)
+    return replace(_result(path, files, tensors), origin=_origin(facts))
+
+
+def _origin(facts: dict[str, Any]) -> str | None:
+    """What a mark says of the run that saved it; older ones do not."""
+    if "made_by" not in facts:
+        return None
+    time, made = facts["time"], facts["made_by"]
+    mesh, versions = made["mesh"], made["versions"]
+    packages = ", ".join(f"{name} {versions[name]}" for name in ("dbrx-train", "torch", "mosaicml"))
+    digests = {"configuration": made["config"], **made["data"]}
+    run = facts["config"]["run_name"]
+    mesh = f"{mesh['replicate']} x {mesh['shard']} ranks, experts over {mesh['expert']}"
+    prints = ", ".join(f"{name} {digest[:12]}" for name, digest in digests.items())
+    seen = f"{run}, step {time['batch']:,}, {time['token']:,} tokens"
+    return f"{seen}; on {mesh}; {packages}; fingerprints: {prints}"
 
 
 def _check_parts(path: Path, shapes: dict[str, tuple[int, ...]], files: dict[str, Any]) -> int:

@@ -19,7 +19,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
+from dbrx_train.data.untrusted import check_shard
+
 __all__ = [
+    "MANIFEST",
     "Manifest",
     "Problem",
     "Split",
@@ -42,6 +47,7 @@ class Split:
     each, and the ``dropped_tokens`` at the very end, fewer than ``seq_len``, are in no sample.
     ``text_bytes`` is the UTF-8 size of the documents, ``lengths[i]`` the number of documents of
     [2^i, 2^(i+1)) tokens. Of conversations, none is dropped for want of tokens, and samples are padded.
+    ``index`` is the XXH3 of the split's index; older manifests have none.
     """
 
     documents: int
@@ -50,6 +56,7 @@ class Split:
     dropped_tokens: int
     text_bytes: int
     lengths: list[int]
+    index: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,8 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
         raise ValueError(f"{folder}: {state}, it has no {MANIFEST}; run `dbrx-train data prepare` to its end")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        if values.pop("seal", None) not in (None, _seal(values)):
+            raise ValueError("damaged: its content is not what was written")
         if values["version"] != VERSION:
             raise ValueError(f"version {values['version']}; this program reads version {VERSION}")
         values["splits"] = {name: Split(**split) for name, split in values["splits"].items()}
@@ -117,7 +126,14 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
 
 def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> None:
     """Write ``manifest.json`` in one step: from then on the folder counts as whole."""
-    write_json(Path(folder, MANIFEST), asdict(manifest), indent=2)
+    values = asdict(manifest)
+    write_json(Path(folder, MANIFEST), values | {"seal": _seal(values)}, indent=2)
+
+
+def _seal(values: Mapping[str, Any]) -> str:
+    """A hash of all that a manifest says; older ones have none."""
+    plain = json.dumps(values, sort_keys=True)
+    return xxhash.xxh3_128_hexdigest(plain)
 
 
 def write_json(path: Path, value: Mapping[str, Any], indent: int | None = None) -> None:
@@ -193,22 +209,29 @@ def check_dataset(
         raise ValueError(f"{folder}: has no split {split!r}, only {', '.join(manifest.splits)}")
     if remote is not None:
         fetch(os.path.join(remote, split, "index.json"), Path(folder, split, "index.json"))
-    shards = _read_index(Path(folder, split), manifest.splits[split].samples)
+    shards = _read_index(Path(folder, split), manifest.splits[split])
     if remote is None:
         _check_shards(Path(folder, split), shards)
     return manifest
 
 
-def _read_index(folder: Path, samples: int) -> list[dict[str, Any]]:
+def _read_index(folder: Path, split: Split) -> list[dict[str, Any]]:
     try:
-        shards = json.loads((folder / "index.json").read_text(encoding="utf-8"))["shards"]
+        content = (folder / "index.json").read_bytes()
+        shards = json.loads(content)["shards"]
         found = sum(shard["samples"] for shard in shards)
     except FileNotFoundError as error:
         raise ValueError(f"{folder}: has no index.json; prepare it again") from error
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{folder}/index.json: damaged ({error}); prepare the folder again") from error
-    if found != samples:
-        raise ValueError(f"{folder}/index.json: lists {found} samples, the manifest {samples}; prepare again")
+    for shard in shards:
+        check_shard(folder / "index.json", shard)
+    if found != split.samples:
+        raise ValueError(
+            f"{folder}/index.json: lists {found} samples, the manifest {split.samples}; prepare again"
+        )
+    if split.index not in (None, xxhash.xxh3_128_hexdigest(content)):
+        raise ValueError(f"{folder}/index.json: damaged (is not what was written); prepare the folder again")
     return list(shards)
 
 

@@ -138,8 +138,10 @@ def read_shard(folder: Path, shard: dict[str, Any], column: str = "tokens") -> N
     return np.ascontiguousarray(values).view(_dtype(shard["column_encodings"][number]))
 
 
-def write_index(folder: Path, shards: Iterable[dict[str, Any]]) -> None:
-    """Write ``folder/index.json`` in one step: it is there whole or not at all."""
+def write_index(folder: Path, shards: Iterable[dict[str, Any]]) -> str:
+    """Write ``folder/index.json`` in one step: it is there whole or not at all; returns its XXH3."""
+    content = json.dumps({"version": 2, "shards": list(shards)}, sort_keys=True).encode()
     partial = folder / f"{INDEX}.tmp"
-    partial.write_text(json.dumps({"version": 2, "shards": list(shards)}, sort_keys=True))
+    partial.write_bytes(content)
     os.replace(partial, folder / INDEX)
+    return xxhash.xxh3_128_hexdigest(content)

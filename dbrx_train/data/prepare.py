@@ -309,10 +309,10 @@ def _merge_split(job: Job, parts: int, name: str) -> Split | None:
     samples = sum(shard["samples"] for shard in shards)
     if not samples:
         return None
-    write_index(folder, shards)
+    digest = write_index(folder, shards)
     while lengths and not lengths[-1]:
         lengths.pop()
-    return Split(samples=samples, dropped_tokens=dropped, lengths=lengths, **counts)
+    return Split(samples=samples, dropped_tokens=dropped, lengths=lengths, index=digest, **counts)
 
 
 def _merge_problems(job: Job, parts: int, catalog: Catalog) -> dict[str, Problem]:

@@ -23,9 +23,11 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from streaming import Stream
 from streaming.base.format import reader_from_json
+from streaming.base.hashing import get_hash
 
 from dbrx_train.data.apportion import Ints
 from dbrx_train.data.manifest import fetch
+from dbrx_train.data.untrusted import check_shard
 
 __all__ = ["DataError", "ShardCache", "ShardStore", "Source"]
 
@@ -84,6 +86,8 @@ class ShardStore:
         self._spare = self._locks / "unpacked"
         self._writable = True
         self._readers: dict[int, Any] = {}
+        self._sound: dict[int, Path] = {}
+        """Unpacked shards whose content this process has held against its hash."""
 
     def _read_index(self) -> list[tuple[int, bytes]]:
         """Samples and description of every shard; the descriptions stay packed, for there may be many."""
@@ -136,20 +140,38 @@ class ShardStore:
             ) from error
 
     def _find(self, shard: int) -> Path | None:
-        """The unpacked shard, wherever it lies; its reader is pointed there."""
+        """The unpacked shard, wherever it lies sound; its reader is pointed there."""
         reader = self._reader(shard)
         for home in (self.folder, self._spare_home(shard)):
             path: Path = home / reader.raw_data.basename
-            if path.exists():
+            if path.exists() and self._is_sound(shard, path):
                 reader.dirname = str(home)
                 return path
         return None
 
+    def _is_sound(self, shard: int, path: Path) -> bool:
+        """Whether an unpacked shard holds what its index says; each process looks once, at some GB/s."""
+        if self._sound.get(shard) != path:
+            hashes = self._reader(shard).raw_data.hashes
+            content = path.read_bytes() if hashes else b""
+            if any(get_hash(kind, content) != known for kind, known in hashes.items()):
+                return False
+            self._sound[shard] = path
+        return True
+
     def _make(self, shard: int) -> None:
         reader = self._reader(shard)
+        if (damaged := self.folder / reader.raw_data.basename).exists():
+            if self.source.remote is None and not self._is_packed(reader):
+                raise DataError(
+                    f"sources.{self.name}: {damaged} is damaged: its content is not what was written; "
+                    f"restore it"
+                )
+            with suppress(OSError):  # a folder that can only be read
+                damaged.unlink()
         if self.source.remote is not None:
             self.stream.prepare_shard(reader)
-        elif not (reader.zip_data and (self.folder / reader.zip_data.basename).exists()):
+        elif not self._is_packed(reader):
             missing = self.folder / (reader.zip_data or reader.raw_data).basename
             raise DataError(f"sources.{self.name}: {missing} is missing; prepare the data again")
         elif not (self._writable and self._unpack(reader, self.folder)):
@@ -160,7 +182,16 @@ class ShardStore:
                     f"sources.{self.name}: neither {self.folder} nor {home} can take the unpacked shards; "
                     f"set TMPDIR to a folder with room, or cache_limit"
                 )
-        self._find(shard)
+        if self._find(shard) is None:
+            where = self.source.remote or self.folder
+            name = (reader.zip_data or reader.raw_data).basename
+            raise DataError(
+                f"sources.{self.name}: {name} in {where} is damaged: its content is not what was written; "
+                f"restore it, or prepare the data again"
+            )
+
+    def _is_packed(self, reader: Any) -> bool:
+        return bool(reader.zip_data and (self.folder / reader.zip_data.basename).exists())
 
     def _unpack(self, reader: Any, home: Path) -> bool:
         """Unpack a shard from the local folder into ``home``; False if that is read-only or full."""
@@ -186,6 +217,8 @@ class ShardStore:
         The arrays are one's own. Raises DataError if it cannot be read.
         """
         reader = self._reader(shard)
+        if shard not in self._sound:
+            self.prepare(shard)
         for _ in range(_RETRIES):
             try:
                 sample = reader[index]
@@ -212,6 +245,10 @@ class ShardStore:
     def _reader(self, shard: int) -> Any:
         if shard not in self._readers:
             description = json.loads(self._index[shard][1])
+            try:
+                check_shard(self.folder / _INDEX, description)
+            except ValueError as error:
+                raise DataError(f"sources.{self.name}: {error}") from None
             self._readers[shard] = reader_from_json(str(self.folder), None, description)
         return self._readers[shard]
 

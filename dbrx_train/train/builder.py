@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import heapq
 import signal
 import tempfile
+import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from math import inf
@@ -22,6 +24,7 @@ from dbrx_train.checkpoint.adapter import check_base
 from dbrx_train.checkpoint.folder import Checkpoint
 from dbrx_train.checkpoint.huggingface import check_exportable
 from dbrx_train.checkpoint.remote import Remote
+from dbrx_train.checkpoint.selection import select
 from dbrx_train.checkpoint.tensors import Reader, model_tensors
 from dbrx_train.checkpoint.weights import Weights, open_weights, read_together, upcycled
 from dbrx_train.config import (
@@ -54,12 +57,13 @@ from dbrx_train.train.callbacks.stopping import Stopping
 from dbrx_train.train.composer_model import ComposerDbrx
 from dbrx_train.train.exports import Exports
 from dbrx_train.train.loaders import check_sources, evaluators, train_data, train_dataset
-from dbrx_train.train.mlflow_store import STORE_ERRORS, MLflowStore
+from dbrx_train.train.mlflow_store import STORE_ERRORS, MLflowStore, reason
 from dbrx_train.train.optimizers import build_optimizer
+from dbrx_train.train.provenance import provenance
 from dbrx_train.train.reference import set_reference
 from dbrx_train.train.sharded import ReduceOnce, build_model, check_left_alone, mesh_shape
 from dbrx_train.train.state import model_of, restore
-from dbrx_train.train.stopping import Stop, reason
+from dbrx_train.train.stopping import Stop, cause
 from dbrx_train.train.summary import summary
 from dbrx_train.train.throughput import peak_flops
 from dbrx_train.train.watch import watchers
@@ -133,6 +137,7 @@ def _train(config: RunConfig, device: str, stop: Stop) -> None:
                     read_together(weights, model_of(trainer.state))
             if found:
                 _say(f"{config.run_name} goes on from {found.folder}, after {found.tokens:,} tokens")
+                events.record(Path(config.folder), "resumed", step=found.step, tokens=found.tokens)
                 resume(trainer, found, remote, base)
             if config.preferences.beta is not None:
                 set_reference(config, trainer, tokenizer, made=found is not None)
@@ -157,7 +162,7 @@ def _say_how_to_go_on(config: RunConfig, stop: Stop, error: BaseException | None
     """The last line of a run that was stopped."""
     if exit_code(error) in (STOPPED, 128 + signal.SIGINT):
         newest = next(iter(folders.saved(checkpoint_folder(config))), None)
-        why = f" ({reason(stop.asked())})" if stop.asked() else ""
+        why = f" ({cause(stop.asked())})" if stop.asked() else ""
         where = newest or "the beginning: nothing was saved yet"
         _say(f"stopped{why}; the same command goes on from {where}")
 
@@ -263,9 +268,11 @@ def build_trainer(
             checkpoint_folder(config),
             clock.interval(config.checkpoints.interval),
             config.checkpoints.keep,
-            for_record(config),
+            provenance(config),
+            milestone=_milestones(config),
             asynchronous=config.checkpoints.asynchronous,
             remote=remote,
+            prune_remote=config.checkpoints.prune_remote,
             timeout=config.parallelism.timeout,
             exports=_exports(config),
         ),
@@ -353,6 +360,15 @@ def checkpoint_folder(config: RunConfig) -> Path:
     return Path(config.folder) / "checkpoints"
 
 
+def _milestones(config: RunConfig) -> Callable[[int], int]:
+    """How many multiples of ``checkpoints.keep_every`` a step lies beyond."""
+    every, clock = config.checkpoints.keep_every, config.clock
+    if every is None:
+        return lambda step: 0
+    tokens = clock.tokens(every)
+    return lambda step: int(clock.convert(step, "ba", "tok")) // tokens
+
+
 def _exports(config: RunConfig) -> Exports | None:
     """Writes folders that transformers loads, if asked for.
 
@@ -393,21 +409,31 @@ def _store_errors(uri: str | None) -> Iterator[None]:
 
 
 def _newest(config: RunConfig, remote: Remote | None, last: float = inf) -> Checkpoint | None:
-    """The checkpoint to go on from, of step ``last`` at most, the same on every rank: rank 0 looks."""
-    found: list[Checkpoint | ConfigError | None] = [None]
+    """The checkpoint to go on from, the same on every rank: the newest that verifies, here or there.
+
+    Of step ``last`` at most.
+    """
+    root = checkpoint_folder(config)
     if dist.get_global_rank() == 0:
-        root = checkpoint_folder(config)
-        candidates = [folders.newest(root, _say, last)]
-        try:
+        folders.settle(root)
+
+    def there() -> Iterator[Checkpoint]:
+        if remote is not None:
             with _store_errors(config.checkpoints.remote):
-                candidates += [remote.newest(root, _say, last)] if remote else []
-            found = [max(filter(None, candidates), key=lambda c: c.step, default=None)]
-        except ConfigError as error:
-            found = [error]
-    dist.broadcast_object_list(found)
-    if isinstance(found[0], ConfigError):
-        raise found[0]
-    return found[0]
+                yield from remote.whole(root, _say)
+
+    def fetch(checkpoint: Checkpoint, name: str) -> None:
+        if remote is not None:
+            remote.fetch(checkpoint, name)
+
+    newest_first = heapq.merge(folders.whole(root, _say), there(), key=lambda found: -found.step)
+    begin = time.monotonic()
+    found = select((each for each in newest_first if each.step <= last), fetch, _say)
+    if found is not None:
+        _say(
+            f"{found.folder}: {found.bytes:,} bytes are as written, read in {time.monotonic() - begin:.1f} s"
+        )
+    return found
 
 
 def _check_same(
@@ -449,14 +475,16 @@ def _open_store(config: RunConfig, *, resume: bool) -> MLflowStore:
             uri=uri, experiment=config.logging.experiment, run_name=config.run_name, resume=resume
         )
     except STORE_ERRORS as error:
-        raise ConfigError(f"logging.mlflow_uri: {uri} cannot be used ({first_line(error)})") from None
+        raise ConfigError(f"logging.mlflow_uri: {uri} cannot be used ({reason(error)})") from None
 
 
 def _record(config: RunConfig, store: MLflowStore, peak: str) -> None:
     """Keep the resolved configuration and the environment with the run."""
     if dist.get_global_rank() != 0:
         return
-    store.log_hyperparameters(
+    path = Path(config.folder) / "config.yaml"
+    path.write_text(to_yaml(config), encoding="utf-8")
+    facts = (
         {key: str(value) for key, value in flatten(for_record(config))}
         | environment.describe()
         | {
@@ -466,17 +494,22 @@ def _record(config: RunConfig, store: MLflowStore, peak: str) -> None:
             "model.num_active_params": config.model.num_active_params,
         }
     )
-    path = Path(config.folder) / "config.yaml"
-    path.write_text(to_yaml(config), encoding="utf-8")
-    store.log_artifact(path)
+    try:
+        store.log_hyperparameters(facts)
+        store.log_artifact(path)
+    except STORE_ERRORS as error:
+        warnings.warn(
+            f"MLflow: the configuration is not recorded, but in {path} ({first_line(error)})", stacklevel=2
+        )
 
 
 def _report(config: RunConfig, store: MLflowStore, batch: int) -> None:
     """Draw the run, and say how it went and where it is; it ended, and was saved, at step ``batch``."""
     try:
-        picture = Path(config.folder) / "training.png"
-        report.draw(store, config.clock, picture)
-        store.log_artifact(picture)
+        if store.metric_history("loss/train/cross_entropy"):  # else the store is out of reach, and has none
+            picture = Path(config.folder) / "training.png"
+            report.draw(store, config.clock, picture)
+            store.log_artifact(picture)
         for source, points in report.held_out_losses(store).items():
             (begin, first), (step, last) = points[0], points[-1]
             before = f"{first:.3f} after {_tokens(config, begin)}, " if len(points) > 1 else ""

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 from composer.utils import dist, get_device
 
+from dbrx_train import __version__
 from dbrx_train.redact import mask_argument
 
 _PACKAGES = ("torch", "mosaicml", "mosaicml-streaming", "mlflow-skinny", "numpy", "tiktoken")
@@ -52,12 +53,15 @@ def _from_slurm(task: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in found.items() if key not in task}
 
 
+def versions() -> dict[str, str]:
+    """Of Python, this package and those that it leans on."""
+    packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return packages | {"dbrx-train": __version__, "python": platform.python_version()}
+
+
 def describe() -> dict[str, str]:
     """Versions, machine, world size, command line and git state."""
-    facts = {f"env.{name}": importlib.metadata.version(name) for name in _PACKAGES}
-    return facts | {
-        "env.dbrx-train": importlib.metadata.version("dbrx-train"),
-        "env.python": platform.python_version(),
+    return {f"env.{name}": version for name, version in versions().items()} | {
         "env.platform": platform.platform(),
         "env.world_size": str(dist.get_world_size()),
         "env.command": shlex.join(map(mask_argument, sys.argv)),

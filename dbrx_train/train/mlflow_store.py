@@ -16,9 +16,13 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from dbrx_train.config import first_line
+from dbrx_train.config import ConfigError, first_line
 from dbrx_train.errors import STOPPED
 
+# A server that does not answer is given up after half a minute, not after MLflow's several: at the start a
+# person is waiting, and later training is.
+for _key, _value in {"MAX_RETRIES": "2", "TIMEOUT": "10", "BACKOFF_FACTOR": "1"}.items():
+    os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{_key}", _value)
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # its news would break up the progress bar
 # The run's address, which the builder says without the credentials that MLflow prints.
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
@@ -28,7 +32,15 @@ _log = logging.getLogger(__name__)
 STORE_ERRORS = (MlflowException, SQLAlchemyError, OSError)
 """What a tracking store raises when it cannot be used."""
 
+
+def reason(error: Exception) -> str:
+    """What a store says is wrong, in one line."""
+    lines = [line for line in str(error).splitlines() if not line.startswith("(raised as a result of")]
+    return next(filter(None, lines), first_line(error))
+
+
 _FLUSH_SECONDS = 5.0
+_LONGEST_WAIT = 300.0  # between tries at a store that fails, each of which training waits for
 _LARGEST_BATCH = 1000  # MLflow's own limit per request
 
 
@@ -37,7 +49,8 @@ class MLflowStore(MLFlowLogger):  # type: ignore[misc]
 
     - Metrics are written in batches every few seconds: a write per metric costs a small model a tenth of its
       step, and the base's asynchronous mode drops all that follows a conflict.
-    - A store that fails for a while (locked, full, out of reach) does not stop the run: its metrics wait.
+    - A store that fails for a while (locked, full, out of reach) does not stop the run: its metrics wait, and
+      it is tried again ever less often, down to once in five minutes.
     - Parameters keep their first value when a run is resumed with another one, since MLflow refuses to change
       them; what changed is in the run's configuration artifacts.
     """
@@ -53,7 +66,8 @@ class MLflowStore(MLFlowLogger):  # type: ignore[misc]
         )
         self.end_status = "FINISHED"
         self._pending: list[Metric] = []
-        self._flushed_at = time.monotonic()
+        self._wait = _FLUSH_SECONDS
+        self._flush_at = time.monotonic() + self._wait
 
     @property
     def run_id(self) -> str:
@@ -71,20 +85,22 @@ class MLflowStore(MLFlowLogger):  # type: ignore[misc]
         # SQL stores make infinity the largest number there is, which flattens every chart
         finite = {key: math.nan if math.isinf(value) else value for key, value in values.items()}
         self._pending += [Metric(key, value, now, step or 0) for key, value in finite.items()]
-        if time.monotonic() - self._flushed_at > _FLUSH_SECONDS:
+        if time.monotonic() >= self._flush_at:
             self.flush()
 
     def flush(self) -> None:
         """Write what is pending to the store; what cannot be written stays pending."""
-        begin = self._flushed_at = time.monotonic()
-        waiting = len(self._pending)
+        begin, waiting = time.monotonic(), len(self._pending)
         try:
             while self._pending:
                 self._mlflow_client.log_batch(self._run_id, metrics=self._pending[:_LARGEST_BATCH])
                 del self._pending[:_LARGEST_BATCH]
             _log.debug("%d metrics kept in %.3f s", waiting, time.monotonic() - begin)
+            self._wait = _FLUSH_SECONDS
         except STORE_ERRORS as error:
-            warnings.warn(f"MLflow: {len(self._pending)} metrics wait ({first_line(error)})", stacklevel=2)
+            warnings.warn(f"MLflow: {len(self._pending)} metrics wait ({reason(error)})", stacklevel=2)
+            self._wait = min(2 * self._wait, _LONGEST_WAIT)
+        self._flush_at = time.monotonic() + self._wait
 
     def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
         if not self._enabled:
@@ -108,8 +124,17 @@ class MLflowStore(MLFlowLogger):  # type: ignore[misc]
         self.flush()
         return sorted(self._mlflow_client.get_run(self._run_id).data.metrics)
 
+    def init(self, state: State, logger: Logger) -> None:
+        try:
+            super().init(state, logger)
+        except STORE_ERRORS as error:
+            raise ConfigError(
+                f"logging.mlflow_uri: {self.tracking_uri} takes no run ({reason(error)})"
+            ) from None
+
     def eval_end(self, state: State, logger: Logger) -> None:
-        self.flush()
+        if self._wait == _FLUSH_SECONDS:
+            self.flush()
 
     def fit_end(self, state: State, logger: Logger) -> None:
         self.flush()
@@ -133,4 +158,4 @@ class MLflowStore(MLFlowLogger):  # type: ignore[misc]
             # The base knows no interruption.
             self._mlflow_client.set_terminated(self._run_id, status=self.end_status)
         except STORE_ERRORS as error:
-            warnings.warn(f"MLflow: the run's end is not recorded ({first_line(error)})", stacklevel=2)
+            warnings.warn(f"MLflow: the run's end is not recorded ({reason(error)})", stacklevel=2)

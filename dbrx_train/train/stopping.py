@@ -17,7 +17,7 @@ import psutil
 
 from dbrx_train.errors import STOPPED
 
-__all__ = ["TIME_LIMIT", "Stop", "reason"]
+__all__ = ["TIME_LIMIT", "Stop", "cause"]
 
 TIME_LIMIT = 1000
 """Reason to stop, beside the numbers of signals."""
@@ -28,7 +28,7 @@ _STARTING_SECONDS = 10.0  # to end where nothing need be saved
 _TELL_SECONDS = 5.0  # for the ranks to end that are told
 
 
-def reason(number: int) -> str:
+def cause(number: int) -> str:
     """Why a run stops, for a reader: a signal's name, or the time limit."""
     return "stop_after" if number == TIME_LIMIT else signal.Signals(number).name
 
@@ -137,12 +137,12 @@ class Stop:
         if number != signal.SIGINT:  # which ends the run at once, by the handler that Composer sets
             self._number = number
             if self._training:
-                self._say(f"{reason(number)}: saves after this step, and stops; a second one ends it at once")
+                self._say(f"{cause(number)}: saves after this step, and stops; a second one ends it at once")
 
     def _give_up(self) -> None:
         code = self._code(self._number)
         lost = "" if code == STOPPED else ", and did not save in time"
-        what = f"was to stop ({reason(self._number)}) within {self._grace:g} s{lost}"
+        what = f"was to stop ({cause(self._number)}) within {self._grace:g} s{lost}"
         self._say(what)
         self.tell(what, code)
         time.sleep(_TELL_SECONDS)

@@ -33,9 +33,11 @@ class Checkpoints(Callback):  # type: ignore[misc]
         root: where to; made if need be.
         interval: between saves, a Composer time string; the end of the run is saved too.
         keep: how many stay in ``root``, the newest.
-        config: kept inside each checkpoint, so that it is enough to rebuild the model.
+        facts: kept inside each checkpoint; ``config`` among them, so that it is enough to rebuild the model.
+        milestone: how many milestones a step lies beyond; the first checkpoint beyond each stays too.
         asynchronous: go on training while a copy in the host's memory is written.
-        remote: where every checkpoint is copied to as well; nothing is deleted there.
+        remote: where every checkpoint is copied to as well.
+        prune_remote: keep there what stays in ``root``; else nothing is deleted there.
         timeout: seconds after which ranks give up waiting for each other.
         exports: which checkpoints to write in Hugging Face's form too; they are saved for it.
     """
@@ -45,14 +47,19 @@ class Checkpoints(Callback):  # type: ignore[misc]
         root: Path,
         interval: str,
         keep: int,
-        config: dict[str, Any],
+        facts: dict[str, Any],
         *,
+        milestone: Callable[[int], int] = lambda step: 0,
         asynchronous: bool = False,
         remote: Remote | None = None,
+        prune_remote: bool = False,
         timeout: float = 1800.0,
         exports: Exports | None = None,
     ) -> None:
-        self.root, self.keep, self.config, self.remote = root, keep, config, remote
+        self.root, self.keep, self.milestone, self.facts = root, keep, milestone, facts
+        self.remote, self.prune_remote = remote, prune_remote
+        self.not_copied = 0
+        """Checkpoints that ``remote`` did not take."""
         self.exports, self.timeout = exports, timedelta(seconds=timeout)
         self.due = create_interval_scheduler(interval)
         self.writer = ThreadPoolExecutor(1, "checkpoints") if asynchronous else None
@@ -84,9 +91,11 @@ class Checkpoints(Callback):  # type: ignore[misc]
     def _is_shared(self) -> bool:
         """Whether every rank sees what rank 0 puts into ``root``."""
         first = dist.get_global_rank() == 0
-        probe = self.root / f".{uuid.uuid4().hex}"  # a name that no host has asked for before
+        probe = self.root / f".probe-{uuid.uuid4().hex}"  # a name that no host has asked for before
         if first:
             self.root.mkdir(parents=True, exist_ok=True)
+            for left in self.root.glob(".probe-*"):  # by a run that was killed
+                left.unlink()
             probe.touch()
         name = self._gather(probe.name if first else None)[0]
         assert name is not None
@@ -109,6 +118,8 @@ class Checkpoints(Callback):  # type: ignore[misc]
             begin = time.monotonic()
             self.save(state, exported)
             logger.log_metrics({"checkpoints/stall_seconds": time.monotonic() - begin})
+            if self.remote is not None:
+                logger.log_metrics({"checkpoints/not_copied": self.not_copied})
 
     def fit_end(self, state: State, logger: Logger) -> None:
         self.wait()
@@ -148,7 +159,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
     def save(self, state: State, exported: bool = False) -> None:
         self.wait()
         self.saved = state.timestamp
-        mark = facts(state) | {"ranks": dist.get_world_size(), "config": self.config}
+        mark = facts(state) | self.facts
         partial = folders.step_folder(self.root, state.timestamp.batch.value).with_suffix(".partial")
         if self.writer is None:
             self._write(partial, tensors(state), mark, exported)
@@ -164,29 +175,53 @@ class Checkpoints(Callback):  # type: ignore[misc]
             if dist.get_local_rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise OSError(error.errno, error.strerror, str(path)) from error
-        trouble = self._upload(partial, files)
-        troubles = [f"rank {rank}: {text}" for rank, text in enumerate(self._gather(trouble)) if text]
+        copied = self._upload(partial, files)
         if dist.get_global_rank() == 0:
             self._keep(partial, mark | {"files": files})
         elif dist.get_local_rank() == 0 and not self.shared:
             shutil.rmtree(partial)  # parts of a checkpoint, which the store has whole
         self._gather(None)
-        if troubles:
-            raise RuntimeError(f"{path} is whole, but cannot be copied to checkpoints.remote ({troubles[0]})")
-        if self.remote is not None and dist.get_global_rank() == 0:
-            self.remote.upload(path, [folders.MARK])
+        if copied and dist.get_global_rank() == 0:
+            self._finish_copy(path)
         if self.exports is not None and exported and dist.get_global_rank() == 0:
             self.exports.begin(path)
 
-    def _upload(self, partial: Path, names: Iterable[str]) -> str | None:
-        """Copy this rank's files to the object store; returns what went wrong."""
+    def _upload(self, partial: Path, names: Iterable[str]) -> bool:
+        """Copy this rank's files to the object store; whether all ranks' are there."""
         if self.remote is None:
-            return None
+            return False
         rank = dist.get_global_rank()
         mine = [name for name in names if name.startswith(f"__{rank}_")]
         trouble = self._try(self.remote.withdraw, partial) if rank == 0 else None
         self._gather(None)  # nothing is replaced that still counts
-        return trouble or self._try(self.remote.upload, partial, [".metadata", *mine] if rank == 0 else mine)
+        trouble = trouble or self._try(
+            self.remote.upload, partial, [".metadata", *mine] if rank == 0 else mine
+        )
+        troubles = [f"rank {rank}: {text}" for rank, text in enumerate(self._gather(trouble)) if text]
+        if troubles:
+            self._warn(partial.with_suffix(""), troubles[0])
+        return not troubles
+
+    def _finish_copy(self, path: Path) -> None:
+        """Make what was copied a checkpoint there, and prune older ones."""
+        assert self.remote is not None
+        trouble = self._try(self.remote.upload, path, [folders.MARK])
+        if trouble is not None:
+            self._warn(path, trouble)
+        elif self.prune_remote:
+            trouble = self._try(self.remote.prune, folders.step_of(path.name), self.keep, self.milestone)
+            if trouble is not None:
+                warnings.warn(
+                    f"checkpoints.prune_remote: older ones are still there ({trouble})", stacklevel=2
+                )
+
+    def _warn(self, path: Path, trouble: str) -> None:
+        """Say that a checkpoint is not on the store; training goes on, and the next is copied again."""
+        self.not_copied += 1
+        if dist.get_global_rank() == 0:
+            state = "is whole, but" if self.shared else "is lost:"
+            where = "checkpoints.remote, which keeps older ones"
+            warnings.warn(f"{path} {state} it cannot be copied to {where} ({trouble})", stacklevel=2)
 
     def _try(self, action: Callable[..., None], *arguments: Any) -> str | None:
         """Do something with the store; returns what went wrong."""
@@ -198,15 +233,14 @@ class Checkpoints(Callback):  # type: ignore[misc]
 
     def _keep(self, partial: Path, mark: dict[str, Any]) -> None:
         """Make what was written a checkpoint, and prune older ones."""
-        path = partial.with_suffix("")
         folders.mark(partial, mark)
-        if path.exists():
-            folders.remove(path)
-        partial.rename(path)
+        path = folders.publish(partial)
         # Folders that claim to be newer are damaged ones, passed over on resuming: they do not count as kept.
         found = folders.saved(self.root)
+        steps = [folders.step_of(each.name) or 0 for each in found[found.index(path) :]]
         needed = self.exports.reading if self.exports is not None else ()
-        for old in found[found.index(path) + self.keep :]:
+        for step in folders.spare(steps, self.keep, self.milestone):
+            old = folders.step_folder(self.root, step)
             if old not in needed:
                 folders.remove(old)
 

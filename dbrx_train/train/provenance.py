@@ -1,0 +1,44 @@
+"""What made a checkpoint, as its mark says it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from composer.utils import dist
+
+from dbrx_train.config import RunConfig, for_record
+from dbrx_train.data.manifest import MANIFEST
+from dbrx_train.train import environment
+from dbrx_train.train.sharded import mesh_shape
+
+__all__ = ["provenance"]
+
+
+def provenance(config: RunConfig) -> dict[str, Any]:
+    """The run's configuration, and how many ranks, on which mesh, with which versions and data.
+
+    Fingerprints are XXH3 (128 bits): of the configuration as JSON with sorted keys, and of each source's
+    manifest, byte for byte.
+    """
+    plain, ranks = for_record(config), dist.get_world_size()
+    return {
+        "config": plain,
+        "ranks": ranks,
+        "made_by": {
+            "mesh": asdict(mesh_shape(config, ranks)),
+            "versions": environment.versions(),
+            "config": _hash(json.dumps(plain, sort_keys=True).encode()),
+            "data": {
+                name: _hash(Path(source.local, MANIFEST).read_bytes())
+                for name, source in config.data.sources.items()
+            },
+        },
+    }
+
+
+def _hash(content: bytes) -> str:
+    return xxhash.xxh3_128_hexdigest(content)

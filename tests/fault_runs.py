@@ -1,0 +1,215 @@
+"""A program for tests: commands of dbrx-train, to each of which something happens.
+
+Imports all that is heavy once, then reads jobs from its standard input, a JSON object a line, and forks for
+each:
+{"command": arguments of dbrx-train, "fault": what happens (FAULTS) or null, "log": a file for what is said,
+"ranks": how many processes, "environment": further variables}. For each job it prints the exit codes of all
+ranks as a JSON list; one that a signal ended is the signal's number, negative.
+
+A fault is {"kind": ..., ...}:
+
+- kill: SIGKILL when the process is about to do ``at`` on a file of ``root`` (an operation as ``trace`` names
+  it); of several ranks, on ``rank``
+- torn: the process ends amid a write, when the file that it opens by ``at`` has ``bytes`` bytes
+- trace: writes every operation on files of ``root`` to the file ``out``
+- worker: SIGKILL to a worker of the data loader when the folder ``after`` is there
+- fill: the disk of the folder ``disk`` is filled at the operation ``at``
+- clock: the system's clock jumps by the next of ``seconds`` at every operation ``at``
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import multiprocessing
+import os
+import re
+import resource
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
+SECONDS = 150
+
+
+def operations(root: str, happen: Callable[[str], None]) -> None:
+    """Tell of every operation on a file below ``root`` before it is done, without the numbers of steps."""
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event not in EVENTS or not isinstance(arguments[0], str | os.PathLike):
+            return
+        path = os.fspath(arguments[0])
+        amid = event == "os.remove" and not os.path.isabs(path) and arguments[1] != -1  # of shutil.rmtree
+        if not (path.startswith(root) or amid):
+            return
+        name = os.path.relpath(path, root) if path.startswith(root) else path
+        verb = event.removeprefix("os.").removeprefix("shutil.")
+        if event == "open":
+            flags = arguments[2]
+            verb = "write" if flags & (os.O_WRONLY | os.O_RDWR) else "read"
+        happen(re.sub(r"ba\d+", "ba#", re.sub(r"[0-9a-f]{32}", "#", f"{verb} {name}")))
+
+    sys.addaudithook(hook)
+
+
+def kill(fault: dict[str, Any]) -> None:
+    def happen(operation: str) -> None:
+        if operation == fault["at"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    operations(fault["root"], happen)
+
+
+def torn(fault: dict[str, Any]) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # which Python ignores
+
+    def happen(operation: str) -> None:
+        if operation == fault["at"]:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (fault["bytes"], fault["bytes"]))
+
+    operations(fault["root"], happen)
+
+
+def trace(fault: dict[str, Any]) -> None:
+    seen: list[str] = []
+
+    def happen(operation: str) -> None:
+        seen.append(operation)
+        descriptor = os.open(fault["out"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.write(descriptor, f"{operation}\n".encode())
+        os.close(descriptor)
+
+    operations(fault["root"], happen)
+
+
+def worker(fault: dict[str, Any]) -> None:
+    def watch() -> None:
+        while not (Path(fault["after"]).exists() and multiprocessing.active_children()):
+            time.sleep(0.005)
+        pid = multiprocessing.active_children()[0].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def clock(fault: dict[str, Any]) -> None:
+    jumped, jumps = ctypes.c_longlong.in_dll(ctypes.CDLL(None), "clock_jump"), iter(fault["seconds"])
+
+    def happen(operation: str) -> None:
+        if operation == fault["at"]:
+            jumped.value += next(jumps, 0)
+
+    operations(fault["root"], happen)
+
+
+def fill(fault: dict[str, Any]) -> None:
+    def happen(operation: str) -> None:
+        if operation == fault["at"]:
+            fill_up(fault["disk"])
+
+    operations(fault["root"], happen)
+
+
+def fill_up(disk: str) -> None:
+    """Write a file until there is no room left."""
+    with contextlib.suppress(OSError), open(os.path.join(disk, "filler"), "ab", buffering=0) as file:
+        for size in (2**16, 1):
+            with contextlib.suppress(OSError):
+                while file.write(bytes(size)):
+                    pass
+
+
+FAULTS = {"fill": fill, "kill": kill, "torn": torn, "trace": trace, "worker": worker, "clock": clock}
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def begin(job: dict[str, Any], rank: int, port: int) -> int:
+    """Fork a rank; returns its process."""
+    if pid := os.fork():
+        return pid
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    null = os.open(os.devnull, os.O_RDONLY)
+    for target, source in ((0, null), (1, log), (2, log)):
+        os.dup2(source, target)
+    os.environ.update(job.get("environment", {}))
+    tempfile.tempdir = None  # to be looked up again
+    if job["ranks"] > 1:
+        places = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": job["ranks"],
+            "LOCAL_WORLD_SIZE": job["ranks"],
+        }
+        os.environ.update({key: str(value) for key, value in places.items()})
+        os.environ.update(NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    fault = job["fault"]
+    if fault is not None and fault.get("rank", 0) == rank:
+        FAULTS[fault["kind"]](fault)
+    sys.argv = ["dbrx-train", *job["command"]]
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        code = 99
+        raise
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def outcome(pids: list[int]) -> list[int]:
+    """The exit codes; what has not ended in time is ended."""
+    deadline, codes = time.monotonic() + SECONDS, dict[int, int]()
+    while len(codes) < len(pids):
+        for pid in pids:
+            if pid not in codes and (found := os.waitpid(pid, os.WNOHANG))[0]:
+                codes[pid] = os.waitstatus_to_exitcode(found[1])
+        if time.monotonic() > deadline:
+            for pid in set(pids) - codes.keys():
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.005)
+    return [codes[pid] for pid in pids]
+
+
+def warm_up() -> None:
+    """Do once what every run would do for itself, and no test is about."""
+    import cpuinfo
+    import matplotlib.backends.backend_agg  # noqa: F401
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+
+    from dbrx_train.data import prepare  # noqa: F401
+    from dbrx_train.data.tokenizer import load_tokenizer
+    from dbrx_train.train import builder  # noqa: F401
+
+    load_tokenizer()
+    machine = cpuinfo.get_cpu_info()  # for which Composer starts a process of a second
+    cpuinfo.get_cpu_info = lambda: machine
+
+
+if __name__ == "__main__":
+    from dbrx_train import cli
+
+    warm_up()
+    for line in sys.stdin:
+        if line == "end\n":
+            os._exit(0)
+        job = {"fault": None, "ranks": 1, **json.loads(line)}
+        port = free_port()
+        print(json.dumps(outcome([begin(job, rank, port) for rank in range(job["ranks"])])), flush=True)
