@@ -12,7 +12,8 @@ from torch.distributed import ProcessGroup, ReduceOp, Work, all_reduce, barrier,
 from dbrx_train.errors import STOPPED
 from dbrx_train.parallel import StoppedTogether
 from dbrx_train.train.callbacks.checkpoints import Checkpoints
-from dbrx_train.train.stopping import Stop
+from dbrx_train.train.events import record
+from dbrx_train.train.stopping import Stop, cause
 
 
 class Stopping(Callback):  # type: ignore[misc]
@@ -29,7 +30,8 @@ class Stopping(Callback):  # type: ignore[misc]
         self.work: Work | None = None
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        if dist.get_world_size() > 1:
+        self._answer()  # of a step after which the run was rolled back
+        if dist.get_world_size() > 1 and self.group is None:
             self.group = new_group(backend="gloo", timeout=self.timeout)
 
     def batch_start(self, state: State, logger: Logger) -> None:
@@ -79,4 +81,7 @@ class Stopping(Callback):  # type: ignore[misc]
         self.saver.save_now(state)
         self.meet()  # rank 0 may still be copying the mark to an object store
         self.stop.safe = True
+        time = state.timestamp
+        facts = {"step": time.batch.value, "tokens": time.token.value, "cause": cause(number)}
+        record(self.saver.root.parent, "stopped", **facts)
         raise StoppedTogether(STOPPED)
