@@ -56,6 +56,7 @@ from dbrx_train.train.callbacks.progress import Progress as ProgressBar
 from dbrx_train.train.callbacks.stopping import Stopping
 from dbrx_train.train.composer_model import ComposerDbrx
 from dbrx_train.train.exports import Exports
+from dbrx_train.train.lines import EVENTS
 from dbrx_train.train.loaders import check_sources, evaluators, train_data, train_dataset
 from dbrx_train.train.mlflow_store import STORE_ERRORS, MLflowStore, reason
 from dbrx_train.train.optimizers import build_optimizer
@@ -527,7 +528,7 @@ def _report(config: RunConfig, store: MLflowStore, batch: int) -> None:
 
 def _keep_events(config: RunConfig, store: MLflowStore) -> None:
     """Have MLflow keep what happened to the run, however it ended."""
-    path = Path(config.folder) / events.FILE
+    path = Path(config.folder) / EVENTS
     if path.exists():
         try:
             store.log_artifact(path)

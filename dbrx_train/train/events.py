@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 import warnings
@@ -12,10 +11,9 @@ from typing import Any
 from composer.utils import dist
 
 from dbrx_train.config import first_line
+from dbrx_train.train.lines import EVENTS, append
 
-__all__ = ["FILE", "record"]
-
-FILE = "events.jsonl"
+__all__ = ["record"]
 
 
 def record(folder: Path, kind: str, *, step: int, tokens: int, **facts: Any) -> None:
@@ -29,10 +27,9 @@ def record(folder: Path, kind: str, *, step: int, tokens: int, **facts: Any) -> 
     event = {"time": round(time.time(), 3), "step": step, "tokens": tokens, "kind": kind, **facts}
     plain = {key: _plain(value) for key, value in event.items()}
     try:
-        with (folder / FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(plain) + "\n")
+        append(folder / EVENTS, plain)
     except OSError as error:  # a full disk is no reason to stop training
-        warnings.warn(f"{folder / FILE}: {kind} is not kept ({first_line(error)})", stacklevel=2)
+        warnings.warn(f"{folder / EVENTS}: {kind} is not kept ({first_line(error)})", stacklevel=2)
 
 
 def _plain(value: Any) -> Any:

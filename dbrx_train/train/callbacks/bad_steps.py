@@ -16,6 +16,7 @@ from tqdm import tqdm
 from dbrx_train.config import BadStepsConfig
 from dbrx_train.errors import Stopped
 from dbrx_train.train import events
+from dbrx_train.train.lines import EVENTS
 from dbrx_train.train.state import Kept
 from dbrx_train.train.step_judge import StepJudge
 
@@ -98,7 +99,7 @@ class BadSteps(Kept):
             **suspects,
         )
         if dist.get_global_rank() == 0:
-            where = self.folder / events.FILE
+            where = self.folder / EVENTS
             tqdm.write(f"step {step} skipped: {self.cause}; the samples of its batch are in {where}")
 
     def _samples(self, state: State) -> tuple[Samples, Samples]:
@@ -138,5 +139,5 @@ class BadSteps(Kept):
         )
         raise Stopped(
             f"stopped at step {step}, after {row} bad steps in a row (in the last, {self.cause}): {why}. "
-            f"Their samples are in {self.folder / events.FILE}; `dbrx-train data inspect` shows them"
+            f"Their samples are in {self.folder / EVENTS}; `dbrx-train data inspect` shows them"
         )
