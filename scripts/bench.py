@@ -38,7 +38,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,11 +85,11 @@ CPU_SHAPES = {
 }
 GPU_SHAPES = {
     "dbrx-layer": _shape(4, 4096, n_layers=1, vocab_size=12544),
-    "dbrx-9b/4": _shape(
+    "dbrx-9b/6": _shape(
         2,
         4096,
         d_model=2048,
-        n_layers=6,
+        n_layers=4,
         n_heads=16,
         ffn_hidden_size=3584,
     ),
@@ -255,7 +255,10 @@ def layer_task(name: str, shape: Shape, dtype: str, routing: str, made: dict[str
     generator = torch.Generator(device).manual_seed(0)
     with torch.device(device):
         layer = LAYER[name](config).to(kind)
-    for p in layer.parameters():  # the same for all: their names and order are
+    parameters = [
+        p for _, p in sorted(layer.named_parameters())
+    ]  # names are the same for all, not their order
+    for p in parameters:
         p.data.normal_(0, config.d_model**-0.5, generator=generator)
     force_routing(layer, config.num_experts, made["chosen"] if routing == "real" else None)
     x = torch.randn(1, made["chosen"].shape[0], config.d_model, device=device, generator=generator).to(kind)
@@ -266,7 +269,7 @@ def layer_task(name: str, shape: Shape, dtype: str, routing: str, made: dict[str
         output = layer(x)
         output = output[0] if isinstance(output, tuple) else output
         output.backward(direction)
-        grads = [x.grad, *(p.grad for p in layer.parameters())]
+        grads = [x.grad, *(p.grad for p in parameters)]
         norms = [float(g.float().norm()) for g in grads if g is not None]
         x.grad = None
         layer.zero_grad()
@@ -449,35 +452,46 @@ def _text(vocab_size: int, samples: int, seq_len: int) -> Tensor:
 # --- the contest --------------------------------------------------------------------------------------------
 
 
+@dataclass
 class Contestant:
-    """A process that does one step when told to."""
+    """One of them, with what its processes measured; those of its warm-up steps are left out of ``times``."""
 
-    def __init__(self, name: str, case: list[Any], threads: int) -> None:
-        self.name = name
+    name: str
+    results: list[dict[str, Any]] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    absent: str | None = None
+
+
+class Process:
+    """A contestant's process, which does one step when told to."""
+
+    def __init__(self, contestant: Contestant, case: list[str], threads: int) -> None:
+        self.contestant, self.steps = contestant, 0
         env = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        command = [sys.executable, __file__, "--contend", json.dumps([name, *case])]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
-        )
-        self.absent: str | None = self._read().get("absent")
-        self.results: list[dict[str, Any]] = []
+        command = [sys.executable, __file__, "--contend", json.dumps([contestant.name, *case])]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env)
+        self._read()
 
     def _read(self) -> dict[str, Any]:
         assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            return {"absent": f"ended with {self.process.wait()}"}
+        line = self.process.stdout.readline() or json.dumps({"absent": f"ended with {self.process.wait()}"})
         found: dict[str, Any] = json.loads(line)
+        self.contestant.absent = found.get("absent")
         return found
 
     def step(self) -> None:
+        if self.contestant.absent is not None:
+            return
         assert self.process.stdin is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         found = self._read()
-        self.absent = found.get("absent")
-        if self.absent is None:
-            self.results.append(found)
+        if self.contestant.absent is None:
+            self.contestant.results.append(found)
+            self.steps += 1
+            if self.steps > WARM_UP:
+                self.contestant.times.append(found["seconds"])
 
     def end(self) -> None:
         if self.process.stdin is not None and self.process.poll() is None:
@@ -485,20 +499,19 @@ class Contestant:
         self.process.wait(30)
 
 
-def contest(
-    task: str, shape_name: str, dtype: str, routing: str, args: argparse.Namespace, folder: str
-) -> Any:
-    case = [task, shape_name, dtype, routing, folder]
-    names = [*(args.contestants or TASKS[task][1]), "roof"]
-    contestants = [Contestant(name, list(case), args.threads) for name in names]
-    there = [c for c in contestants if c.absent is None]
-    for number in range(WARM_UP + args.rounds):
-        for contestant in there if number % 2 else reversed(there):
-            if contestant.absent is None:
-                contestant.step()
-    for contestant in contestants:
-        contestant.end()
-    return list(_rows(contestants, task, SHAPES[shape_name], dtype))
+def contest(case: list[str], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """On a CPU a step at a time, in turn; on a GPU, whose memory is short, all steps at a time, twice."""
+    task, shape, dtype, *_ = case
+    contestants = [Contestant(name) for name in (*(args.contestants or TASKS[task][1]), "roof")]
+    heats = [[each] for _ in range(2) for each in contestants] if DEVICE == "cuda" else [contestants]
+    for heat in heats:
+        processes = [Process(each, case, args.threads) for each in heat]
+        for number in range(WARM_UP + args.rounds):
+            for process in processes if number % 2 else reversed(processes):
+                process.step()
+        for process in processes:
+            process.end()
+    return list(_rows(contestants, task, SHAPES[shape], dtype))
 
 
 def _rows(contestants: list[Contestant], task: str, shape: Shape, dtype: str) -> Iterator[dict[str, Any]]:
@@ -510,7 +523,7 @@ def _rows(contestants: list[Contestant], task: str, shape: Shape, dtype: str) ->
         if entrant.absent is not None:
             yield {"contestant": entrant.name, "absent": entrant.absent}
             continue
-        times = [result["seconds"] for result in entrant.results[WARM_UP:]]
+        times = entrant.times
         pairs = zip(entrant.results, first.results, strict=True)
         off = max(abs(x / y - 1) for a, b in pairs for x, y in zip(a["values"], b["values"], strict=True))
         row = {
@@ -526,8 +539,7 @@ def _rows(contestants: list[Contestant], task: str, shape: Shape, dtype: str) ->
         row["share"] = row["flops"] / best
         row["roof"], row["copy"] = best, copied
         if mine is not None and mine.absent is None:
-            own = [result["seconds"] for result in mine.results[WARM_UP:]]
-            ratios = [theirs / ours for theirs, ours in zip(times, own, strict=True)]
+            ratios = [theirs / ours for theirs, ours in zip(times, mine.times, strict=True)]
             row["ratio"] = [statistics.median(ratios), min(ratios), max(ratios)]
         yield row
 
@@ -554,6 +566,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = GPU_SHAPES if DEVICE == "cuda" else CPU_SHAPES
 
 
+def _processor() -> str:
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return found[1] if found else platform.machine()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -573,7 +590,7 @@ def main() -> int:
         name, task, shape, dtype, routing, folder = args.contend
         contend(task, name, SHAPES[shape], dtype, routing, folder, DEVICE)
         return 0
-    machine = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{platform.processor()} x {args.threads}"
+    machine = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{_processor()} x {args.threads}"
     everything = []
     for shape in args.shapes:
         with tempfile.TemporaryDirectory() as folder:
@@ -581,13 +598,12 @@ def main() -> int:
             for task, dtype, routing in itertools.product(args.tasks, args.dtypes, args.routing):
                 if task == "loss" and routing != args.routing[0]:
                     continue
-                rows = contest(task, shape, dtype, routing, args, folder)
+                rows = contest([task, shape, dtype, routing, folder], args)
                 case = {"task": task, "shape": shape, "dtype": dtype, "routing": routing}
-                print(
-                    f"\n{task}, {shape}, {dtype}, {routing} routing ({machine}, torch {torch.__version__}):\n"
-                )
+                print(f"\n{task}, {shape}, {dtype}, {routing} routing")
                 there = next(row for row in rows if "roof" in row)
-                print(f"roof {there['roof'] / 1e9:,.0f} GFLOP/s, copy {there['copy'] / 1e9:,.1f} GB/s\n")
+                roof = f"{there['roof'] / 1e9:,.0f} GFLOP/s, copy {there['copy'] / 1e9:,.1f} GB/s"
+                print(f"{machine}, torch {torch.__version__}: roof {roof}\n")
                 show(rows)
                 everything += [case | row for row in rows]
     if args.json:

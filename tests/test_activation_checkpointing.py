@@ -97,6 +97,14 @@ def test_what_a_block_keeps_is_what_the_estimate_says(what: str) -> None:
     assert (many - few) / 4 == pytest.approx(estimate, rel=0.15)
 
 
+def test_more_experts_keep_no_more_of_a_token() -> None:
+    few, many = (
+        kept_per_token(replace(CONFIG, num_experts=experts, router_jitter=0.0), "none") for experts in (4, 16)
+    )
+    scores = 12 * 4 * CONFIG.n_layers  # a float32 for each further expert
+    assert many - few <= 4 * scores  # logits, probabilities and what the softmax keeps
+
+
 def test_an_unknown_choice_is_refused() -> None:
     with pytest.raises(ValueError, match="'some' is not one of none, full, selective, norm_attn_norm"):
         checkpoint_activations(Dbrx(CONFIG, seed=1), "some")
