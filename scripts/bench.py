@@ -61,7 +61,7 @@ class Shape:
 
 
 def _shape(batch: int, seq_len: int, **sizes: Any) -> Shape:
-    common = {"max_seq_len": seq_len, "balance_loss": "none", "loss_chunk_size": 512}
+    common = {"max_seq_len": seq_len, "balance_loss": "none"}
     return Shape(DbrxConfig(**(common | sizes)), batch, seq_len)
 
 

@@ -26,7 +26,8 @@ from moto.server import ThreadedMotoServer
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.remote import Remote
 from dbrx_train.config import ConfigError, load
-from dbrx_train.train.builder import open_remote, run
+from dbrx_train.train.beginning import open_remote
+from dbrx_train.train.builder import run
 from dbrx_train.train.callbacks import checkpoints
 from dbrx_train.train.callbacks.checkpoints import Checkpoints
 

@@ -19,7 +19,8 @@ from dbrx_train.checkpoint.weights import load_model
 from dbrx_train.config import ConfigError, load
 from dbrx_train.data.tokenizer import load_tokenizer
 from dbrx_train.train import exports
-from dbrx_train.train.builder import _same_tokenizer, run
+from dbrx_train.train.beginning import same_tokenizer
+from dbrx_train.train.builder import run
 
 transformers = pytest.importorskip("transformers")
 
@@ -111,9 +112,9 @@ def test_a_tokenizer_is_told_by_its_vocabulary_not_by_its_file(tmp_path: Path) -
     usual = {"name": "cl100k_base", "vocab_file": None}
     lines = (b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in load_tokenizer().ranks.items())
     (tmp_path / "same").write_bytes(b"".join(lines))
-    assert _same_tokenizer(usual, usual | {"vocab_file": str(tmp_path / "same")})
-    assert not _same_tokenizer(usual, usual | {"vocab_file": str(tmp_path / "gone")})
-    assert not _same_tokenizer(usual, None)
+    assert same_tokenizer(usual, usual | {"vocab_file": str(tmp_path / "same")})
+    assert not same_tokenizer(usual, usual | {"vocab_file": str(tmp_path / "gone")})
+    assert not same_tokenizer(usual, None)
 
 
 @pytest.mark.parametrize("trouble", [None, RuntimeError("No space left")])

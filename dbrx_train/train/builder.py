@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import heapq
 import signal
-import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
-from math import inf
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 from composer import Trainer
 from composer.callbacks import MemoryMonitor, SpeedMonitor
-from composer.utils import dist, maybe_create_object_store_from_uri, parse_uri
+from composer.utils import dist
 
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.adapter import check_base
 from dbrx_train.checkpoint.folder import Checkpoint
 from dbrx_train.checkpoint.huggingface import check_exportable
 from dbrx_train.checkpoint.remote import Remote
-from dbrx_train.checkpoint.selection import select
 from dbrx_train.checkpoint.tensors import Reader, model_tensors
-from dbrx_train.checkpoint.weights import Weights, open_weights, read_together, upcycled
+from dbrx_train.checkpoint.weights import read_together
 from dbrx_train.config import (
     ConfigError,
     RunConfig,
@@ -34,16 +27,14 @@ from dbrx_train.config import (
     flatten,
     for_record,
     naming,
-    to_dict,
     to_yaml,
 )
 from dbrx_train.data.collate import samples_of
 from dbrx_train.data.tokenizer import Tokenizer, load_tokenizer
 from dbrx_train.errors import STOPPED, exit_code, show
-from dbrx_train.model.config import DbrxConfig
 from dbrx_train.parallel import Progress, StoppedTogether, end_together
-from dbrx_train.redact import mask
 from dbrx_train.train import environment, events, report, rollback
+from dbrx_train.train.beginning import check_beginning, checkpoint_folder, newest, open_remote
 from dbrx_train.train.callbacks.bad_steps import BadSteps
 from dbrx_train.train.callbacks.checkpoints import Checkpoints
 from dbrx_train.train.callbacks.expert_load import ExpertLoad
@@ -55,9 +46,10 @@ from dbrx_train.train.callbacks.phases import Phases
 from dbrx_train.train.callbacks.progress import Progress as ProgressBar
 from dbrx_train.train.callbacks.stopping import Stopping
 from dbrx_train.train.composer_model import ComposerDbrx
+from dbrx_train.train.environment import say
 from dbrx_train.train.exports import Exports
 from dbrx_train.train.lines import EVENTS
-from dbrx_train.train.loaders import check_sources, evaluators, train_data, train_dataset
+from dbrx_train.train.loaders import check_sources, evaluators, train_data
 from dbrx_train.train.mlflow_store import STORE_ERRORS, MLflowStore, reason
 from dbrx_train.train.optimizers import build_optimizer
 from dbrx_train.train.provenance import provenance
@@ -68,28 +60,6 @@ from dbrx_train.train.stopping import Stop, cause
 from dbrx_train.train.summary import summary
 from dbrx_train.train.throughput import peak_flops
 from dbrx_train.train.watch import watchers
-
-# What the weights' shapes depend on, and the optimizer's state beside them.
-_FIXED_WEIGHTS = (
-    "model.norm",
-    "model.d_model",
-    "model.n_layers",
-    "model.n_heads",
-    "model.n_kv_heads",
-    "model.vocab_size",
-    "model.ffn_hidden_size",
-    "model.num_experts",
-)
-_FIXED = (*_FIXED_WEIGHTS, "optimization.optimizer.name", "lora.rank")
-_FIXED_ADAPTERS = ("lora.alpha", "lora.targets")
-# What the weights were trained with, and may be trained away from.
-_USUAL = (
-    "model.rope_theta",
-    "model.clip_qkv",
-    "model.norm_eps",
-    "model.top_k",
-    "model.normalize_expert_weights",
-)
 
 
 def run(config: RunConfig) -> None:
@@ -113,11 +83,11 @@ def _train(config: RunConfig, device: str, stop: Stop) -> None:
         tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.vocab_file)
         check_sources(config, tokenizer)
         remote = open_remote(config)
-        found = _newest(config, remote)
-        weights = _check_beginning(config, found)
+        found = newest(config, remote)
+        weights = check_beginning(config, found)
         if found and found.tokens >= config.clock.total_tokens:
             end = f"{found.folder} holds its end"
-            _say(f"{config.run_name} is done: {end}. A larger max_duration= continues it.")
+            say(f"{config.run_name} is done: {end}. A larger max_duration= continues it.")
             return
         store = _open_store(config, resume=found is not None)
         ending.at_end = store.end
@@ -137,19 +107,19 @@ def _train(config: RunConfig, device: str, stop: Stop) -> None:
                 with naming("init_from.path: "):
                     read_together(weights, model_of(trainer.state))
             if found:
-                _say(f"{config.run_name} goes on from {found.folder}, after {found.tokens:,} tokens")
+                say(f"{config.run_name} goes on from {found.folder}, after {found.tokens:,} tokens")
                 events.record(Path(config.folder), "resumed", step=found.step, tokens=found.tokens)
                 resume(trainer, found, remote, base)
             if config.preferences.beta is not None:
                 set_reference(config, trainer, tokenizer, made=found is not None)
             _record(config, store, f"{peak:.4g} FLOP/s, {origin}")
-            _say(summary(config, device, dist.get_world_size()))
+            say(summary(config, device, dist.get_world_size()))
             if config.evaluation.at_start and found is None and trainer.state.evaluators:
                 trainer.eval()
             rollback.fit(
                 trainer,
                 Path(config.folder),
-                newest=lambda last: _newest(config, remote, last),
+                newest=lambda last: newest(config, remote, last),
                 resume=lambda checkpoint: resume(trainer, checkpoint, remote, base),
             )
             if dist.get_global_rank() == 0:
@@ -162,72 +132,10 @@ def _train(config: RunConfig, device: str, stop: Stop) -> None:
 def _say_how_to_go_on(config: RunConfig, stop: Stop, error: BaseException | None) -> None:
     """The last line of a run that was stopped."""
     if exit_code(error) in (STOPPED, 128 + signal.SIGINT):
-        newest = next(iter(folders.saved(checkpoint_folder(config))), None)
+        saved = next(iter(folders.saved(checkpoint_folder(config))), None)
         why = f" ({cause(stop.asked())})" if stop.asked() else ""
-        where = newest or "the beginning: nothing was saved yet"
-        _say(f"stopped{why}; the same command goes on from {where}")
-
-
-def _check_beginning(config: RunConfig, found: Checkpoint | None) -> Weights | None:
-    """What the run begins with, before anything is touched; returns weights that it is to begin with, if any.
-
-    Raises:
-        ConfigError: the saved run, the weights, the data or the disk do not fit.
-    """
-    weights = None
-    if found and config.checkpoints.remote is not None:
-        _check_same(("run_name",), config, found.folder, found.config, "; a store is one run's alone")
-    if found:
-        fixed = _FIXED if config.lora.rank is None else (*_FIXED, *_FIXED_ADAPTERS)
-        _check_same(
-            fixed, config, found.folder, found.config, "; give the run another run_name= to start afresh"
-        )
-    if config.init_from.path is not None and (found is None or config.lora.rank is not None):
-        with naming("init_from.path: "):
-            weights = open_weights(Path(config.init_from.path), _say)
-        weights = _fitting(config, weights)
-    _check_mix(config, found)
-    checkpoint_folder(config).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=config.folder):
-        pass  # a read-only or full disk is found out here
-    return weights
-
-
-def _fitting(config: RunConfig, weights: Weights) -> Weights:
-    """The weights to begin the run with.
-
-    Raises:
-        ConfigError: they are of another model.
-    """
-    upcycle = config.init_from.upcycle
-    fixed = [key for key in _FIXED_WEIGHTS if not upcycle or key != "model.num_experts"]
-    _check_same(fixed, config, weights.path, weights.config)
-    was, now = weights.model.to_dict(), config.model.to_dict()
-    for key in (key.removeprefix("model.") for key in _USUAL):
-        if now[key] != was[key] and not (upcycle and key in ("top_k", "normalize_expert_weights")):
-            warnings.warn(
-                f"model.{key}: {now[key]} here, but {was[key]} in {weights.path}; the model will not compute "
-                f"what its weights were trained for",
-                stacklevel=2,
-            )
-    ours, theirs = asdict(config.tokenizer), weights.config["tokenizer"]
-    if not _same_tokenizer(ours, theirs):
-        warnings.warn(
-            f"tokenizer: {ours} here, but that of {weights.path} is {theirs or 'not known'}; ids must mean "
-            f"what its weights were trained for",
-            stacklevel=2,
-        )
-    with naming("init_from.upcycle: "):
-        return upcycled(weights, config.model) if upcycle else weights
-
-
-def _same_tokenizer(one: dict[str, Any], other: dict[str, Any] | None) -> bool:
-    if other is None or one == other:
-        return one == other
-    try:  # a file may hold what goes by the usual name
-        return load_tokenizer(**one).fingerprint == load_tokenizer(**other).fingerprint
-    except ValueError:
-        return False
+        where = saved or "the beginning: nothing was saved yet"
+        say(f"stopped{why}; the same command goes on from {where}")
 
 
 def build_trainer(
@@ -357,10 +265,6 @@ def check_world(config: RunConfig, world_size: int) -> None:
             )
 
 
-def checkpoint_folder(config: RunConfig) -> Path:
-    return Path(config.folder) / "checkpoints"
-
-
 def _milestones(config: RunConfig) -> Callable[[int], int]:
     """How many multiples of ``checkpoints.keep_every`` a step lies beyond."""
     every, clock = config.checkpoints.keep_every, config.clock
@@ -383,80 +287,6 @@ def _exports(config: RunConfig) -> Exports | None:
         check_exportable(config.model)
     interval = config.clock.interval(options.interval)
     return Exports(Path(config.folder) / "exports", interval, getattr(torch, options.dtype))
-
-
-def open_remote(config: RunConfig) -> Remote | None:
-    """Where checkpoints are copied to.
-
-    Raises:
-        ConfigError: there is no such store.
-    """
-    uri = config.checkpoints.remote
-    if uri is None:
-        return None
-    with _store_errors(uri):
-        store, (*_, prefix) = maybe_create_object_store_from_uri(uri), parse_uri(uri)
-    if store is None:
-        raise ConfigError(f"checkpoints.remote: {uri} is no URL of an object store, such as s3://bucket/run")
-    return Remote(store, prefix)
-
-
-@contextmanager
-def _store_errors(uri: str | None) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # every kind of store has its own
-        raise ConfigError(f"checkpoints.remote: {uri} cannot be used ({first_line(error)})") from None
-
-
-def _newest(config: RunConfig, remote: Remote | None, last: float = inf) -> Checkpoint | None:
-    """The checkpoint to go on from, the same on every rank: the newest that verifies, here or there.
-
-    Of step ``last`` at most.
-    """
-    root = checkpoint_folder(config)
-    if dist.get_global_rank() == 0:
-        folders.settle(root)
-
-    def there() -> Iterator[Checkpoint]:
-        if remote is not None:
-            with _store_errors(config.checkpoints.remote):
-                yield from remote.whole(root, _say)
-
-    def fetch(checkpoint: Checkpoint, name: str) -> None:
-        if remote is not None:
-            remote.fetch(checkpoint, name)
-
-    newest_first = heapq.merge(folders.whole(root, _say), there(), key=lambda found: -found.step)
-    begin = time.monotonic()
-    found = select((each for each in newest_first if each.step <= last), fetch, _say)
-    if found is not None:
-        _say(
-            f"{found.folder}: {found.bytes:,} bytes are as written, read in {time.monotonic() - begin:.1f} s"
-        )
-    return found
-
-
-def _check_same(
-    keys: Sequence[str], config: RunConfig, path: Path, saved: dict[str, Any], advice: str = ""
-) -> None:
-    model = DbrxConfig.from_dict(saved["model"]).to_dict()  # older ones lack newer options
-    was, now = dict(flatten(saved | {"model": model})), dict(flatten(to_dict(config)))
-    for key in keys:
-        if now[key] != was.get(key):
-            raise ConfigError(f"{key}: {now[key]} here, but {path} was saved with {was.get(key)}{advice}")
-
-
-def _check_mix(config: RunConfig, saved: Checkpoint | None) -> None:
-    """What only the data and the saved run can tell, before anything is touched.
-
-    Raises:
-        ValueError: a source is repeated too often, or the mix's past is not that of the saved run.
-    """
-    dataset = train_dataset(config)
-    if saved:
-        dataset.load_state_dict(saved.facts["data"])
-    config.check_repetition(dataset.schedule, dataset.sizes)
 
 
 def _device(config: RunConfig) -> str:
@@ -514,16 +344,16 @@ def _report(config: RunConfig, store: MLflowStore, batch: int) -> None:
         for source, points in report.held_out_losses(store).items():
             (begin, first), (step, last) = points[0], points[-1]
             before = f"{first:.3f} after {_tokens(config, begin)}, " if len(points) > 1 else ""
-            _say(f"held-out {source}: loss {before}{last:.3f} after {_tokens(config, step)}")
+            say(f"held-out {source}: loss {before}{last:.3f} after {_tokens(config, step)}")
     except STORE_ERRORS as error:
-        _say(f"no picture of the run: MLflow cannot be read ({first_line(error)})")
-    _say(f"checkpoint: {checkpoint_folder(config)}/ba{batch}")
+        say(f"no picture of the run: MLflow cannot be read ({first_line(error)})")
+    say(f"checkpoint: {checkpoint_folder(config)}/ba{batch}")
     uri = config.logging.mlflow_uri
     page = f"#/experiments/{store.experiment_id}/runs/{store.run_id}"
     if uri.startswith(("http://", "https://")):
-        _say(f"run {store.run_id}: {uri.rstrip('/')}/{page}")
+        say(f"run {store.run_id}: {uri.rstrip('/')}/{page}")
     else:
-        _say(f"run {store.run_id}: mlflow ui --backend-store-uri {uri}, then http://127.0.0.1:5000/{page}")
+        say(f"run {store.run_id}: mlflow ui --backend-store-uri {uri}, then http://127.0.0.1:5000/{page}")
 
 
 def _keep_events(config: RunConfig, store: MLflowStore) -> None:
@@ -538,8 +368,3 @@ def _keep_events(config: RunConfig, store: MLflowStore) -> None:
 
 def _tokens(config: RunConfig, step: int) -> str:
     return f"{int(config.clock.convert(step, 'ba', 'tok')):,} tokens"
-
-
-def _say(text: str) -> None:
-    if dist.get_global_rank() == 0:
-        print(mask(text), flush=True)

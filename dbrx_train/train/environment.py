@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from composer.utils import dist, get_device
 
 from dbrx_train import __version__
-from dbrx_train.redact import mask_argument
+from dbrx_train.redact import mask, mask_argument
 
 _PACKAGES = ("torch", "mosaicml", "mosaicml-streaming", "mlflow-skinny", "numpy", "tiktoken")
 
@@ -30,6 +30,12 @@ def join_ranks(device: str, timeout: float) -> None:
         # torchrun's name for it; Composer asks for its own when it loads a checkpoint on several ranks.
         os.environ.setdefault("NODE_RANK", os.environ["GROUP_RANK"])
     dist.initialize_dist(get_device(device), timeout)
+
+
+def say(text: str) -> None:
+    """Print a line, once for all ranks."""
+    if dist.get_global_rank() == 0:
+        print(mask(text), flush=True)
 
 
 def _from_slurm(task: Mapping[str, str]) -> dict[str, str]:
