@@ -47,9 +47,11 @@ def run_experts(
 
 
 def assert_experts_agree(got: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> None:
+    # A weight's gradient sums products with y, which bfloat16 has rounded: its error is relative to these.
+    least = max(1.0, float(expected[0].abs().max())) if expected[0].numel() else 1.0
     for a, b in zip(got, expected, strict=True):
         assert a.dtype == dtype
-        scale = b.abs().max().clamp(min=1.0) if b.numel() else 1.0
+        scale = b.abs().max().clamp(min=1.0 if dtype == torch.float32 else least) if b.numel() else 1.0
         atol = 1e-5 if dtype == torch.float32 else 2e-2
         torch.testing.assert_close(a / scale, b / scale, rtol=0, atol=atol)
 

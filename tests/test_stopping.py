@@ -124,17 +124,17 @@ def test_stopped_in_every_way_on_one_rank_of_two_it_ends_as_if_undisturbed(
         (["stop_after=1s"], [], {9, 10}, "stop_after"),
     ]
     for options, fault, steps, why in stops:
-        done = ranks.train("stopped", *options, ranks=2, faults=[fault] if fault else [])
+        done = ranks.train("stopped-together", *options, ranks=2, faults=[fault] if fault else [])
         assert done.codes == [75, 75], (why, done)
-        newest = ranks.saved("stopped")[0]
+        newest = ranks.saved("stopped-together")[0]
         assert newest in {f"ba{step}" for step in steps}, why
-        where = ranks.folder / "stopped" / "checkpoints" / newest
+        where = ranks.folder / "stopped-together" / "checkpoints" / newest
         assert done.last_line == f"stopped ({why}); the same command goes on from {where}"
-        assert ranks.status("stopped") == "KILLED"
+        assert ranks.status("stopped-together") == "KILLED"
         assert not any("Traceback" in err for err in done.err)
-    assert ranks.train("stopped", ranks=2).codes == [0, 0]
-    assert ranks.status("stopped") == "FINISHED"
-    assert same(ranks.weights("stopped"), undisturbed)
+    assert ranks.train("stopped-together", ranks=2).codes == [0, 0]
+    assert ranks.status("stopped-together") == "FINISHED"
+    assert same(ranks.weights("stopped-together"), undisturbed)
 
 
 @pytest.mark.slow
@@ -166,10 +166,10 @@ def test_under_torchrun_a_killed_rank_is_restarted_and_a_stopped_run_is_not(
 @pytest.mark.slow
 def test_a_signal_before_the_first_step_loses_nothing(ranks: Ranks) -> None:
     fault = [1, "eval_batch_start", 0, str(TERM)]
-    done = ranks.train("early", "evaluation.at_start=true", ranks=2, faults=[fault])
+    done = ranks.train("stopped-early", "evaluation.at_start=true", ranks=2, faults=[fault])
     assert done.codes == [75, 75], done
-    assert ranks.saved("early") == []
-    assert ranks.status("early") == "KILLED"
+    assert ranks.saved("stopped-early") == []
+    assert ranks.status("stopped-early") == "KILLED"
 
 
 @pytest.mark.slow
