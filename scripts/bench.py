@@ -25,7 +25,6 @@ The copy of 256 MiB (1 GiB on a GPU) says what memory-bound parts can reach.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import json
 import os
@@ -44,6 +43,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from foundry import foundry_module
 from torch import Tensor, nn
 
 from dbrx_train import Dbrx, DbrxConfig, MoE
@@ -122,16 +122,7 @@ def foundry_model(config: DbrxConfig) -> nn.Module:
 
 
 def foundry_layer(config: DbrxConfig, returns_tuple: bool = False) -> nn.Module:
-    spec = importlib.util.find_spec("llmfoundry")
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError("llm-foundry")
-    # By its path: importing the package imports all of its dependencies.
-    path = Path(spec.submodule_search_locations[0], "models", "layers", "dmoe.py")
-    found = importlib.util.spec_from_file_location("foundry_dmoe", path)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
+    module = foundry_module("models", "layers", "dmoe.py")
     layer: nn.Module = module.dMoE(
         device=torch.device("cpu"),
         hidden_size=config.d_model,
@@ -205,16 +196,16 @@ LAYER: dict[str, Callable[[DbrxConfig], nn.Module]] = {
 NEEDS_GPU = {"ours grouped_gemm", "megablocks grouped", "megablocks sparse"}
 
 
-def force_routing(model: nn.Module, num_experts: int, ids_Tk: Tensor | None) -> None:
-    """Have every router of ``model`` choose ``ids_Tk``, or all experts equally often."""
+def force_routing(ids_Tk: Tensor | None) -> None:
+    """Have every router of this process choose ``ids_Tk``, or all experts equally often."""
 
     def choose(scores: Tensor, k: int, *_: Any, **__: Any) -> Any:
         ids = ids_Tk
         if ids is None:
-            ids = torch.arange(scores.shape[0] * k, device=scores.device).view(-1, k) % num_experts
+            tokens, num_experts = scores.shape
+            ids = torch.arange(tokens * k, device=scores.device).view(-1, k) % num_experts
         return torch.return_types.topk((scores.gather(-1, ids), ids))  # type: ignore[attr-defined]
 
-    del model
     torch.topk = torch.Tensor.topk = choose  # type: ignore[assignment]
 
 
@@ -229,7 +220,7 @@ def step_task(name: str, shape: Shape, dtype: str, routing: str, made: dict[str,
         model = STEP[name](shape.config)
     model.load_state_dict({key[2:]: value for key, value in made.items() if key.startswith("m.")})
     if routing == "balanced":
-        force_routing(model, shape.config.num_experts, None)
+        force_routing(None)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     batches = itertools.cycle(made["ids"].split(shape.batch))
     cast: AbstractContextManager[Any] = nullcontext()
@@ -260,7 +251,7 @@ def layer_task(name: str, shape: Shape, dtype: str, routing: str, made: dict[str
     ]  # names are the same for all, not their order
     for p in parameters:
         p.data.normal_(0, config.d_model**-0.5, generator=generator)
-    force_routing(layer, config.num_experts, made["chosen"] if routing == "real" else None)
+    force_routing(made["chosen"] if routing == "real" else None)
     x = torch.randn(1, made["chosen"].shape[0], config.d_model, device=device, generator=generator).to(kind)
     x.requires_grad_()
     direction = torch.randn(x.shape, device=device, generator=generator).to(kind)

@@ -12,7 +12,6 @@ as a fast tokenizer of transformers, written by Streaming's MDSWriter (absent wi
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import shutil
@@ -24,6 +23,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from foundry import foundry_module
 
 SEQ_LEN = 2048
 
@@ -59,16 +60,7 @@ def ours(texts: Path, out: Path) -> Callable[[], int]:
 
 
 def foundry(texts: Path, out: Path) -> Callable[[], int]:
-    spec = importlib.util.find_spec("llmfoundry")
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError("llm-foundry")
-    # By its path: importing the package imports all of its dependencies.
-    path = Path(spec.submodule_search_locations[0], "data", "data.py")
-    found = importlib.util.spec_from_file_location("foundry_data", path)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
+    module = foundry_module("data", "data.py")
     from streaming import MDSWriter
     from transformers import AutoTokenizer
 

@@ -182,7 +182,7 @@ def test_a_bucket_itself_may_hold_a_runs_checkpoints(bucket: str, tmp_path: Path
     (partial / ".metadata").write_bytes(b"abc")
     folders.mark(partial, {"config": {}, "data": {}, "files": files, "time": {"batch": 0, "token": 0}})
     remote.upload(partial, [".metadata", folders.MARK])
-    found = remote.newest(tmp_path, pytest.fail)
+    found = next(remote.whole(tmp_path, pytest.fail), None)
     assert found is not None
     remote.fetch(found, ".metadata")
     assert (found.folder / ".metadata").read_bytes() == b"abc"
@@ -193,7 +193,7 @@ def test_a_bucket_itself_may_hold_a_runs_checkpoints(bucket: str, tmp_path: Path
         remote.fetch(found, ".metadata")
     remote.withdraw(partial)
     heard: list[str] = []
-    assert remote.newest(tmp_path, heard.append) is None
+    assert next(remote.whole(tmp_path, heard.append), None) is None
     assert "not a whole checkpoint" in heard[0]
 
 
@@ -220,7 +220,7 @@ def test_a_checkpoint_waits_for_the_slowest_copy(workplace: Path, in_tmp: Path, 
     torchrun(2, "slow.py", "train", str(path), *options)
     found = open_remote(load(path, options))
     assert found is not None
-    newest = found.newest(in_tmp, pytest.fail)
+    newest = next(found.whole(in_tmp, pytest.fail), None)
     assert newest is not None
     assert newest.step == 2
 

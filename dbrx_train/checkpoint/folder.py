@@ -23,6 +23,7 @@ import xxhash
 
 from dbrx_train.config import first_line
 from dbrx_train.model.pretrained import check_names
+from dbrx_train.seal import seal
 
 __all__ = [
     "MARK",
@@ -164,8 +165,7 @@ def fingerprint(file: Path) -> dict[str, Any]:
 
 def sealed(facts: dict[str, Any]) -> dict[str, Any]:
     """Facts with a hash of themselves."""
-    plain = json.loads(json.dumps(facts))
-    return facts | {"seal": xxhash.xxh3_128_hexdigest(json.dumps(plain, sort_keys=True))}
+    return facts | {"seal": seal(json.loads(json.dumps(facts)))}
 
 
 def unsealed(facts: dict[str, Any]) -> dict[str, Any]:

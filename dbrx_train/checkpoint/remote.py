@@ -75,10 +75,6 @@ class Remote:
             else:
                 yield checkpoint
 
-    def newest(self, root: Path, passed_over: Callable[[str], None]) -> Checkpoint | None:
-        """The first of ``whole``."""
-        return next(self.whole(root, passed_over), None)
-
     def steps(self) -> list[int]:
         """The steps of the marked ones, newest first."""
         start = self._object("", "")

@@ -22,6 +22,7 @@ from typing import Any
 import xxhash
 
 from dbrx_train.data.untrusted import check_shard
+from dbrx_train.seal import seal
 
 __all__ = [
     "MANIFEST",
@@ -113,7 +114,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
         raise ValueError(f"{folder}: {state}, it has no {MANIFEST}; run `dbrx-train data prepare` to its end")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        if values.pop("seal", None) not in (None, _seal(values)):
+        if values.pop("seal", None) not in (None, seal(values)):
             raise ValueError("damaged: its content is not what was written")
         if values["version"] != VERSION:
             raise ValueError(f"version {values['version']}; this program reads version {VERSION}")
@@ -127,13 +128,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
 def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> None:
     """Write ``manifest.json`` in one step: from then on the folder counts as whole."""
     values = asdict(manifest)
-    write_json(Path(folder, MANIFEST), values | {"seal": _seal(values)}, indent=2)
-
-
-def _seal(values: Mapping[str, Any]) -> str:
-    """A hash of all that a manifest says; older ones have none."""
-    plain = json.dumps(values, sort_keys=True)
-    return xxhash.xxh3_128_hexdigest(plain)
+    write_json(Path(folder, MANIFEST), values | {"seal": seal(values)}, indent=2)
 
 
 def write_json(path: Path, value: Mapping[str, Any], indent: int | None = None) -> None:

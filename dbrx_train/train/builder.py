@@ -55,7 +55,7 @@ from dbrx_train.train.optimizers import build_optimizer
 from dbrx_train.train.provenance import provenance
 from dbrx_train.train.reference import set_reference
 from dbrx_train.train.sharded import ReduceOnce, build_model, check_left_alone, mesh_shape
-from dbrx_train.train.state import model_of, restore
+from dbrx_train.train.state import callback_of, model_of, restore
 from dbrx_train.train.stopping import Stop, cause
 from dbrx_train.train.summary import summary
 from dbrx_train.train.throughput import peak_flops
@@ -93,7 +93,7 @@ def _train(config: RunConfig, device: str, stop: Stop) -> None:
         ending.at_end = store.end
         peak, origin = peak_flops(device, config.precision, config.logging.peak_flops)
         trainer = build_trainer(config, tokenizer, device, store, peak, remote)
-        stopping = Stopping(stop, _saver(trainer), config.parallelism.timeout)
+        stopping = Stopping(stop, callback_of(trainer.state, Checkpoints), config.parallelism.timeout)
         callbacks = trainer.state.callbacks
         callbacks[:] = [Phases(progress, *config.hangs.seconds), *callbacks, stopping]
         afterwards.push(lambda kind, *_: stopping.meet() if kind is StoppedTogether else None)
@@ -125,7 +125,7 @@ def _train(config: RunConfig, device: str, stop: Stop) -> None:
             if dist.get_global_rank() == 0:
                 _report(config, store, trainer.state.timestamp.batch.value)
         except SystemExit:  # which Composer makes of Ctrl-C
-            _saver(trainer).finish()
+            callback_of(trainer.state, Checkpoints).finish()
             raise
 
 
@@ -225,12 +225,7 @@ def resume(
     if base is not None:
         with naming("init_from.path: "):
             check_base(reader, model_tensors(model_of(trainer.state)), base)
-    _saver(trainer).drawn = restore(trainer, checkpoint, reader)
-
-
-def _saver(trainer: Trainer) -> Checkpoints:
-    (saver,) = (callback for callback in trainer.state.callbacks if isinstance(callback, Checkpoints))
-    return saver
+    callback_of(trainer.state, Checkpoints).drawn = restore(trainer, checkpoint, reader)
 
 
 def check_world(config: RunConfig, world_size: int) -> None:

@@ -6,9 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
-from composer import Callback, Trainer
+from composer import Trainer
 from composer.callbacks import SpeedMonitor
 from composer.utils import dist
 from tqdm import tqdm
@@ -17,11 +16,9 @@ from dbrx_train.checkpoint.folder import Checkpoint
 from dbrx_train.train import events
 from dbrx_train.train.callbacks.bad_steps import BadSteps, RollBack
 from dbrx_train.train.callbacks.checkpoints import Checkpoints
-from dbrx_train.train.state import facts
+from dbrx_train.train.state import callback_of, facts
 
 __all__ = ["fit"]
-
-_Kind = TypeVar("_Kind", bound=Callback)
 
 
 def fit(
@@ -41,10 +38,10 @@ def fit(
         Stopped: there is no checkpoint to go back to, or going back did not help.
     """
     while (before := _train(trainer)) is not None:
-        _one(trainer, Checkpoints).finish()
+        callback_of(trainer.state, Checkpoints).finish()
         # Where none is left from before the bad steps, one amid them has the weights from before them.
         checkpoint = newest(before) or newest(math.inf)
-        guard = _one(trainer, BadSteps)
+        guard = callback_of(trainer.state, BadSteps)
         if checkpoint is None:
             guard.give_up(trainer.state, "there is no checkpoint to go back to yet")
         _go_back(trainer, guard, folder, checkpoint, resume)
@@ -57,11 +54,6 @@ def _train(trainer: Trainer) -> int | None:
     except RollBack as found:
         return found.before
     return None
-
-
-def _one(trainer: Trainer, kind: type[_Kind]) -> _Kind:
-    (found,) = (each for each in trainer.state.callbacks if isinstance(each, kind))
-    return found
 
 
 def _go_back(

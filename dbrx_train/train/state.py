@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 import io
 import random
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -22,13 +22,22 @@ from dbrx_train.checkpoint.folder import Checkpoint
 from dbrx_train.checkpoint.tensors import Reader, model_tensors, optimizer_tensors
 from dbrx_train.model.decoder import Dbrx
 
-__all__ = ["Kept", "facts", "model_of", "restore", "restore_random", "step_skipped", "tensors"]
+__all__ = ["Kept", "callback_of", "facts", "model_of", "restore", "restore_random", "step_skipped", "tensors"]
+
+
+_Kind = TypeVar("_Kind", bound=Callback)
 
 
 class Kept(Callback):  # type: ignore[misc]
     """A callback whose ``state_dict``, of plain values, is kept in every checkpoint under ``key``."""
 
     key: ClassVar[str]
+
+
+def callback_of(state: State, kind: type[_Kind]) -> _Kind:
+    """The one callback of a kind that a run has."""
+    (found,) = (each for each in state.callbacks if isinstance(each, kind))
+    return found
 
 
 def model_of(state: State) -> Dbrx:
