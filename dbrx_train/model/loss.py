@@ -208,15 +208,18 @@ class _ChunkSoftmax:
     def __init__(self, weight_VD: Tensor, chunk_size: int) -> None:
         self._weight = weight_VD
         self._logits = weight_VD.new_empty(chunk_size, weight_VD.shape[0])
-        self._log_probs = torch.empty_like(self._logits, dtype=torch.float32)
+        # On a CPU a row is normalised where it lies.
+        shared = weight_VD.dtype == torch.float32 and weight_VD.device.type == "cpu"
+        self._log_probs = self._logits if shared else torch.empty_like(self._logits, dtype=torch.float32)
 
     def terms(self, hidden_CD: Tensor, labels_C1: Tensor) -> Tensor:
         """Cross-entropy and logsumexp^2 of each token, float32 [C, 2]."""
         rows = hidden_CD.shape[0]
         logits = torch.mm(hidden_CD, self._weight.T, out=self._logits[:rows])
-        log_probs = torch.log_softmax(logits.float(), -1, out=self._log_probs[:rows])
+        logit = logits.gather(-1, labels_C1).float()
+        log_probs = torch.log_softmax(logits, -1, torch.float32, out=self._log_probs[:rows])
         log_prob = log_probs.gather(-1, labels_C1)
-        self._logsumexp = logits.gather(-1, labels_C1).float() - log_prob
+        self._logsumexp = logit - log_prob
         return torch.cat((-log_prob, self._logsumexp.square()), -1)
 
     def grad(self, labels_C1: Tensor, z_weight: float) -> Tensor:

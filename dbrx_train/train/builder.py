@@ -34,6 +34,7 @@ from dbrx_train.data.tokenizer import Tokenizer, load_tokenizer
 from dbrx_train.errors import STOPPED, exit_code, show
 from dbrx_train.parallel import Progress, StoppedTogether, end_together
 from dbrx_train.train import environment, events, report, rollback
+from dbrx_train.train.allocator import keep_freed_memory
 from dbrx_train.train.beginning import check_beginning, checkpoint_folder, newest, open_remote
 from dbrx_train.train.callbacks.bad_steps import BadSteps
 from dbrx_train.train.callbacks.checkpoints import Checkpoints
@@ -69,6 +70,8 @@ def run(config: RunConfig) -> None:
         ConfigError: the configuration does not fit the data, the machine or the saved run.
     """
     device = _device(config)
+    if device == "cpu":
+        keep_freed_memory()
     with Stop(config.stopping.seconds, config.stop_after_seconds) as stop:
         environment.join_ranks(device, config.parallelism.timeout)
         _train(config, device, stop)
