@@ -208,30 +208,39 @@ class _ChunkSoftmax:
     def __init__(self, weight_VD: Tensor, chunk_size: int) -> None:
         self._weight = weight_VD
         self._logits = weight_VD.new_empty(chunk_size, weight_VD.shape[0])
-        # On a CPU a row is normalised where it lies.
-        shared = weight_VD.dtype == torch.float32 and weight_VD.device.type == "cpu"
-        self._log_probs = self._logits if shared else torch.empty_like(self._logits, dtype=torch.float32)
+        self._log_probs = self._logits
+        if weight_VD.dtype != torch.float32 or weight_VD.is_cuda:
+            self._log_probs = torch.empty_like(self._logits, dtype=torch.float32)
 
     def terms(self, hidden_CD: Tensor, labels_C1: Tensor) -> Tensor:
         """Cross-entropy and logsumexp^2 of each token, float32 [C, 2]."""
         rows = hidden_CD.shape[0]
         logits = torch.mm(hidden_CD, self._weight.T, out=self._logits[:rows])
         logit = logits.gather(-1, labels_C1).float()
-        log_probs = torch.log_softmax(logits, -1, torch.float32, out=self._log_probs[:rows])
-        log_prob = log_probs.gather(-1, labels_C1)
+        log_prob = self._normalise(logits).gather(-1, labels_C1)
         self._logsumexp = logit - log_prob
         return torch.cat((-log_prob, self._logsumexp.square()), -1)
+
+    def _normalise(self, logits_CV: Tensor) -> Tensor:
+        log_probs = self._log_probs[: logits_CV.shape[0]]
+        if logits_CV.is_cuda:
+            return torch.log_softmax(logits_CV, -1, torch.float32, out=log_probs)
+        # On a CPU that would make a float32 copy of them first, and a row may be normalised where it lies.
+        if self._log_probs is not self._logits:
+            log_probs.copy_(logits_CV)
+        return torch.log_softmax(log_probs, -1, out=log_probs)
 
     def grad(self, labels_C1: Tensor, z_weight: float) -> Tensor:
         """Gradient of the latest terms' weighted sum with respect to the logits, [C, V] in weight's dtype.
 
-        d CE = probs - onehot and d logsumexp^2 = 2 logsumexp probs. Overwrites the log-probabilities.
+        d CE = probs - onehot and d logsumexp^2 = 2 logsumexp probs. Overwrites logits and log-probabilities.
         """
-        grad = self._log_probs[: labels_C1.shape[0]].exp_()
+        rows = labels_C1.shape[0]
+        grad = self._log_probs[:rows].exp_()
         if z_weight:
             grad.mul_(1 + 2 * z_weight * self._logsumexp)
         grad.scatter_add_(-1, labels_C1, grad.new_full(labels_C1.shape, -1.0))
-        return grad.to(self._weight.dtype)
+        return grad if self._log_probs is self._logits else self._logits[:rows].copy_(grad)
 
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
