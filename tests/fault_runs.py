@@ -1,10 +1,11 @@
-"""A program for tests: commands of dbrx-train, to each of which something happens.
+"""A program for tests: commands of dbrx-train, to each of which something may happen, and other programs.
 
 Imports all that is heavy once, then reads jobs from its standard input, a JSON object a line, and forks for
 each:
 {"command": arguments of dbrx-train, "fault": what happens (FAULTS) or null, "log": a file for what is said,
-"ranks": how many processes, "environment": further variables}. For each job it prints the exit codes of all
-ranks as a JSON list; one that a signal ended is the signal's number, negative.
+"ranks": how many processes, "environment": further variables, "seconds": after which they are ended}; or with
+"program" and its "arguments" in place of the command, "out" for what it prints, and "cwd". For each job it
+prints the exit codes of all ranks as a JSON list; one that a signal ended is the signal's number, negative.
 
 A fault is {"kind": ..., ...}:
 
@@ -26,18 +27,19 @@ import multiprocessing
 import os
 import re
 import resource
+import runpy
 import signal
 import socket
 import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
-SECONDS = 150
 
 
 def operations(root: str, happen: Callable[[str], None]) -> None:
@@ -141,13 +143,15 @@ def begin(job: dict[str, Any], rank: int, port: int) -> int:
     """Fork a rank; returns its process."""
     if pid := os.fork():
         return pid
-    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    null = os.open(os.devnull, os.O_RDONLY)
-    for target, source in ((0, null), (1, log), (2, log)):
+    append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    null, log = os.open(os.devnull, os.O_RDONLY), os.open(job["log"], append)
+    out = os.open(job["out"], append) if "out" in job else log
+    for target, source in ((0, null), (1, out), (2, log)):
         os.dup2(source, target)
+    os.chdir(job.get("cwd", "."))
     os.environ.update(job.get("environment", {}))
     tempfile.tempdir = None  # to be looked up again
-    if job["ranks"] > 1:
+    if job["ranks"] > 1 or "program" in job:
         places = {
             "RANK": rank,
             "LOCAL_RANK": rank,
@@ -159,24 +163,28 @@ def begin(job: dict[str, Any], rank: int, port: int) -> int:
     fault = job["fault"]
     if fault is not None and fault.get("rank", 0) == rank:
         FAULTS[fault["kind"]](fault)
-    sys.argv = ["dbrx-train", *job["command"]]
     code = 0
     try:
-        cli.main()
+        if "program" in job:
+            sys.argv = [job["program"], *job["arguments"]]
+            runpy.run_path(job["program"], run_name="__main__")
+        else:
+            sys.argv = ["dbrx-train", *job["command"]]
+            cli.main()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         code = 99
-        raise
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
 
-def outcome(pids: list[int]) -> list[int]:
+def outcome(pids: list[int], seconds: float) -> list[int]:
     """The exit codes; what has not ended in time is ended."""
-    deadline, codes = time.monotonic() + SECONDS, dict[int, int]()
+    deadline, codes = time.monotonic() + seconds, dict[int, int]()
     while len(codes) < len(pids):
         for pid in pids:
             if pid not in codes and (found := os.waitpid(pid, os.WNOHANG))[0]:
@@ -210,6 +218,7 @@ if __name__ == "__main__":
     for line in sys.stdin:
         if line == "end\n":
             os._exit(0)
-        job = {"fault": None, "ranks": 1, **json.loads(line)}
+        job = {"fault": None, "ranks": 1, "seconds": 150, **json.loads(line)}
         port = free_port()
-        print(json.dumps(outcome([begin(job, rank, port) for rank in range(job["ranks"])])), flush=True)
+        ranks = [begin(job, rank, port) for rank in range(job["ranks"])]
+        print(json.dumps(outcome(ranks, job["seconds"])), flush=True)

@@ -12,7 +12,8 @@ import mlflow
 import pytest
 import torch
 from bad_step_ranks import events, faulty
-from conftest import run_yaml, saved_tensors, torchrun
+from conftest import run_yaml, saved_tensors
+from warm import Warm
 
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.config import BadStepsConfig, ConfigError, RunConfig, load
@@ -318,7 +319,7 @@ def test_trouble_before_the_first_checkpoint_stops_the_run(workplace: Path, tmp_
 
 
 @pytest.mark.slow
-def test_all_ranks_skip_what_one_of_them_finds(workplace: Path, tmp_path: Path) -> None:
+def test_all_ranks_skip_what_one_of_them_finds(workplace: Path, tmp_path: Path, warm: Warm) -> None:
     """Ranks that decided apart would wait for each other; that all end, and alike, is the proof."""
     path = run_yaml(workplace, tmp_path, "ranks")
     options = [*QUICK, "model.loss_free_bias_rate=0.01", "bad_steps.warmup=3"]
@@ -340,7 +341,7 @@ def test_all_ranks_skip_what_one_of_them_finds(workplace: Path, tmp_path: Path) 
     keys = ("name", "faults", "options", "favourite")
     every = [dict(zip(keys, job, strict=True)) for job in jobs]
     sharded, replicated, back, favourite = json.loads(
-        torchrun(2, PROGRAM, str(path), json.dumps(every)).splitlines()[-1]
+        warm.torchrun(2, PROGRAM, str(path), json.dumps(every)).splitlines()[-1]
     )
     assert all(each["alike"] for each in (sharded, replicated, back, favourite))
     for each in (sharded, replicated):

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import torchrun
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from warm import Warm
 
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.tensors import Reader, model_tensors, optimizer_tensors, write
@@ -65,12 +65,12 @@ def nobody(line: str) -> None:
 
 
 @pytest.mark.slow
-def test_saved_on_any_mesh_it_reads_on_any_other(tmp_path: Path) -> None:
+def test_saved_on_any_mesh_it_reads_on_any_other(tmp_path: Path, warm: Warm) -> None:
     for ranks, meshes in MESHES.items():
-        torchrun(ranks, PROGRAM, "save", str(tmp_path), json.dumps(meshes))
+        warm.torchrun(ranks, PROGRAM, "save", str(tmp_path), json.dumps(meshes))
     assert len(list(tmp_path.iterdir())) == 18
     for ranks, meshes in MESHES.items():
-        assert json.loads(torchrun(ranks, PROGRAM, "read", str(tmp_path), json.dumps(meshes))) == []
+        assert json.loads(warm.torchrun(ranks, PROGRAM, "read", str(tmp_path), json.dumps(meshes))) == []
 
 
 @pytest.mark.parametrize("name", ["adamw", "lionw"])

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import torchrun
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from warm import Warm
 
 from dbrx_train import Dbrx, DbrxConfig, cli
 from dbrx_train.checkpoint import folder as folders
@@ -714,7 +714,9 @@ def test_what_cannot_be_upcycled_is_refused(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_each_rank_reads_its_own_rows_and_all_hear_of_what_one_finds(ranks: int, tmp_path: Path) -> None:
+def test_each_rank_reads_its_own_rows_and_all_hear_of_what_one_finds(
+    ranks: int, tmp_path: Path, warm: Warm
+) -> None:
     jobs: list[list[Any]] = []
     for name, expert in (("dbrx", 1), ("dbrx", ranks), ("mixtral", 1), ("mixtral", 2)):
         path = tmp_path / name
@@ -731,7 +733,7 @@ def test_each_rank_reads_its_own_rows_and_all_hear_of_what_one_finds(ranks: int,
     jobs.append([str(tmp_path / "nan"), DbrxConfig.from_hf(tmp_path / "nan").to_dict(), 1, False])
 
     program = str(Path(__file__).with_name("weights_ranks.py"))
-    *found, damaged = json.loads(torchrun(ranks, program, json.dumps(jobs)).splitlines()[-1])
+    *found, damaged = json.loads(warm.torchrun(ranks, program, json.dumps(jobs)).splitlines()[-1])
     for each, job in zip(found, jobs, strict=False):
         assert each["wrong"] == [], job
         if not job[3]:

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_yaml, saved_tensors, torchrun
+from conftest import run_yaml, saved_tensors
 from parallel_ranks import CONFIG as SIZES
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 from typer.testing import CliRunner
+from warm import Warm
 
 from dbrx_train.checkpoint.adapter import product, write_adapter
 from dbrx_train.checkpoint.huggingface import export
@@ -183,10 +184,10 @@ def test_what_is_no_adapter_is_refused() -> None:
 
 
 @pytest.mark.slow
-def test_every_gradient_of_adapters_on_every_mesh() -> None:
+def test_every_gradient_of_adapters_on_every_mesh(warm: Warm) -> None:
     meshes = [[1, 2, 1], [2, 1, 1], [1, 2, 2]]
     program = str(Path(__file__).with_name("lora_ranks.py"))
-    results = json.loads(torchrun(2, program, json.dumps(meshes)))
+    results = json.loads(warm.torchrun(2, program, json.dumps(meshes)))
     assert len(results) == 6
     for number, found in enumerate(results):
         assert found["initial"] == 0, "factors are drawn alike, bit for bit"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import torchrun
+from warm import Warm
 
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.decoder import Dbrx
@@ -35,7 +36,10 @@ def test_every_gradient_on_every_mesh(
 ) -> None:
     if request.node.get_closest_marker("gpu"):
         monkeypatch.setenv("DEVICE", "cuda")
-    results: list[dict[str, Any]] = json.loads(torchrun(ranks, PROGRAM, json.dumps(meshes)))
+        launch = torchrun
+    else:
+        launch = request.getfixturevalue("warm").torchrun
+    results: list[dict[str, Any]] = json.loads(launch(ranks, PROGRAM, json.dumps(meshes)))
     kinds = len(results) // len(meshes)
     assert [found["kind"] for found in results] == ["adamw", "lionw", "bfloat16", "balance"] * len(meshes)
     for i, found in enumerate(results):
@@ -55,7 +59,7 @@ def test_every_gradient_on_every_mesh(
 
 
 @pytest.mark.slow
-def test_a_step_sends_the_bytes_that_the_formulas_say() -> None:
+def test_a_step_sends_the_bytes_that_the_formulas_say(warm: Warm) -> None:
     cases = [
         [1, 4, 1, "none", True, False],
         [1, 4, 1, "none", False, True],
@@ -66,7 +70,7 @@ def test_a_step_sends_the_bytes_that_the_formulas_say() -> None:
         [1, 4, 2, "norm_attn_norm", True, True],
     ]
     program = str(Path(__file__).with_name("traffic_ranks.py"))
-    results = json.loads(torchrun(4, program, json.dumps(cases)))
+    results = json.loads(warm.torchrun(4, program, json.dumps(cases)))
     for case, (counted, computed) in zip(cases, results, strict=True):
         assert counted == computed, case
 
@@ -84,11 +88,11 @@ os._exit(0)
 
 
 @pytest.mark.slow
-def test_gloo_still_needs_what_we_mend(tmp_path: Path) -> None:
+def test_gloo_still_needs_what_we_mend(tmp_path: Path, warm: Warm) -> None:
     """If this fails, parallel/gloo.py mends what is no longer broken, or leaves broken what now is."""
     (tmp_path / "average.py").write_text(AVERAGE)
     broken = tuple(map(int, torch.__version__.split(".")[:2])) <= (2, 7)
-    assert float(torchrun(2, str(tmp_path / "average.py"))) == (2.0 if broken else 1.0)
+    assert float(warm.torchrun(2, str(tmp_path / "average.py"))) == (2.0 if broken else 1.0)
 
 
 @pytest.mark.parametrize(

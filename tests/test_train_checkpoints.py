@@ -20,8 +20,9 @@ import torch
 from composer import Logger, State
 from composer.utils import maybe_create_object_store_from_uri
 from composer.utils.object_store import S3ObjectStore
-from conftest import run_yaml, saved_tensors, torchrun
+from conftest import run_yaml, saved_tensors
 from moto.server import ThreadedMotoServer
+from warm import Warm
 
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.remote import Remote
@@ -125,7 +126,7 @@ def test_a_failure_beside_training_ends_the_run_and_loses_nothing_saved(
 
 @pytest.mark.slow
 def test_an_object_store_has_all_that_a_new_machine_needs(
-    workplace: Path, in_tmp: Path, bucket: str, capsys: pytest.CaptureFixture[str]
+    workplace: Path, in_tmp: Path, bucket: str, capsys: pytest.CaptureFixture[str], warm: Warm
 ) -> None:
     run(load(run_yaml(workplace, in_tmp, "straight"), QUICK))
     path, remote = run_yaml(workplace, in_tmp, "moved"), f"checkpoints.remote={bucket}"
@@ -143,7 +144,7 @@ def test_an_object_store_has_all_that_a_new_machine_needs(
         capsys.readouterr()
         # Two ranks, each of which fetches the parts of one, and leaves its own there.
         options = [*begin, "parallelism.expert=2", "max_duration=6ba"]
-        said = torchrun(2, "-m", "dbrx_train", "train", str(path), *options)
+        said = warm.torchrun(2, "-m", "dbrx_train", "train", str(path), *options)
         assert "ba4.fetched, after 512 tokens" in said
         assert sorted(p.name for p in (in_tmp / "moved" / "checkpoints").iterdir()) == ["ba6"]
         shutil.rmtree(in_tmp / "moved")
@@ -212,12 +213,14 @@ main()
 
 
 @pytest.mark.slow
-def test_a_checkpoint_waits_for_the_slowest_copy(workplace: Path, in_tmp: Path, bucket: str) -> None:
+def test_a_checkpoint_waits_for_the_slowest_copy(
+    workplace: Path, in_tmp: Path, bucket: str, warm: Warm
+) -> None:
     (in_tmp / "slow.py").write_text(SLOW)
     path = run_yaml(workplace, in_tmp, "slow")
     options = [*QUICK, f"checkpoints.remote={bucket}-slow", "checkpoints.asynchronous=true"]
     options += ["max_duration=2ba"]
-    torchrun(2, "slow.py", "train", str(path), *options)
+    warm.torchrun(2, "slow.py", "train", str(path), *options)
     found = open_remote(load(path, options))
     assert found is not None
     newest = next(found.whole(in_tmp, pytest.fail), None)
@@ -305,7 +308,7 @@ def test_a_store_that_is_not_there_is_one_line(workplace: Path, in_tmp: Path, bu
 
 @pytest.mark.slow
 def test_a_run_begins_with_the_weights_of_another(
-    workplace: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+    workplace: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str], warm: Warm
 ) -> None:
     run(load(run_yaml(workplace, in_tmp, "base"), QUICK))
     base = saved_tensors(in_tmp / "base" / "checkpoints" / "ba8")
@@ -329,7 +332,7 @@ def test_a_run_begins_with_the_weights_of_another(
         if i == 1:
             run(load(path, options))
         else:
-            torchrun(2, "-m", "dbrx_train", "train", str(path), *options, "parallelism.expert=2")
+            warm.torchrun(2, "-m", "dbrx_train", "train", str(path), *options, "parallelism.expert=2")
         found = saved_tensors(in_tmp / f"next{i}" / "checkpoints" / "ba1")
         models = [name for name in base if name.startswith("model.")]
         assert all(torch.equal(found[name], base[name]) for name in models)

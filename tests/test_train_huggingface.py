@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run_yaml, saved_tensors, torchrun
+from conftest import run_yaml, saved_tensors
+from warm import Warm
 
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.huggingface import export
@@ -50,7 +51,7 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 
 @pytest.mark.slow
 def test_a_run_exports_beside_training_and_another_begins_from_that(
-    workplace: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+    workplace: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch, warm: Warm
 ) -> None:
     written = list[tuple[str, bool]]()
 
@@ -87,7 +88,7 @@ def test_a_run_exports_beside_training_and_another_begins_from_that(
 
     source = f"init_from.path={root}/ba8"
     path = run_yaml(workplace, in_tmp, "next")
-    torchrun(2, "-m", "dbrx_train", "train", str(path), *QUICK, *STILL, source)
+    warm.torchrun(2, "-m", "dbrx_train", "train", str(path), *QUICK, *STILL, source)
     assert_equal(models(in_tmp / "next" / "checkpoints" / "ba1"), models(last))
     path = run_yaml(workplace, in_tmp, "wrong")
     for change, says in (
@@ -158,7 +159,7 @@ def test_an_export_that_fails_does_not_end_the_run(
 
 
 @pytest.mark.slow
-def test_a_dense_run_is_upcycled(workplace: Path, in_tmp: Path) -> None:
+def test_a_dense_run_is_upcycled(workplace: Path, in_tmp: Path, warm: Warm) -> None:
     dense = ["model.num_experts=1", "model.top_k=1"]
     run(load(run_yaml(workplace, in_tmp, "dense"), [*QUICK, *dense, "max_duration=2ba"]))
     before, _ = load_model(in_tmp / "dense", nobody)
@@ -171,7 +172,7 @@ def test_a_dense_run_is_upcycled(workplace: Path, in_tmp: Path) -> None:
     ]
     run(load(run_yaml(workplace, in_tmp, "one"), options))
     path = run_yaml(workplace, in_tmp, "two")
-    torchrun(2, "-m", "dbrx_train", "train", str(path), *options, "parallelism.expert=2")
+    warm.torchrun(2, "-m", "dbrx_train", "train", str(path), *options, "parallelism.expert=2")
     assert_equal(
         models(in_tmp / "one" / "checkpoints" / "ba1"), models(in_tmp / "two" / "checkpoints" / "ba1")
     )

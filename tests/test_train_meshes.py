@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_yaml, saved_tensors, torchrun
+from conftest import run_yaml, saved_tensors
+from warm import Warm
 
 PROGRAM = str(Path(__file__).with_name("recorded_run.py"))
 STEPS = 20
@@ -19,7 +20,7 @@ MESHES = {
 
 
 @pytest.mark.slow
-def test_twenty_steps_on_every_mesh(workplace: Path, tmp_path: Path) -> None:
+def test_twenty_steps_on_every_mesh(workplace: Path, tmp_path: Path, warm: Warm) -> None:
     path = run_yaml(workplace, tmp_path, "curve")
     options = [f"max_duration={STEPS}ba", "optimization.global_batch_size=8", "evaluation.max_samples=0"]
     options += ["checkpoints.interval=1dur", "optimization.optimizer.lr=3e-3"]
@@ -35,7 +36,7 @@ def test_twenty_steps_on_every_mesh(workplace: Path, tmp_path: Path) -> None:
             }
             for replicate, expert in meshes
         ]
-        torchrun(ranks, PROGRAM, str(path), str(tmp_path), json.dumps(jobs))
+        warm.torchrun(ranks, PROGRAM, str(path), str(tmp_path), json.dumps(jobs))
         for name in (str(job["name"]) for job in jobs):
             losses = json.loads((tmp_path / f"{name}.0.json").read_text())["losses"]
             curves[name] = [losses[str(step)] for step in range(STEPS)]
@@ -47,7 +48,7 @@ def test_twenty_steps_on_every_mesh(workplace: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_load_that_is_evened_out_over_the_batch_is_that_of_one_process(
-    workplace: Path, tmp_path: Path
+    workplace: Path, tmp_path: Path, warm: Warm
 ) -> None:
     """With what else a mesh may be given: offloading, recomputation, gathered parameters that are kept."""
     path = run_yaml(workplace, tmp_path, "balance")
@@ -70,7 +71,7 @@ def test_a_load_that_is_evened_out_over_the_batch_is_that_of_one_process(
     ]
     for ranks, mesh in ((1, []), (4, spread)):
         job = {"name": f"on{ranks}", "resume": None, "options": [*options, *mesh]}
-        torchrun(ranks, PROGRAM, str(path), str(tmp_path), json.dumps([job]))
+        warm.torchrun(ranks, PROGRAM, str(path), str(tmp_path), json.dumps([job]))
     one, four = (json.loads((tmp_path / f"on{n}.0.json").read_text())["losses"] for n in (1, 4))
     assert list(four.values()) == pytest.approx(list(one.values()), rel=1e-5)
     weights, spread_weights = (saved_tensors(tmp_path / f"on{n}" / "checkpoints" / "ba6") for n in (1, 4))

@@ -14,7 +14,8 @@ from typing import Any
 import mlflow
 import pytest
 import torch
-from conftest import saved_tensors, torchrun, write_corpus
+from conftest import saved_tensors, write_corpus
+from warm import Warm
 
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.config import RunConfig, load
@@ -67,8 +68,8 @@ evaluation: {{max_samples: 0}}
     return path
 
 
-def train(path: Path, ranks: int, jobs: list[dict[str, Any]]) -> None:
-    torchrun(ranks, PROGRAM, str(path), str(path.parent), json.dumps(jobs))
+def train(warm: Warm, path: Path, ranks: int, jobs: list[dict[str, Any]]) -> None:
+    warm.torchrun(ranks, PROGRAM, str(path), str(path.parent), json.dumps(jobs))
 
 
 def served(path: Path, name: str, ranks: int) -> dict[int, list[list[int]]]:
@@ -94,9 +95,11 @@ def epoch_ends(config: RunConfig) -> int:
 
 
 @pytest.mark.slow
-def test_every_stop_and_world_goes_on_with_the_samples_of_the_uninterrupted_run(recorded: Path) -> None:
+def test_every_stop_and_world_goes_on_with_the_samples_of_the_uninterrupted_run(
+    recorded: Path, warm: Warm
+) -> None:
     config = load(recorded)
-    train(recorded, 1, [{"name": "whole", "resume": None, "options": []}])
+    train(warm, recorded, 1, [{"name": "whole", "resume": None, "options": []}])
     whole = served(recorded, "whole", 1)
     assert [len(whole[step]) for step in range(STEPS)] == [4] * 4 + [8] * 14 + [4] * 4
     schedule = train_dataset(config).schedule
@@ -123,7 +126,7 @@ def test_every_stop_and_world_goes_on_with_the_samples_of_the_uninterrupted_run(
             }
             for stop in stops
         ]
-        train(recorded, ranks, jobs)
+        train(warm, recorded, ranks, jobs)
         for stop, job in zip(stops, jobs, strict=True):
             following = served(recorded, str(job["name"]), ranks)
             assert following == {step: whole[step] for step in range(stop, STEPS)}, job

@@ -1,4 +1,4 @@
-"""Commands of dbrx-train in forks of one process that has imported all they need: see ``fault_runs.py``."""
+"""Commands of dbrx-train and programs, in forks of a process that has imported all: see ``fault_runs.py``."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Warm:
         return subprocess.run(command, cwd=self._folder, capture_output=True, timeout=60).returncode == 0
 
     def ranks(self, *command: str, ranks: int, **job: Any) -> tuple[list[int], str]:
-        """The exit codes of so many ranks, and what they said."""
+        """The exit codes of so many ranks of a command, and what they said."""
         self._number += 1
         log = self._folder / f"{self._number}.log"
         assert self._process.stdin is not None
@@ -75,6 +75,18 @@ class Warm:
         self._process.stdin.flush()
         codes: list[int] = json.loads(self._process.stdout.readline())
         return codes, log.read_text() if log.exists() else ""
+
+    def torchrun(self, ranks: int, program: str, *arguments: str) -> str:
+        """What a program prints that so many ranks run; "-m", "dbrx_train" and more is the command."""
+        out = self._folder / f"{self._number + 1}.out"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        how = {"out": str(out), "cwd": os.getcwd(), "environment": environment, "seconds": 400}
+        if program == "-m":
+            codes, said = self.ranks(*arguments[1:], ranks=ranks, **how)
+        else:
+            codes, said = self.ranks(ranks=ranks, program=program, arguments=arguments, **how)
+        assert codes == [0] * ranks, (codes, said[-9000:])
+        return out.read_text()
 
     def __call__(self, *command: str, **job: Any) -> tuple[int, str]:
         """The exit code of a command, and what it said."""

@@ -15,8 +15,8 @@ def keep_freed_memory() -> None:
     """Have glibc keep what is freed for the next tensors; other C libraries are left as they are.
 
     By default it gives every block above 32 MiB back to the system, which then maps and zeroes the next one
-    page by page: a tenth of a step's time, a quarter with a small model and a large vocabulary. What a
-    process holds at most stays the same, since a step's peak comes back with the next step.
+    page by page: a tenth of a step's time, a quarter with a small model and a large vocabulary. The price is
+    memory, 3 to 30 % more at a step's peak, since blocks of different sizes leave gaps (docs/performance.md).
     """
     if sys.platform != "linux":
         return
