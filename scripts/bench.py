@@ -57,17 +57,16 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 
 def contend(task: str, name: str, shape: Shape, dtype: str, routing: str, folder: str, device: str) -> None:
     """Say whether it is there; then a line for every line read: seconds and what was computed."""
-    made = torch.load(Path(folder, "made.pt"), map_location=device, weights_only=True)
     try:
         if name in NEEDS_GPU and device == "cpu":
             raise ModuleNotFoundError("a GPU")
-        step = (
-            roof_task(dtype, device) if name == "roof" else TASKS[task][0](name, shape, dtype, routing, made)
-        )
+        if name == "roof":
+            step = roof_task(dtype, device)
+        else:
+            step = TASKS[task][0](name, shape, dtype, routing, Path(folder), device)
     except (ImportError, RuntimeError, ValueError, KeyError) as error:
         print(json.dumps({"absent": f"{type(error).__name__}: {error}".splitlines()[0]}), flush=True)
         return
-    del made
     before = _reset_peak(device)
     if name == AS_RUN and device == "cpu":
         keep_freed_memory()
@@ -245,7 +244,7 @@ def main() -> int:
     everything = []
     for shape in args.shapes:
         with tempfile.TemporaryDirectory() as folder:
-            make_inputs(SHAPES[shape], Path(folder), DEVICE, args.trained)
+            make_inputs(SHAPES[shape], Path(folder), DEVICE, args.trained, "step" in args.tasks)
             for task, dtype, routing in itertools.product(args.tasks, args.dtypes, args.routing):
                 if task == "loss" and routing != args.routing[0]:
                     continue

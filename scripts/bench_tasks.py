@@ -67,8 +67,8 @@ GPU_SHAPES = {
 # --- the shared inputs --------------------------------------------------------------------------------------
 
 
-def make_inputs(shape: Shape, folder: Path, device: str, trained: int) -> None:
-    """Weights after steps on real text, the text, and what the last layer's router chooses for a batch."""
+def make_inputs(shape: Shape, folder: Path, device: str, trained: int, whole: bool) -> None:
+    """Real text, what a router chooses for it after some steps of training, and if ``whole`` all weights."""
     torch.manual_seed(0)
     config = replace(shape.config, balance_loss="megablocks")
     if device == "cuda":  # the router of a narrower model chooses; a whole one would take too long
@@ -86,11 +86,14 @@ def make_inputs(shape: Shape, folder: Path, device: str, trained: int) -> None:
     router.register_forward_hook(lambda _module, _inputs, routing: chosen.append(routing.expert_ids))
     with torch.no_grad():
         model(ids[-shape.batch :])
+    made = {"ids": ids[trained * shape.batch :].clone(), "chosen": chosen[0]}
+    torch.save(made, folder / "made.pt")
+    if not whole:
+        return
     if device == "cuda":
         with torch.device(device):
             model = Dbrx(shape.config)
-    made = {f"m.{key}": value for key, value in model.state_dict().items()}
-    torch.save(made | {"ids": ids[trained * shape.batch :].clone(), "chosen": chosen[0]}, folder / "made.pt")
+    torch.save(model.state_dict(), folder / "model.pt")
 
 
 def _text(vocab_size: int, samples: int, seq_len: int) -> Tensor:
@@ -129,15 +132,15 @@ Step = Callable[[], Sequence[Tensor]]
 """Returns what all contestants must agree in: scalars, and tensors, of which the norms are compared."""
 
 
-def step_task(name: str, shape: Shape, dtype: str, routing: str, made: dict[str, Tensor]) -> Step:
-    device = made["ids"].device.type
+def step_task(name: str, shape: Shape, dtype: str, routing: str, folder: Path, device: str) -> Step:
+    ids = _made(folder, device)["ids"]
     with torch.device(device):
         model = STEP[name](shape.config)
-    model.load_state_dict({key[2:]: value for key, value in made.items() if key.startswith("m.")})
+    model.load_state_dict(torch.load(folder / "model.pt", map_location=device, mmap=True))
     if routing == "balanced":
         force_routing(None)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    batches = itertools.cycle(made["ids"].split(shape.batch))
+    batches = itertools.cycle(ids.split(shape.batch))
     cast: AbstractContextManager[Any] = nullcontext()
     if dtype == "bfloat16":
         cast = torch.autocast(device, torch.bfloat16)
@@ -155,8 +158,8 @@ def step_task(name: str, shape: Shape, dtype: str, routing: str, made: dict[str,
     return step
 
 
-def layer_task(name: str, shape: Shape, dtype: str, routing: str, made: dict[str, Tensor]) -> Step:
-    device, config = made["ids"].device.type, shape.config
+def layer_task(name: str, shape: Shape, dtype: str, routing: str, folder: Path, device: str) -> Step:
+    chosen, config = _made(folder, device)["chosen"], shape.config
     kind = getattr(torch, dtype)
     generator = torch.Generator(device).manual_seed(0)
     with torch.device(device):
@@ -165,8 +168,8 @@ def layer_task(name: str, shape: Shape, dtype: str, routing: str, made: dict[str
         flat = data.numel() // config.d_model, config.d_model
         drawn = torch.empty(flat, dtype=kind, device=device).normal_(0, flat[1] ** -0.5, generator=generator)
         data.copy_(drawn.view(data.shape))
-    force_routing(made["chosen"] if routing == "real" else None)
-    x = torch.randn(1, made["chosen"].shape[0], config.d_model, device=device, generator=generator).to(kind)
+    force_routing(chosen if routing == "real" else None)
+    x = torch.randn(1, chosen.shape[0], config.d_model, device=device, generator=generator).to(kind)
     x.requires_grad_()
     direction = torch.randn(x.shape, device=device, generator=generator).to(kind)
 
@@ -182,9 +185,8 @@ def layer_task(name: str, shape: Shape, dtype: str, routing: str, made: dict[str
     return step
 
 
-def loss_task(name: str, shape: Shape, dtype: str, _routing: str, made: dict[str, Tensor]) -> Step:
-    device, kind = made["ids"].device.type, getattr(torch, dtype)
-    width = shape.config.d_model
+def loss_task(name: str, shape: Shape, dtype: str, _routing: str, _folder: Path, device: str) -> Step:
+    kind, width = getattr(torch, dtype), shape.config.d_model
     generator = torch.Generator(device).manual_seed(0)
     head = LMHead(width, LOSS_WORDS, shape.config.loss_chunk_size).to(device, kind)
     head.weight.data.normal_(0, 0.02, generator=generator)
@@ -201,6 +203,11 @@ def loss_task(name: str, shape: Shape, dtype: str, _routing: str, made: dict[str
         return [loss, hidden.grad, head.weight.grad]
 
     return step
+
+
+def _made(folder: Path, device: str) -> dict[str, Tensor]:
+    made: dict[str, Tensor] = torch.load(folder / "made.pt", map_location=device)
+    return made
 
 
 TASKS: dict[str, tuple[Callable[..., Step], Iterable[str]]] = {
