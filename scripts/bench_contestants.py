@@ -27,9 +27,17 @@ AS_RUN = "ours"
 
 
 def our_model(config: DbrxConfig, expert_impl: str = "auto", recompute: str = "none") -> nn.Module:
-    model = Dbrx(replace(config, expert_impl=expert_impl))
+    model: Dbrx = _empty(partial(Dbrx, replace(config, expert_impl=expert_impl)))
     checkpoint_activations(model, recompute)
     return model
+
+
+def _empty(make: Callable[[], Any]) -> Any:
+    """A module whose weights are to be set: drawing billions of them would take longer than the contest."""
+    device = torch.empty(0).device
+    with torch.device("meta"):
+        module = make()
+    return module.to_empty(device=device)
 
 
 def transformers_model(config: DbrxConfig, attention: str) -> nn.Module:
@@ -66,7 +74,8 @@ STEP: dict[str, Callable[[DbrxConfig], nn.Module]] = {
 
 
 def our_layer(config: DbrxConfig, expert_impl: str = "auto") -> nn.Module:
-    return MoE(replace(config, expert_impl=expert_impl))
+    layer: nn.Module = _empty(partial(MoE, replace(config, expert_impl=expert_impl)))
+    return layer
 
 
 def transformers_layer(config: DbrxConfig) -> nn.Module:
