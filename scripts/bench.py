@@ -152,7 +152,8 @@ class Process:
 def contest(case: list[str], args: argparse.Namespace) -> list[dict[str, Any]]:
     """On a CPU a step at a time, in turn; on a GPU, whose memory is short, all steps at a time, twice."""
     task, shape, dtype, *_ = case
-    contestants = [Contestant(name) for name in (*(args.contestants or TASKS[task][1]), "roof")]
+    entered = [name for name in TASKS[task][1] if name in (args.contestants or TASKS[task][1])]
+    contestants = [Contestant(name) for name in (*entered, "roof")]
     heats = [[each] for _ in range(2) for each in contestants] if DEVICE == "cuda" else [contestants]
     for heat in heats:
         processes = [Process(each, case, args.threads) for each in heat]
@@ -168,9 +169,9 @@ def _rows(contestants: list[Contestant], task: str, shape: Shape, dtype: str) ->
     *entrants, roof = contestants
     best, copied = (max(values) for values in zip(*(r["values"] for r in roof.results), strict=True))
     mine = next((c for c in entrants if c.name == AS_RUN), None)
-    first = next(c for c in entrants if c.absent is None)
+    first = next((c for c in entrants if c.absent is None), None)
     for entrant in entrants:
-        if entrant.absent is not None:
+        if entrant.absent is not None or first is None:
             yield {"contestant": entrant.name, "absent": entrant.absent}
             continue
         times = entrant.times
@@ -229,7 +230,10 @@ def main() -> int:
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--dtypes", nargs="+", default=list(TOLERANCE), choices=list(TOLERANCE))
     parser.add_argument("--routing", nargs="+", default=["real", "balanced"], choices=["real", "balanced"])
-    parser.add_argument("--contestants", nargs="+", help="default: all that the task knows")
+    known = {name for _, names in TASKS.values() for name in names}
+    parser.add_argument(
+        "--contestants", nargs="+", choices=sorted(known), metavar="NAME", help="default: all"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--trained", type=int, default=40, help="steps of training before")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -248,12 +252,15 @@ def main() -> int:
             for task, dtype, routing in itertools.product(args.tasks, args.dtypes, args.routing):
                 if task == "loss" and routing != args.routing[0]:
                     continue
+                if not {*TASKS[task][1]} & {*(args.contestants or known)}:
+                    continue
                 rows = contest([task, shape, dtype, routing, folder], args)
                 case = {"task": task, "shape": shape, "dtype": dtype, "routing": routing}
                 print(f"\n{task}, {shape}, {dtype}, {routing} routing")
-                there = next(row for row in rows if "roof" in row)
-                roof = f"{there['roof'] / 1e9:,.0f} GFLOP/s, copy {there['copy'] / 1e9:,.1f} GB/s"
-                print(f"{machine}, torch {torch.__version__}: roof {roof}\n")
+                there = next((row for row in rows if "roof" in row), None)
+                if there is not None:
+                    roof = f"{there['roof'] / 1e9:,.0f} GFLOP/s, copy {there['copy'] / 1e9:,.1f} GB/s"
+                    print(f"{machine}, torch {torch.__version__}: roof {roof}\n")
                 show(rows)
                 everything += [case | row for row in rows]
     if args.json:
