@@ -88,10 +88,13 @@ def test_the_host_waits_for_no_number_of_a_step(autocast: bool) -> None:
         SHAPE.to_dict()
         | {"router_z_loss_weight": 0.1, "output_z_loss_weight": 0.1, "loss_free_bias_rate": 0.1}
     )
+    model = Dbrx(config)
     with FakeTensorMode():
-        with torch.device("meta"):
-            model = Dbrx(config)
-        model.to_empty(device="cpu")
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, torch.nn.Parameter(torch.empty(parameter.shape)))
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, torch.empty(buffer.shape))
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         ids = torch.randint(512, (2, 97))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
