@@ -29,7 +29,6 @@ import re
 import resource
 import runpy
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -38,6 +37,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from ranks import free_port, places
 
 EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
 
@@ -133,12 +134,6 @@ def fill_up(disk: str) -> None:
 FAULTS = {"fill": fill, "kill": kill, "torn": torn, "trace": trace, "worker": worker, "clock": clock}
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 def begin(job: dict[str, Any], rank: int, port: int) -> int:
     """Fork a rank; returns its process."""
     if pid := os.fork():
@@ -152,14 +147,7 @@ def begin(job: dict[str, Any], rank: int, port: int) -> int:
     os.environ.update(job.get("environment", {}))
     tempfile.tempdir = None  # to be looked up again
     if job["ranks"] > 1 or "program" in job:
-        places = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": job["ranks"],
-            "LOCAL_WORLD_SIZE": job["ranks"],
-        }
-        os.environ.update({key: str(value) for key, value in places.items()})
-        os.environ.update(NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(places(rank, job["ranks"], port))
     fault = job["fault"]
     if fault is not None and fault.get("rank", 0) == rank:
         FAULTS[fault["kind"]](fault)

@@ -17,7 +17,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -30,6 +29,7 @@ from typing import Any
 import mlflow.store.tracking.sqlalchemy_store  # noqa: F401  # imported late, by every run
 from composer import Callback, Event, Logger, State
 from composer.utils import collect_env
+from ranks import free_port, places
 
 from dbrx_train.cli import main
 from dbrx_train.data.dataset import ScheduledDataset
@@ -108,9 +108,7 @@ def train(faults: list[Any], arguments: list[str]) -> None:
 
 def be_rank(rank: int, port: int, job: dict[str, Any]) -> None:
     os.setpgid(0, 0)
-    ranks = str(job["ranks"])
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks)
-    os.environ.update(NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(places(rank, job["ranks"], port))
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{job['folder']}/{name}{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
     train(job["faults"], job["arguments"])
@@ -132,9 +130,7 @@ def fork(rank: int, port: int, job: dict[str, Any]) -> int:
 
 
 def run(job: dict[str, Any]) -> list[int]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = int(free.getsockname()[1])
+    port = free_port()
     pids = [fork(rank, port, job) for rank in range(job["ranks"])]
     codes, deadline = dict[int, int](), time.monotonic() + 90
     while len(codes) < len(pids):
