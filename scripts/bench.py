@@ -45,6 +45,7 @@ from typing import Any
 import torch
 from bench_contestants import AS_RUN, NEEDS_GPU
 from bench_tasks import CPU_SHAPES, GPU_SHAPES, TASKS, Shape, flops, make_inputs, roof_task
+from turns import in_turn
 
 from dbrx_train.train.allocator import keep_freed_memory
 
@@ -64,7 +65,7 @@ def contend(task: str, name: str, shape: Shape, dtype: str, routing: str, folder
             step = roof_task(dtype, device)
         else:
             step = TASKS[task][0](name, shape, dtype, routing, Path(folder), device)
-    except (ImportError, RuntimeError, ValueError, KeyError) as error:
+    except (ImportError, RuntimeError, ValueError) as error:
         print(json.dumps({"absent": f"{type(error).__name__}: {error}".splitlines()[0]}), flush=True)
         return
     before = _reset_peak(device)
@@ -149,17 +150,15 @@ class Process:
         self.process.wait(30)
 
 
-def contest(case: list[str], args: argparse.Namespace) -> list[dict[str, Any]]:
+def contest(case: list[str], entered: list[str], args: argparse.Namespace) -> list[dict[str, Any]]:
     """On a CPU a step at a time, in turn; on a GPU, whose memory is short, all steps at a time, twice."""
     task, shape, dtype, *_ = case
-    entered = [name for name in TASKS[task][1] if name in (args.contestants or TASKS[task][1])]
     contestants = [Contestant(name) for name in (*entered, "roof")]
     heats = [[each] for _ in range(2) for each in contestants] if DEVICE == "cuda" else [contestants]
     for heat in heats:
         processes = [Process(each, case, args.threads) for each in heat]
-        for number in range(WARM_UP + args.rounds):
-            for process in processes if number % 2 else reversed(processes):
-                process.step()
+        for process in in_turn(processes, WARM_UP + args.rounds):
+            process.step()
         for process in processes:
             process.end()
     return list(_rows(contestants, task, SHAPES[shape], dtype))
@@ -171,9 +170,10 @@ def _rows(contestants: list[Contestant], task: str, shape: Shape, dtype: str) ->
     mine = next((c for c in entrants if c.name == AS_RUN), None)
     first = next((c for c in entrants if c.absent is None), None)
     for entrant in entrants:
-        if entrant.absent is not None or first is None:
+        if entrant.absent is not None:
             yield {"contestant": entrant.name, "absent": entrant.absent}
             continue
+        assert first is not None  # it is this one, or an earlier one
         times = entrant.times
         pairs = zip(entrant.results, first.results, strict=True)
         off = max(abs(x / y - 1) for a, b in pairs for x, y in zip(a["values"], b["values"], strict=True))
@@ -252,9 +252,10 @@ def main() -> int:
             for task, dtype, routing in itertools.product(args.tasks, args.dtypes, args.routing):
                 if task == "loss" and routing != args.routing[0]:
                     continue
-                if not {*TASKS[task][1]} & {*(args.contestants or known)}:
+                entered = [name for name in TASKS[task][1] if name in (args.contestants or known)]
+                if not entered:
                     continue
-                rows = contest([task, shape, dtype, routing, folder], args)
+                rows = contest([task, shape, dtype, routing, folder], entered, args)
                 case = {"task": task, "shape": shape, "dtype": dtype, "routing": routing}
                 print(f"\n{task}, {shape}, {dtype}, {routing} routing")
                 there = next((row for row in rows if "roof" in row), None)

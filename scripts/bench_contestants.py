@@ -141,16 +141,12 @@ class ScatterMoE(nn.Module):
         return y
 
 
-def matrices(layer: nn.Module, of: Callable[[nn.Parameter], Tensor | None]) -> Sequence[Tensor]:
+def matrices(layer: nn.Module, of: Callable[[nn.Parameter], Any]) -> Sequence[Tensor]:
     """Of each parameter its data or gradient: v1, w1, w2, each [E, F, D] or [E * F, D], and the router's."""
     if isinstance(layer, ScatterMoE):
-        experts: Any = layer.experts
+        experts = layer.experts
         up_gate, down = of(experts.experts.weight), of(experts.output_experts.weight)
-        router = of(layer.router.layer.weight)
-        assert up_gate is not None
-        assert down is not None
-        assert router is not None
-        return *up_gate.chunk(2, dim=1), down.mT, router
+        return *up_gate.chunk(2, dim=1), down.mT, of(layer.router.layer.weight)
     found = (of(p) for _, p in sorted(layer.named_parameters()))  # by name, as their order differs
     return [tensor for tensor in found if tensor is not None]
 

@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from foundry import foundry_module
+from turns import in_turn, spread
 
 SEQ_LEN = 2048
 
@@ -120,11 +120,10 @@ def main() -> None:
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTESTANTS}
     with tempfile.TemporaryDirectory() as folder:
         gather_text(Path(folder), args.megabytes)
-        for number in range(args.rounds):
-            for name in CONTESTANTS if number % 2 else reversed(list(CONTESTANTS)):
-                command = [*pin, sys.executable, __file__, "--measure", name, folder]
-                printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-                results[name].append(json.loads(printed.splitlines()[-1]))
+        for name in in_turn(list(CONTESTANTS), args.rounds):
+            command = [*pin, sys.executable, __file__, "--measure", name, folder]
+            printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+            results[name].append(json.loads(printed.splitlines()[-1]))
     for name, runs in results.items():
         if "absent" in runs[0]:
             print(f"{name}: absent ({runs[0]['absent']})")
@@ -132,8 +131,7 @@ def main() -> None:
         rates = [run["rate"] for run in runs]
         to_floor = [run["rate"] / least["rate"] for run, least in zip(runs, results["floor"], strict=True)]
         print(
-            f"{name}: {statistics.median(rates):,.0f} tokens/s ({min(rates):,.0f}-{max(rates):,.0f}), "
-            f"{statistics.median(to_floor):.2f} ({min(to_floor):.2f}-{max(to_floor):.2f}) of the floor, "
+            f"{name}: {spread(rates, ',.0f', ' tokens/s')}, {spread(to_floor, '.2f')} of the floor, "
             f"{runs[0]['tokens']:,} tokens"
         )
     if args.json:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -20,13 +21,13 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from turns import in_turn, spread
+
 WARM_UP = 10
 
 
 def train(arguments: list[str], synthetic: bool, steps: int) -> None:
     """In a process of its own: train, print what was measured, and end."""
-    import os
-
     from composer import Logger, State
 
     from dbrx_train import cli
@@ -35,11 +36,8 @@ def train(arguments: list[str], synthetic: bool, steps: int) -> None:
 
     class Clock(builder.PeakMemory):
         def batch_start(self, state: State, logger: Logger) -> None:
-            step, now, waited = (
-                state.timestamp.batch.value,
-                time.perf_counter(),
-                state.train_dataloader.waited,
-            )
+            step, waited = state.timestamp.batch.value, state.train_dataloader.waited
+            now = time.perf_counter()
             if step == WARM_UP:
                 self.begin, self.waited = now, waited
             elif step == WARM_UP + steps:
@@ -78,17 +76,15 @@ def main() -> None:
         return
     contestants = [("synthetic", 0), *(("loader", workers) for workers in args.workers)]
     found: dict[tuple[str, int], list[dict[str, float]]] = {each: [] for each in contestants}
-    for number in range(args.rounds):
-        for each in contestants if number % 2 else reversed(contestants):
-            found[each].append(measure(args, *each))
+    for each in in_turn(contestants, args.rounds):
+        found[each].append(measure(args, *each))
     for (name, workers), runs in found.items():
         rates = [run["rate"] for run in runs]
         pairs = zip(runs, found["synthetic", 0], strict=True)
         stalls = [100 * (theirs["rate"] / mine["rate"] - 1) for mine, theirs in pairs]
         print(
-            f"{name}, {workers} workers: "
-            f"{statistics.median(rates):.3f} steps/s ({min(rates):.3f}-{max(rates):.3f}), "
-            f"stall {statistics.median(stalls):.1f} % ({min(stalls):.1f}-{max(stalls):.1f}), "
+            f"{name}, {workers} workers: {spread(rates, '.3f', ' steps/s')}, "
+            f"stall {spread(stalls, '.1f', ' %')}, "
             f"waited {100 * statistics.median(run['waited'] for run in runs):.2f} %"
         )
 
