@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import mlflow
 import pytest
+import torch
 from conftest import run_yaml
+from warm import Warm
 
+from dbrx_train.checkpoint.weights import load_model
 from dbrx_train.config import load
+from dbrx_train.data.chat import ChatFormat
+from dbrx_train.data.prepare import prepare
+from dbrx_train.evaluate.held_out import held_out
 from dbrx_train.train.builder import run
+from dbrx_train.train.metrics import CrossEntropy, PairMean, Perplexity
+from dbrx_train.train.preferences import TERMS
 
 
 @pytest.mark.slow
@@ -39,3 +51,78 @@ def test_the_command_gives_the_losses_that_the_run_ended_with(
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2
     assert "nothing is held out of its sources, or evaluation.max_samples is 0" in done.stderr
+
+
+def test_means_weigh_what_is_counted_and_let_nan_through() -> None:
+    for metric in (CrossEntropy(), PairMean("dpo"), Perplexity()):
+        for total, count in ((1.0, 1), (9.0, 3), (0.0, 0)):
+            metric.update(torch.tensor(total), torch.tensor(count))
+        wanted = math.exp(2.5) if isinstance(metric, Perplexity) else 2.5
+        assert float(metric.compute()) == pytest.approx(wanted, rel=1e-12)
+        metric.update(torch.tensor(math.nan), torch.tensor(2))
+        assert math.isnan(metric.compute())
+
+
+def write_uneven_pairs(path: Path) -> None:
+    """Pairs that fill a sample each or share one, with answers of 1 to some 40 tokens."""
+    rows = [
+        {
+            "prompt": f"the model reads {i}",
+            "chosen": " ".join(["yes"] * (1 + 7 * i % 23)),
+            "rejected": " ".join(["no"] * (1 + 5 * i % 19)),
+        }
+        for i in range(90)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.slow
+def test_held_out_figures_do_not_depend_on_batches_or_ranks(
+    workplace: Path, tmp_path: Path, warm: Warm
+) -> None:
+    """Of the same weights: 17 samples of very unequal labels and pairs, in training and by ``eval``."""
+    write_uneven_pairs(tmp_path / "pairs.jsonl")
+    form = ChatFormat(preferences=True)
+    prepare(
+        [str(tmp_path / "pairs.jsonl")],
+        str(tmp_path / "pairs"),
+        seq_len=64,
+        val_fraction=0.5,
+        processes=1,
+        chat=form,
+    )
+    run(load(run_yaml(workplace, tmp_path, "base"), ["max_duration=1ba", "evaluation.max_samples=0"]))
+    path = run_yaml(workplace, tmp_path, "first")
+    path.write_text("\n".join(line for line in path.read_text().splitlines() if "sources:" not in line))
+    options = [f"init_from.path={tmp_path}/base", f"data.sources={{pairs: {{local: {tmp_path}/pairs}}}}"]
+    options += ["data.mix=[]", "data.seq_len=64", "preferences.beta=0.5", "optimization.microbatch_size=2"]
+    options += ["evaluation.interval=1ba", "evaluation.max_samples=17"]
+    run(load(path, [*options, "max_duration=1ba"]))
+
+    still = [*options, "max_duration=2ba", "optimization.optimizer.lr=1e-30"]
+    config = load(path, still)
+    (alone,) = held_out(load_model(tmp_path / "first", print)[0], config)
+    store = mlflow.MlflowClient(f"sqlite:///{workplace}/mlruns.db")
+    experiment = store.get_experiment_by_name("dbrx-train")
+    assert experiment is not None
+    seen = dict[tuple[int, int], dict[str, float]]()
+    for size, ranks in ((1, 1), (5, 1), (8, 1), (1, 2), (5, 2), (4, 4)):
+        name = f"size{size}-ranks{ranks}"
+        shutil.copytree(tmp_path / "first", tmp_path / name)
+        named = [f"run_name={name}", f"folder={tmp_path}/{name}", f"evaluation.batch_size={size}"]
+        named += ["optimization.microbatch_size=1"]
+        codes, said = warm.ranks("train", str(path), *still, *named, ranks=ranks)
+        assert codes == [0] * ranks, said
+        (found,) = store.search_runs([experiment.experiment_id], f"tags.run_name = '{name}'")
+        metrics = found.data.metrics
+        terms = ("cross_entropy", "perplexity", *TERMS)
+        seen[size, ranks] = {term: metrics[f"metrics/eval/pairs/{term}"] for term in terms}
+    one = seen[1, 1]
+    assert one["cross_entropy"] == pytest.approx(alone.loss, rel=1e-6)
+    assert one["perplexity"] == pytest.approx(math.exp(alone.loss), rel=1e-5)
+    assert abs(one["reward_margin"]) > 1e-2, "the weights have moved away from the reference"
+    for how, figures in seen.items():
+        # A margin is a small difference of sums of some 100 nats in float32.
+        for term, figure in figures.items():
+            loose = {"abs": 3e-5} if term in ("dpo", "reward_margin") else {"rel": 1e-6}
+            assert figure == pytest.approx(one[term], **loose), (how, term, figures, one)

@@ -34,7 +34,7 @@ from dbrx_train.data.shards import DataError, ShardCache, ShardStore, Source
 from dbrx_train.data.shuffle import SourceOrder
 from dbrx_train.duration import Clock
 
-__all__ = ["EvalDataset", "ScheduledDataset"]
+__all__ = ["EvalDataset", "Sample", "ScheduledDataset"]
 
 Sample = dict[str, Any]
 Address = tuple[int, int, int]

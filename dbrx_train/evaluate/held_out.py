@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import nan
 
 import torch
 
@@ -25,7 +26,7 @@ class HeldOut:
 
     source: str
     loss: float
-    """Mean next-token cross-entropy in nats."""
+    """Mean next-token cross-entropy in nats; NaN if there are no labels."""
     labels: int
     """Tokens that it is a mean over."""
 
@@ -70,8 +71,8 @@ def held_out(model: Dbrx, config: RunConfig) -> Iterator[HeldOut]:
         total, labels = 0.0, 0
         for batch in parts:
             output = model(batch["input_ids"], labels=batch["labels"], document_ids=batch["document_ids"])
+            assert output.token_losses is not None
             assert output.num_labels is not None
-            count = int(output.num_labels)
-            total += float(output.losses["cross_entropy"]) * count
-            labels += count
-        yield HeldOut(name, total / max(labels, 1), labels)
+            total += float(output.token_losses.sum(dtype=torch.float64))
+            labels += int(output.num_labels)
+        yield HeldOut(name, total / labels if labels else nan, labels)

@@ -335,7 +335,7 @@ def _record(config: RunConfig, store: MLflowStore, peak: str) -> None:
 def _report(config: RunConfig, store: MLflowStore, batch: int) -> None:
     """Draw the run, and say how it went and where it is; it ended, and was saved, at step ``batch``."""
     try:
-        if store.metric_history("loss/train/cross_entropy"):  # else the store is out of reach, and has none
+        if store.metric_history("loss/train/total"):  # else the store is out of reach, and has none
             picture = Path(config.folder) / "training.png"
             report.draw(store, config.clock, picture)
             store.log_artifact(picture)

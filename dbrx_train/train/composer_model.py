@@ -7,32 +7,11 @@ from typing import Any, Self
 import torch
 from composer.models import ComposerModel
 from torch.distributed.fsdp import FSDPModule
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 
 from dbrx_train.model.decoder import Dbrx, DbrxOutput
+from dbrx_train.train.metrics import CrossEntropy, PairMean, Perplexity
 from dbrx_train.train.preferences import TERMS, Batch, pairs_present, preference_loss
-
-
-class CrossEntropy(MeanMetric):
-    """Mean next-token cross-entropy in nats, every loss token counted once; NaN if any batch's is."""
-
-    def __init__(self) -> None:
-        super().__init__(nan_strategy="disable")
-
-
-class Perplexity(CrossEntropy):
-    """exp of the mean cross-entropy."""
-
-    def compute(self) -> torch.Tensor:
-        return super().compute().exp()
-
-
-class PairMean(MeanMetric):
-    """Mean over pairs of one of the terms of ``preference_loss``."""
-
-    def __init__(self, term: str) -> None:
-        super().__init__(nan_strategy="disable")
-        self.term = term
 
 
 class ComposerDbrx(ComposerModel):  # type: ignore[misc]
@@ -74,7 +53,11 @@ class ComposerDbrx(ComposerModel):  # type: ignore[misc]
 
     def loss(self, outputs: DbrxOutput, batch: Batch) -> dict[str, torch.Tensor]:
         assert outputs.loss is not None
-        return {"total": outputs.loss, **outputs.losses}
+        losses = {"total": outputs.loss, **outputs.losses}
+        if self.beta is not None:
+            # Composer weighs microbatches by pairs here, which is no mean over tokens; loss/source is.
+            del losses["cross_entropy"]
+        return losses
 
     def get_metrics(self, is_train: bool) -> dict[str, Metric]:
         if is_train:
@@ -84,10 +67,13 @@ class ComposerDbrx(ComposerModel):  # type: ignore[misc]
 
     def update_metric(self, batch: Batch, outputs: DbrxOutput, metric: Metric) -> None:
         if isinstance(metric, PairMean):
-            metric.update(outputs.losses[metric.term], weight=pairs_present(batch).sum())
+            pairs = pairs_present(batch).sum()
+            metric.update(outputs.losses[metric.term].double() * pairs, pairs)
             return
         assert isinstance(metric, CrossEntropy)
-        metric.update(outputs.losses["cross_entropy"], weight=outputs.num_labels)
+        assert outputs.token_losses is not None
+        assert outputs.num_labels is not None
+        metric.update(outputs.token_losses.sum(dtype=torch.float64), outputs.num_labels)
 
     def flops_per_batch(self, batch: Batch) -> float:
         """Training FLOPs of a batch by ``DbrxConfig.flops_per_token``; Composer's SpeedMonitor reads this.

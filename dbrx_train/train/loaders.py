@@ -6,14 +6,15 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import torch
 from composer import DataSpec, Evaluator
 from composer.utils import dist
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset
 
 from dbrx_train.config import ConfigError, RunConfig
 from dbrx_train.data.collate import build_loader, collate, samples_of
-from dbrx_train.data.dataset import EvalDataset, ScheduledDataset
+from dbrx_train.data.dataset import EvalDataset, Sample, ScheduledDataset
 from dbrx_train.data.manifest import Manifest, check_dataset, read_manifest
 from dbrx_train.data.shards import Source
 from dbrx_train.data.tokenizer import Tokenizer
@@ -107,10 +108,33 @@ def train_data(config: RunConfig, tokenizer: Tokenizer) -> DataSpec:
     return DataSpec(loader, get_num_tokens_in_batch=count, split_batch=split)
 
 
+class EvenlyShared(Dataset[Sample]):
+    """The first ``size`` samples of ``dataset``, and up to ``ranks`` - 1 more without labels or pairs.
+
+    So all ranks take part in equally many forward passes.
+    """
+
+    def __init__(self, dataset: EvalDataset, size: int, ranks: int) -> None:
+        self.dataset, self.size = dataset, size
+        self.length = -(-size // ranks) * ranks
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Sample:
+        if index < self.size:
+            return self.dataset[index]
+        sample = self.dataset[0]
+        unlabelled = {"loss": np.zeros(len(sample["tokens"]), dtype=bool)}
+        if "reference" in sample:
+            unlabelled["reference"] = np.full_like(sample["reference"], np.nan)
+        return sample | unlabelled
+
+
 def evaluators(config: RunConfig, tokenizer: Tokenizer) -> list[Evaluator]:
     """One per source that has a held-out split, labelled ``eval/<source>``.
 
-    Every rank evaluates equally many samples, none twice: up to world size - 1 of the last are left out.
+    Every sample counts once, on whatever number of ranks.
     """
     if config.evaluation.max_samples == 0:
         return []
@@ -123,13 +147,11 @@ def evaluators(config: RunConfig, tokenizer: Tokenizer) -> list[Evaluator]:
         seq_len = lengths.get(name, manifest.seq_len)
         dataset = EvalDataset(source.local, seq_len=seq_len, name=name, remote=source.remote)
         size = min(len(dataset), config.evaluation.max_samples)
-        subset = Subset(dataset, range(size - size % dist.get_world_size()))
-        if not len(subset):
-            continue
+        even = EvenlyShared(dataset, size, dist.get_world_size())
         loader: DataLoader[Batch] = DataLoader(
-            subset,
+            even,
             batch_size=samples_of(config.evaluation.batch_size, config.data.seq_len, seq_len),
-            sampler=dist.get_sampler(subset, shuffle=False),
+            sampler=dist.get_sampler(even, shuffle=False),
             collate_fn=partial(collate, eos_id=tokenizer.eos_id),
             generator=torch.Generator(),  # an iterator draws a number: not one of training's
         )

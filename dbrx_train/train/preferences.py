@@ -16,7 +16,7 @@ from dbrx_train.model.decoder import DbrxOutput
 Batch = dict[str, Tensor]
 
 TERMS = ("dpo", "reward_margin", "reward_accuracy", "log_prob_chosen", "log_prob_rejected")
-"""What ``preference_loss`` reports, means over pairs."""
+"""What ``preference_loss`` reports, means over pairs; 0 where there are none."""
 
 
 def document_log_probs(log_probs: Tensor, document_ids: Tensor, documents: int) -> Tensor:
@@ -43,6 +43,6 @@ def preference_loss(output: DbrxOutput, batch: Batch, beta: float) -> tuple[Tens
     sums = document_log_probs(output.log_probs, batch["document_ids"], reference.shape[1])
     chosen, rejected = sums[:, ::2][present], sums[:, 1::2][present]
     margin = beta * (chosen - reference[:, ::2][present] - rejected + reference[:, 1::2][present])
-    loss = -F.logsigmoid(margin).mean()
     values = (-F.logsigmoid(margin), margin, (margin > 0).float(), chosen, rejected)
-    return loss, {name: value.detach().mean() for name, value in zip(TERMS, values, strict=True)}
+    loss, *others = (value.sum() / max(1, len(margin)) for value in values)
+    return loss, {name: value.detach() for name, value in zip(TERMS, (loss, *others), strict=True)}

@@ -44,7 +44,7 @@ def set_reference(config: RunConfig, trainer: Trainer, tokenizer: Tokenizer, *, 
             trained[name] = _table(config, trainer, tokenizer, data, f"{name}-train", made)
     train.reference = _alike(trained)
     for evaluator in trainer.state.evaluators:
-        data = evaluator.dataloader.dataloader.dataset.dataset  # of a Subset
+        data = evaluator.dataloader.dataloader.dataset.dataset  # inside EvenlyShared
         data.reference = _table(config, trainer, tokenizer, data, f"{data.store.name}-val", made)
 
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from dbrx_train.duration import Clock
 from dbrx_train.train.mlflow_store import MLflowStore
+from dbrx_train.train.page.record import OBJECTIVES
 
 _MOST_LAYERS = 8
 
@@ -42,8 +43,10 @@ def draw(store: MLflowStore, clock: Clock, path: Path) -> None:
 
 
 def _draw_loss(axis: Axes, store: MLflowStore, clock: Clock) -> None:
-    steps, losses = np.array(store.metric_history("loss/train/cross_entropy")).T
-    axis.plot(_tokens(steps + 1, clock), losses, color="0.75", linewidth=0.8, label="training")
+    for name, label in OBJECTIVES.items():
+        if points := store.metric_history(name):
+            steps, losses = np.array(points).T
+            axis.plot(_tokens(steps + 1, clock), losses, color="0.75", linewidth=0.8, label=label)
     for source, points in held_out_losses(store).items():
         steps, losses = np.array(points).T
         axis.plot(_tokens(steps, clock), losses, marker="o", label=f"held-out {source}")

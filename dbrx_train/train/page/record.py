@@ -16,8 +16,10 @@ from dbrx_train.config import RunConfig, first_line, load
 from dbrx_train.redact import MASK
 from dbrx_train.train import lines
 
-__all__ = ["Record", "read"]
+__all__ = ["OBJECTIVES", "Record", "read"]
 
+OBJECTIVES = {"loss/train/cross_entropy": "training", "loss/train/dpo": "training, DPO"}
+"""The metrics of what a run may be trained on, and their names in a picture."""
 Series = dict[int, float]
 """Step -> value, in the order of steps."""
 

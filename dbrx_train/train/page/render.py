@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from dbrx_train.config import for_record
 from dbrx_train.redact import mask, mask_tree
-from dbrx_train.train.page.record import Record, Series
+from dbrx_train.train.page.record import OBJECTIVES, Record, Series
 
 __all__ = ["render"]
 
@@ -72,7 +72,7 @@ def _facts(record: Record) -> list[tuple[str, str]]:
 
 def _tiles(record: Record) -> list[tuple[str, str]]:
     """Label and figure of what a reader wants first."""
-    found = [("training loss", _last(record, "loss/train/cross_entropy", "{:.3f}"))]
+    found = [(f"{label} loss", _last(record, name, "{:.3f}")) for name, label in OBJECTIVES.items()]
     for source in record.config.data.sources:
         name = f"metrics/eval/{source}/cross_entropy"
         found.append((f"held-out {source}", _last(record, name, "{:.3f}")))
@@ -100,7 +100,7 @@ def _charts(record: Record) -> list[Chart]:
     def by_layer(form: str) -> list[tuple[str, str]]:
         return [(str(number), form.format(layer)) for number, layer in layers]
 
-    loss = [("training", "loss/train/cross_entropy")]
+    loss = [(label, name) for name, label in OBJECTIVES.items()]
     loss += [(f"held-out {s}", f"metrics/eval/{s}/cross_entropy") for s in sources]
     parts = [(p.replace("_", " "), f"wall/{p}") for p in ("compute", "data_wait", "checkpoint", "evaluation")]
     mix = [(f"{s} {kind}", f"mix/{s}/{kind}") for s in sources for kind in ("asked", "served")]
