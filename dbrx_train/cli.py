@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import warnings
 from enum import StrEnum, auto
 from pathlib import Path
@@ -61,6 +62,9 @@ class Long(StrEnum):
     drop = auto()
 
 
+_FIRST_SECONDS = 3.0  # for a host's first rank to make the same mistake
+
+
 def main() -> None:
     """Entry point: turns a user's mistake into one line and exit code 2."""
     warnings.formatwarning = _one_line
@@ -72,7 +76,12 @@ def main() -> None:
         sys.exit(130)
     except Exception as error:
         # Ranks that have met say whose error it is; before, all make the same mistake: once a host will do.
-        sys.exit(show(error, quiet=os.environ.get("LOCAL_RANK", "0") != "0"))
+        # A launcher passes on the code of the first that exits, and ends the others wherever they are.
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        code = show(error, quiet=not first)
+        if not first:
+            time.sleep(_FIRST_SECONDS)
+        sys.exit(code)
 
 
 def _one_line(

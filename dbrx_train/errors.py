@@ -8,7 +8,10 @@ import traceback
 
 from dbrx_train.redact import mask
 
-__all__ = ["HUNG", "STOPPED", "Stopped", "exit_code", "show"]
+__all__ = ["HUNG", "MISTAKE", "STOPPED", "Stopped", "exit_code", "show"]
+
+MISTAKE = 2
+"""Exit code: the user's input is wrong."""
 
 STOPPED = 75
 """Exit code (sysexits' EX_TEMPFAIL): stopped as asked, with all that was done saved; start it again."""
@@ -24,23 +27,23 @@ def exit_code(error: BaseException | None) -> int:
     """What a process that ends with ``error`` exits with, if nothing else is said of it."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    return 130 if isinstance(error, KeyboardInterrupt) else int(error is not None)
+    if isinstance(error, Stopped) or not isinstance(error, Exception) or _mistake(error) is None:
+        return 130 if isinstance(error, KeyboardInterrupt) else int(error is not None)
+    return MISTAKE
 
 
 def show(error: Exception, quiet: bool = False) -> int:
-    """Print ``error``; returns the exit code: 2 for a user's mistake, else 1. ``quiet``: not a mistake."""
+    """Print ``error``; returns ``exit_code`` of it. ``quiet``: not a mistake."""
     line, rank = _mistake(error), os.environ.get("RANK", "0")
     where = "" if rank == "0" else f" (rank {rank})"
     if isinstance(error, Stopped):
         print(f"dbrx-train{where}: {mask(str(error))}", file=sys.stderr, flush=True)
-        return 1
-    if line is None or (isinstance(error, ValueError) and os.environ.get("DBRX_TRAIN_LOG") == "debug"):
+    elif line is None or (isinstance(error, ValueError) and os.environ.get("DBRX_TRAIN_LOG") == "debug"):
         trace = mask("".join(traceback.format_exception(error)))
         print(f"dbrx-train{where}:", trace, file=sys.stderr, flush=True)
-        return 1 if line is None else 2
-    if not quiet:
+    elif not quiet:
         print(f"dbrx-train{where}: {mask(line)}", file=sys.stderr, flush=True)
-    return 2
+    return exit_code(error)
 
 
 def _mistake(error: Exception) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from dbrx_train.errors import HUNG, exit_code
+from dbrx_train.errors import HUNG, MISTAKE, exit_code
 from dbrx_train.parallel.hangs import Hangs, Progress
 from dbrx_train.redact import mask
 
@@ -101,9 +102,11 @@ def end_together(
     """Within seconds of an Exception in the body on one rank, all ranks end.
 
     The first rank that fails prints its error, and ends with SystemExit a few seconds later. The others
-    exit with 1, wherever they are, after a line that names that rank and its error; so does the failed one if
-    it is still there after ten seconds. A rank that is stopped by a signal ends the others too, with its own
-    code. ``show`` prints the error and returns the exit code; by default a traceback and 1. On one rank alone
+    exit with the same code, wherever they are, after a line that names that rank and its error, or without
+    one if that is a user's mistake, which has been said; so does the failed one if it is still there after
+    ten seconds. Signals of a launcher, which ends all when it sees that one has, change nothing by then.
+    A rank that is stopped by a signal before ends the others too, with its own code. ``show`` prints the
+    error and returns ``exit_code`` of it; by default a traceback and 1. On one rank alone
     the error is raised. torch.distributed must be initialised, from the environment that a launcher sets.
 
     With ``progress``, a hang ends them too, with code ``HUNG``: each writes the stacks of its threads into
@@ -122,18 +125,24 @@ def end_together(
         raise
     except (KeyboardInterrupt, SystemExit) as error:
         over.set()
-        if not alone:
-            notice.post("was stopped", exit_code(error))
-            _exit_in(_CLOSE_SECONDS, exit_code(error))
+        if alone:
+            raise
+        first = notice.post("was stopped", exit_code(error))
+        code = exit_code(error) if first is None else first.code
+        _exit_in(_CLOSE_SECONDS, code)
+        if first is not None:  # by the launcher, for that reason
+            raise SystemExit(code) from None
         raise
     except Exception as error:
         over.set()
         if alone:
             raise
-        first = notice.post(mask(f"failed: {type(error).__name__}: {error}"), 1)
-        _exit_in(_CLOSE_SECONDS, 1)
+        _heed_no_stops()
+        code = 1 if show is None else exit_code(error)
+        first = notice.post(mask(f"failed: {type(error).__name__}: {error}"), code)
+        _exit_in(_CLOSE_SECONDS, code if first is None else first.code)
         if first is None:
-            code = (show or _traceback)(error)
+            (show or _traceback)(error)
             time.sleep(_OTHERS_SECONDS)
             sys.exit(code)
         time.sleep(_FIRST_SECONDS)
@@ -189,7 +198,15 @@ def _exit_in(seconds: float, code: int) -> None:
     timer.start()
 
 
+def _heed_no_stops() -> None:
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+
+
 def _say(first: _End) -> None:
+    if first.code == MISTAKE:
+        return
     if first.rank == dist.get_rank():
         print(first, file=sys.stderr, flush=True)
     elif os.environ.get("LOCAL_RANK", "0") == "0":

@@ -32,6 +32,7 @@ from dbrx_train.config import (
 from dbrx_train.data.collate import samples_of
 from dbrx_train.data.tokenizer import Tokenizer, load_tokenizer
 from dbrx_train.errors import STOPPED, exit_code, show
+from dbrx_train.lease import Lease
 from dbrx_train.parallel import Progress, StoppedTogether, end_together
 from dbrx_train.train import environment, events, report, rollback
 from dbrx_train.train.allocator import keep_freed_memory
@@ -85,6 +86,10 @@ def _train(config: RunConfig, device: str, stop: Stop) -> None:
         check_world(config, dist.get_world_size())
         tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.vocab_file)
         check_sources(config, tokenizer)
+        lease = None
+        if dist.get_global_rank() == 0:
+            lease = Lease(Path(config.folder), lost=lambda what: ending.tell(what, 1), say=say)
+            afterwards.enter_context(lease)
         remote = open_remote(config)
         found = newest(config, remote)
         weights = check_beginning(config, found)
@@ -95,7 +100,7 @@ def _train(config: RunConfig, device: str, stop: Stop) -> None:
         store = _open_store(config, resume=found is not None)
         ending.at_end = store.end
         peak, origin = peak_flops(device, config.precision, config.logging.peak_flops)
-        trainer = build_trainer(config, tokenizer, device, store, peak, remote)
+        trainer = build_trainer(config, tokenizer, device, store, peak, remote, lease)
         stopping = Stopping(stop, callback_of(trainer.state, Checkpoints), config.parallelism.timeout)
         callbacks = trainer.state.callbacks
         callbacks[:] = [Phases(progress, *config.hangs.seconds), *callbacks, stopping]
@@ -127,7 +132,7 @@ def _train(config: RunConfig, device: str, stop: Stop) -> None:
             )
             if dist.get_global_rank() == 0:
                 _report(config, store, trainer.state.timestamp.batch.value)
-        except SystemExit:  # which Composer makes of Ctrl-C
+        except SystemExit:  # of a signal before the first step, or once all is saved
             callback_of(trainer.state, Checkpoints).finish()
             raise
 
@@ -148,8 +153,13 @@ def build_trainer(
     store: MLflowStore,
     peak_flops: float,
     remote: Remote | None = None,
+    lease: Lease | None = None,
 ) -> Trainer:
-    """The Trainer of a run at its beginning. ``peak_flops``: of one device, for MFU."""
+    """The Trainer of a run at its beginning.
+
+    ``peak_flops``: of one device, for MFU. ``lease``: of the run's folder, without which nothing is saved
+    there.
+    """
     on_cpu = device == "cpu"
     model = ComposerDbrx(
         build_model(config, device),
@@ -187,6 +197,7 @@ def build_trainer(
             prune_remote=config.checkpoints.prune_remote,
             timeout=config.parallelism.timeout,
             exports=_exports(config),
+            lease=lease,
         ),
     ]
     trainer = Trainer(

@@ -7,17 +7,22 @@ import math
 import os
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from composer import Logger, State
 from composer.loggers import MLFlowLogger
+from composer.utils import dist
+from filelock import FileLock
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from dbrx_train.config import ConfigError, first_line
 from dbrx_train.errors import STOPPED
+from dbrx_train.train.tracking_uri import sqlite_file
 
 # A server that does not answer is given up after half a minute, not after MLflow's several: at the start a
 # person is waiting, and later training is.
@@ -39,6 +44,18 @@ def reason(error: Exception) -> str:
     return next(filter(None, lines), first_line(error))
 
 
+@contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """One process at a time: two that make an SQLite store's tables or experiment at once fail."""
+    file = sqlite_file(uri)
+    if file is None or dist.get_global_rank() != 0:
+        yield
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_name(f".{file.name}.lock")):
+        yield
+
+
 _FLUSH_SECONDS = 5.0
 _LONGEST_WAIT = 300.0  # between tries at a store that fails, each of which training waits for
 _LARGEST_BATCH = 1000  # MLflow's own limit per request
@@ -56,14 +73,15 @@ class MLflowStore(MLFlowLogger):  # type: ignore[misc]
     """
 
     def __init__(self, *, uri: str, experiment: str, run_name: str, resume: bool) -> None:
-        super().__init__(
-            experiment_name=experiment,
-            run_name=run_name,
-            tracking_uri=uri,
-            synchronous=True,
-            resume=resume,
-            log_system_metrics=True,
-        )
+        with _alone(uri):
+            super().__init__(
+                experiment_name=experiment,
+                run_name=run_name,
+                tracking_uri=uri,
+                synchronous=True,
+                resume=resume,
+                log_system_metrics=True,
+            )
         self.end_status = "FINISHED"
         self._pending: list[Metric] = []
         self._wait = _FLUSH_SECONDS

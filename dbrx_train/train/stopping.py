@@ -17,12 +17,12 @@ import psutil
 
 from dbrx_train.errors import STOPPED
 
-__all__ = ["TIME_LIMIT", "Stop", "cause"]
+__all__ = ["TIME_LIMIT", "Stop", "cause", "code_when_saved"]
 
 TIME_LIMIT = 1000
 """Reason to stop, beside the numbers of signals."""
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _SAME_SECONDS = 2.0  # a launcher may pass on what its whole group has been sent: that is one signal
 _STARTING_SECONDS = 10.0  # to end where nothing need be saved
 _TELL_SECONDS = 5.0  # for the ranks to end that are told
@@ -30,16 +30,23 @@ _TELL_SECONDS = 5.0  # for the ranks to end that are told
 
 def cause(number: int) -> str:
     """Why a run stops, for a reader: a signal's name, or the time limit."""
-    return "stop_after" if number == TIME_LIMIT else signal.Signals(number).name
+    names = {TIME_LIMIT: "stop_after", signal.SIGINT: "Ctrl-C"}
+    return names.get(number) or signal.Signals(number).name
+
+
+def code_when_saved(number: int) -> int:
+    """What a run that stops for this reason exits with once nothing would be lost: a person's Ctrl-C is no
+    reason for a supervisor to start it again."""
+    return 128 + signal.SIGINT if number == signal.SIGINT else STOPPED
 
 
 class Stop:
-    """Hears SIGTERM and SIGUSR1, and the time limit, for as long as it is entered.
+    """Hears SIGTERM, SIGUSR1 and Ctrl-C, and the time limit, for as long as it is entered.
 
-    Before training begins, a signal raises SystemExit(STOPPED). After that it is only noted: training asks
-    between steps, and saves. When ``grace`` is over, or at a second signal, the process exits wherever it
-    is: with STOPPED if nothing would be lost, else as if the signal had killed it. A thread sees to this,
-    since a process that waits in a collective runs no signal handler of Python's.
+    Before training begins, a signal raises SystemExit with ``code_when_saved``. After that it is only noted:
+    training asks between steps, and saves. When ``grace`` is over, or at a second signal, the process exits
+    wherever it is: with that code if nothing would be lost, else as if the signal had killed it. A thread
+    sees to this, since a process that waits in a collective runs no signal handler of Python's.
 
     Args:
         grace: seconds that saving and ending may take.
@@ -106,7 +113,7 @@ class Stop:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self._training:
-            raise SystemExit(STOPPED)
+            raise SystemExit(code_when_saved(number))
 
     def _listen(self) -> None:
         while True:
@@ -116,7 +123,7 @@ class Stop:
                 if not heard:
                     return
                 for number in heard:
-                    if number in (*_SIGNALS, signal.SIGINT):
+                    if number in _SIGNALS:
                         self._hear(number)
             if self._left() == 0:
                 self._give_up()
@@ -133,15 +140,13 @@ class Stop:
             if time.monotonic() - self._heard_at > _SAME_SECONDS:
                 os._exit(self._code(number))
             return
-        self._heard_at = time.monotonic()
-        if number != signal.SIGINT:  # which ends the run at once, by the handler that Composer sets
-            self._number = number
-            if self._training:
-                self._say(f"{cause(number)}: saves after this step, and stops; a second one ends it at once")
+        self._number, self._heard_at = number, time.monotonic()
+        if self._training:
+            self._say(f"{cause(number)}: saves after this step, and stops; a second one ends it at once")
 
     def _give_up(self) -> None:
         code = self._code(self._number)
-        lost = "" if code == STOPPED else ", and did not save in time"
+        lost = "" if self.safe else ", and did not save in time"
         what = f"was to stop ({cause(self._number)}) within {self._grace:g} s{lost}"
         self._say(what)
         self.tell(what, code)
@@ -149,7 +154,9 @@ class Stop:
         os._exit(code)
 
     def _code(self, number: int) -> int:
-        return STOPPED if self.safe else 128 + (signal.SIGTERM if number == TIME_LIMIT else number)
+        if self.safe:
+            return code_when_saved(number)
+        return 128 + (signal.SIGTERM if number == TIME_LIMIT else number)
 
     def _say(self, what: str) -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0":

@@ -22,6 +22,7 @@ from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.remote import Remote
 from dbrx_train.checkpoint.tensors import staged, write
 from dbrx_train.config import first_line
+from dbrx_train.lease import Lease
 from dbrx_train.train.exports import Exports
 from dbrx_train.train.state import facts, restore_random, tensors
 
@@ -40,6 +41,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
         prune_remote: keep there what stays in ``root``; else nothing is deleted there.
         timeout: seconds after which ranks give up waiting for each other.
         exports: which checkpoints to write in Hugging Face's form too; they are saved for it.
+        lease: of the run's folder, if another process might take that over.
     """
 
     def __init__(
@@ -55,11 +57,13 @@ class Checkpoints(Callback):  # type: ignore[misc]
         prune_remote: bool = False,
         timeout: float = 1800.0,
         exports: Exports | None = None,
+        lease: Lease | None = None,
     ) -> None:
         self.root, self.keep, self.milestone, self.facts = root, keep, milestone, facts
         self.remote, self.prune_remote = remote, prune_remote
         self.not_copied = 0
         """Checkpoints that ``remote`` did not take."""
+        self.lease = lease
         self.exports, self.timeout = exports, timedelta(seconds=timeout)
         self.due = create_interval_scheduler(interval)
         self.writer = ThreadPoolExecutor(1, "checkpoints") if asynchronous else None
@@ -233,6 +237,8 @@ class Checkpoints(Callback):  # type: ignore[misc]
 
     def _keep(self, partial: Path, mark: dict[str, Any]) -> None:
         """Make what was written a checkpoint, and prune older ones."""
+        if self.lease is not None:
+            self.lease.check()
         folders.mark(partial, mark)
         path = folders.publish(partial)
         # Folders that claim to be newer are damaged ones, passed over on resuming: they do not count as kept.

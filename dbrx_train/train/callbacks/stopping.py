@@ -9,11 +9,10 @@ from composer import Callback, Logger, State
 from composer.utils import dist
 from torch.distributed import ProcessGroup, ReduceOp, Work, all_reduce, barrier, new_group
 
-from dbrx_train.errors import STOPPED
 from dbrx_train.parallel import StoppedTogether
 from dbrx_train.train.callbacks.checkpoints import Checkpoints
 from dbrx_train.train.events import record
-from dbrx_train.train.stopping import Stop, cause
+from dbrx_train.train.stopping import Stop, cause, code_when_saved
 
 
 class Stopping(Callback):  # type: ignore[misc]
@@ -84,4 +83,4 @@ class Stopping(Callback):  # type: ignore[misc]
         time = state.timestamp
         facts = {"step": time.batch.value, "tokens": time.token.value, "cause": cause(number)}
         record(self.saver.root.parent, "stopped", **facts)
-        raise StoppedTogether(STOPPED)
+        raise StoppedTogether(code_when_saved(number))

@@ -15,6 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from dbrx_train.config import RunConfig, first_line, load
 from dbrx_train.redact import MASK
 from dbrx_train.train import lines
+from dbrx_train.train.tracking_uri import sqlite_file
 
 __all__ = ["OBJECTIVES", "Record", "read"]
 
@@ -76,8 +77,8 @@ def read(folder: Path, uri: str | None = None) -> Record:
 
 def _check_file(uri: str) -> None:
     """Opening an SQLite store that is not there would make one."""
-    prefix = "sqlite:///"
-    if uri.startswith(prefix) and not Path(uri.removeprefix(prefix)).is_file():
+    file = sqlite_file(uri)
+    if file is not None and not file.is_file():
         raise ValueError(f"{uri}: no such file, seen from here; --tracking-uri names the run's MLflow store")
 
 
