@@ -18,6 +18,7 @@ import typer
 
 from dbrx_train import __version__, logs
 from dbrx_train.errors import show
+from dbrx_train.files import atomic_write
 from dbrx_train.redact import mask
 
 app = typer.Typer(
@@ -198,7 +199,8 @@ def data_mix(
         sizes[name] = manifest.splits["train"].samples
     run.check_repetition(mix, sizes)
     print(timeline.table(mix, sizes, run.clock))
-    timeline.draw(mix, sizes, run.clock, picture)
+    with atomic_write(picture) as partial:
+        timeline.draw(mix, sizes, run.clock, partial)
     off = f"{mix.max_deviation:.2f} samples per canonical node"
     print(f"a source is never further than {off} from its weight's integral; picture: {picture}")
 
@@ -223,6 +225,7 @@ def train(
     """Train as CONFIG says; resume if a run of its name was started before."""
     from dbrx_train.config import load
 
+    logs.outlive_readers()
     loaded = load(config, overrides or [])
     from dbrx_train.train.builder import run
 
@@ -240,21 +243,22 @@ def evaluate(
     int8: Annotated[bool, typer.Option("--int8", help="Hold the weights in 8 bits.")] = False,
 ) -> None:
     """Show the loss on what was held out of each source of CONFIG."""
-    from dbrx_train.checkpoint.weights import load_model
+    from dbrx_train.checkpoint.weights import load_model, open_weights
     from dbrx_train.config import load
-    from dbrx_train.evaluate.held_out import batches, held_out
+    from dbrx_train.evaluate.held_out import batches, check_tokenizer, held_out
 
     run = load(config, overrides or [])
-    path = weights or Path(run.folder)
-    model, _ = load_model(path, _aside)
+    found = open_weights(weights or Path(run.folder), _aside)
+    check_tokenizer(run, found)
+    model = load_model(found)
     run.model = model.config  # its own, which the run's may differ from
     samples = next((batch["input_ids"] for _, parts in batches(run) for batch in parts), None)
     if samples is None:
         raise ValueError(f"{config}: nothing is held out of its sources, or evaluation.max_samples is 0")
     if int8:
         _to_int8(model.eval(), samples)
-    for found in held_out(model, run):
-        print(f"held-out {found.source}: loss {found.loss:.4f} over {found.labels:,} tokens", flush=True)
+    for part in held_out(model, run):
+        print(f"held-out {part.source}: loss {part.loss:.4f} over {part.labels:,} tokens", flush=True)
 
 
 def _aside(line: str) -> None:
@@ -279,8 +283,9 @@ def report(
     """Write what RUN was and how it went to one HTML file, which opens without a network."""
     from dbrx_train.train.page import read, render
 
-    page = out or run / "report.html"
-    page.write_text(render(read(run, tracking_uri)), encoding="utf-8")
+    page, content = out or run / "report.html", render(read(run, tracking_uri))
+    with atomic_write(page) as partial:
+        partial.write_text(content, encoding="utf-8")
     print(page)
 
 
@@ -362,24 +367,26 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this much probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    top_p: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, help="Sample from this much probability; 0: the likeliest token."),
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="PROMPT is a user's turn: write the answer.")] = False,
     int8: Annotated[bool, typer.Option("--int8", help="Hold the weights in 8 bits.")] = False,
 ) -> None:
     """Continue PROMPT with the model in CHECKPOINT."""
     import torch
 
-    from dbrx_train.checkpoint.weights import load_model
-    from dbrx_train.data.tokenizer import load_tokenizer
+    from dbrx_train.checkpoint.weights import load_model, open_weights, tokenizer_of
     from dbrx_train.model.generation import STOP_IDS
     from dbrx_train.model.generation import generate as continue_ids
 
-    model, vocabulary = load_model(checkpoint, _aside)
-    if vocabulary is None:
+    weights = open_weights(checkpoint, _aside)
+    tokenizer = tokenizer_of(weights)
+    if tokenizer is None:
         raise ValueError(f"{checkpoint}: its tokenizer is not DBRX's, which is the one known here")
-    model.eval()
-    tokenizer = load_tokenizer(**vocabulary)
+    model = load_model(weights).eval()
     ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
     if chat:
         ids = tokenizer.chat([{"role": "user", "content": prompt}], add_generation_prompt=True)

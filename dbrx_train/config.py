@@ -551,7 +551,11 @@ class RunConfig:
             self.preferences.beta is None or not self.model.output_z_loss_weight,
             "model.output_z_loss_weight: is of next-token prediction; preferences need it to be 0",
         )
-        _require(bool(self.run_name.strip()), "run_name: must not be empty")
+        _require(
+            re.fullmatch(r"\w[\w .+=@,-]{,199}", self.run_name) is not None,
+            f"run_name: {self.run_name!r} names a folder too; begin with a letter or digit, and go on with "
+            f"those, blanks and any of _ . + = @ , - (200 in all)",
+        )
         _require(0 <= self.seed < 2**32, f"seed: must be at least 0 and below 2**32, not {self.seed}")
         longest = self.model.max_seq_len
         points = enumerate(self.data.mix)
@@ -588,6 +592,7 @@ class RunConfig:
             )
         with naming("data."):
             self.mix_schedule().sample_lengths(clock)
+        self._warn_of_learning_rate(clock)
         for stage in clock.stages:
             if stage.batch >= clock.total_batches:
                 warnings.warn(
@@ -595,6 +600,23 @@ class RunConfig:
                     f"(batch_size_warmup, or seq_len in the mix)",
                     stacklevel=2,
                 )
+
+    def _warn_of_learning_rate(self, clock: Clock) -> None:
+        """Say what a schedule will not come to."""
+        given, total = self.optimization.learning_rate, clock.total_tokens
+        warmup = clock.tokens(given.warmup)
+        if warmup > total:
+            warnings.warn(
+                f"optimization.learning_rate.warmup: its {warmup:,} tokens are more than the run's "
+                f"{total:,}, so the learning rate ends at {total / warmup:.3g} of its peak and never falls",
+                stacklevel=3,
+            )
+        elif given.schedule == "wsd" and (decay := clock.tokens(given.decay)) > total - warmup:
+            warnings.warn(
+                f"optimization.learning_rate.decay: its {decay:,} tokens are more than the "
+                f"{total - warmup:,} that warmup leaves of the run's {total:,}; the decay takes these",
+                stacklevel=3,
+            )
 
     @property
     def stop_after_seconds(self) -> int | None:
@@ -702,9 +724,13 @@ def for_record(config: RunConfig) -> dict[str, Any]:
     return masked
 
 
+RECORD = "# What a run was, with every default; written by dbrx-train at each start.\n"
+"""The first line of a run's config.yaml."""
+
+
 def to_yaml(config: RunConfig) -> str:
     """The whole run as YAML that ``load`` reads back, secrets masked."""
-    return OmegaConf.to_yaml(OmegaConf.create(for_record(config)))
+    return RECORD + OmegaConf.to_yaml(OmegaConf.create(for_record(config)))
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,13 +1,15 @@
-"""What the project's own loggers say: ``DBRX_TRAIN_LOG=debug`` in the environment for all of it."""
+"""What a process says (``DBRX_TRAIN_LOG=debug`` in the environment for all of it), and to whom."""
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
+from typing import Any, TextIO, cast
 
 from dbrx_train.redact import mask_logs
 
-__all__ = ["begin"]
+__all__ = ["begin", "outlive_readers"]
 
 _LEVELS = ("debug", "info", "warning")
 
@@ -29,3 +31,38 @@ def begin() -> None:
     logger.handlers = [handler]
     logger.setLevel(level.upper())
     logger.propagate = False
+
+
+def outlive_readers() -> None:
+    """From here on it is no error that whoever reads the output leaves, as ``| head`` does."""
+    sys.stdout, sys.stderr = (cast(TextIO, _Outliving(stream)) for stream in (sys.stdout, sys.stderr))
+
+
+class _Outliving:
+    """A stream that goes on into nothing once nobody reads it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._leave()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._leave()
+
+    def _leave(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+        if self is sys.stdout:
+            print("dbrx-train: nobody reads standard output any more; training goes on", file=sys.stderr)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import os
 import pickle
+import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +21,11 @@ from warm import Warm
 
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.tensors import Reader, model_tensors, optimizer_tensors, write
-from dbrx_train.checkpoint.weights import consolidate, load_model
-from dbrx_train.config import OptimizerConfig
+from dbrx_train.checkpoint.verify import verify
+from dbrx_train.checkpoint.weights import consolidate, load_model, open_weights, tokenizer_of
+from dbrx_train.config import OptimizerConfig, RunConfig
+from dbrx_train.data.tokenizer import load_tokenizer
+from dbrx_train.evaluate.held_out import check_tokenizer
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.decoder import Dbrx
 from dbrx_train.train.optimizers import build_optimizer
@@ -39,7 +47,7 @@ CONFIG = DbrxConfig(
     vocab_size=51,
     loss_free_bias_rate=0.1,
 )
-FACTS = {
+FACTS: dict[str, Any] = {
     "config": {"model": CONFIG.to_dict(), "tokenizer": {"name": "cl100k_base", "vocab_file": None}},
     "data": {},
     "time": {"batch": 3, "token": 96},
@@ -218,17 +226,18 @@ def test_weights_in_one_file(model: Dbrx, checkpoint: Path, tmp_path: Path, dtyp
         assert torch.equal(found[name], tensor.to(dtype) if name in parameters else tensor)
     with safe_open(out, "pt") as file:
         assert json.loads(file.metadata()["config"]) == FACTS["config"]
-    again, tokenizer = load_model(out, nobody)
+    weights = open_weights(out, nobody)
+    again = load_model(weights)
     for name, tensor in again.state_dict().items():
         assert torch.equal(tensor, found[name].float())
-    assert tokenizer == FACTS["config"]["tokenizer"]
+    assert weights.config["tokenizer"] == FACTS["config"]["tokenizer"]
     with pytest.raises(ValueError, match="exists already"):
         consolidate(checkpoint, out, dtype, nobody)
 
 
 def test_a_model_comes_from_a_run_or_a_checkpoint(model: Dbrx, checkpoint: Path) -> None:
     for path in (checkpoint, checkpoint.parent, checkpoint.parent.parent):
-        found, _ = load_model(path, nobody)
+        found = load_model(open_weights(path, nobody))
         assert all(torch.equal(t, model.state_dict()[name]) for name, t in found.state_dict().items())
 
 
@@ -245,4 +254,73 @@ def test_what_holds_no_weights_is_refused(tmp_path: Path, content: str | None) -
         path.write_text(content)
     says = "neither a run with checkpoints nor a checkpoint" if content is None else "not weights that"
     with pytest.raises(ValueError, match=f"there: {says}"):
-        load_model(path, nobody)
+        load_model(open_weights(path, nobody))
+
+
+def test_what_is_being_read_is_not_pruned(checkpoint: Path, model: Dbrx) -> None:
+    """Neither by the process that reads, nor by another, until that has done."""
+    root = checkpoint.parent
+    weights = open_weights(root, nobody)
+    folders.prune(checkpoint)
+    if (child := os.fork()) == 0:
+        folders.prune(checkpoint)
+        os._exit(0)
+    os.waitpid(child, 0)
+    again = load_model(weights).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
+    folders.prune(checkpoint)
+    assert not checkpoint.exists()
+    assert folders.hold(checkpoint) is None
+    folders.prune(checkpoint)  # as two may be at it
+    with pytest.raises(ValueError, match="neither a run with checkpoints nor a checkpoint nor"):
+        open_weights(root, nobody)
+
+
+def test_a_checkpoint_pruned_before_it_is_held_is_passed_over(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newer, hold = folders.step_folder(checkpoint.parent, 4), folders.hold
+    shutil.copytree(checkpoint, newer)
+
+    def late(folder: Path) -> Any:
+        if folder == newer and newer.exists():
+            folders.prune(newer)
+        return hold(folder)
+
+    monkeypatch.setattr(folders, "hold", late)
+    load_model(open_weights(checkpoint.parent, nobody))
+    (found,) = verify(checkpoint.parent)
+    assert found.path == checkpoint
+
+
+def test_another_vocabulary_than_that_of_the_weights_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer()
+    lines = [b"%s %d" % (base64.b64encode(token), rank) for token, rank in tokenizer.ranks.items()]
+    vocabulary = tmp_path / "words.tiktoken"
+    vocabulary.write_bytes(b"\n".join(lines))
+    config = FACTS["config"] | {"tokenizer": {"name": "words", "vocab_file": str(vocabulary)}}
+    files = json.loads((checkpoint / "checkpoint.json").read_text())["files"]
+    known = load_tokenizer("words", str(vocabulary)).fingerprint
+    folders.mark(checkpoint, FACTS | {"config": config, "files": files, "tokenizer": known})
+    consolidate(checkpoint, tmp_path / "one.safetensors", torch.float32, nobody)
+    for path in (checkpoint, tmp_path / "one.safetensors"):
+        found = tokenizer_of(open_weights(path, nobody))
+        assert found is not None
+        assert found.fingerprint == known
+    exchanged = tmp_path / "exchanged" / "words.tiktoken"
+    exchanged.parent.mkdir()
+    lines[0], lines[1] = (b"%s %d" % (lines[one].split()[0], rank) for one, rank in ((1, 0), (0, 1)))
+    exchanged.write_bytes(b"\n".join(lines))
+    config["tokenizer"]["vocab_file"] = str(exchanged)
+    folders.mark(checkpoint, FACTS | {"config": config, "files": files, "tokenizer": known})
+    (tmp_path / "one.safetensors").unlink()
+    consolidate(checkpoint, tmp_path / "one.safetensors", torch.float32, nobody)
+    for path in (checkpoint, tmp_path / "one.safetensors"):
+        says = f"{exchanged}: is another vocabulary than the one that {re.escape(str(path))} was trained with"
+        with pytest.raises(ValueError, match=says):
+            tokenizer_of(open_weights(path, nobody))
+    run = RunConfig(run_name="x", max_duration="1ba")
+    check_tokenizer(run, open_weights(checkpoint, nobody))  # DBRX's, of which it was a copy
+    run.tokenizer.name, run.tokenizer.vocab_file = "words", str(exchanged)
+    with pytest.raises(ValueError, match=f"tokenizer: {exchanged} is another one than that which"):
+        check_tokenizer(run, open_weights(checkpoint, nobody))

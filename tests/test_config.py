@@ -1,5 +1,6 @@
 """A wrong configuration is refused in one line that names the key; a right one means what it says."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,11 @@ def test_variables_interpolate_and_are_no_part_of_the_run(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("override", "says"),
     [
+        ("run_name=..", "run_name: '..' names a folder too; begin with a letter or digit, and go on"),
+        ("run_name=../x", "run_name: '../x' names a folder too"),
+        ("run_name=.", "run_name: '.' names a folder too"),
+        ("run_name=a/b", "run_name: 'a/b' names a folder too"),
+        ("run_name=''", "run_name: '' names a folder too"),
         ("model.d_modle=64", "unknown key model.d_modle; did you mean d_model?"),
         ("optimization.optimiser.lr=1", "unknown key optimization.optimiser; did you mean optimizer?"),
         ("data.sources.web.locl=x", "unknown key data.sources.web.locl; did you mean local?"),
@@ -123,7 +129,6 @@ def test_variables_interpolate_and_are_no_part_of_the_run(tmp_path: Path) -> Non
         ("max_duration=0.5dur", "max_duration: "),
         ("device=tpu", "device: 'tpu' is not one of auto, cpu, gpu"),
         ("precision=fp8", "precision: 'fp8' is not one of fp32, amp_bf16"),
-        ("run_name=''", "run_name: must not be empty"),
         ("notanoverride", "'notanoverride': an override has the form key=value"),
     ],
 )
@@ -167,3 +172,18 @@ def test_a_size_that_the_run_never_reaches_is_warned_of(yaml_file: Path) -> None
     late = "data.mix=[{at: 0tok, weights: {web: 1}}, {at: 900ba, weights: {code: 1}, seq_len: 128}]"
     with pytest.warns(UserWarning, match="before a step of 4 samples of 128 tokens is ever taken"):
         load(yaml_file, [late, "data.sources.code.local=x"])
+
+
+def test_a_schedule_that_does_not_come_to_what_it_is_for_is_warned_of(yaml_file: Path) -> None:
+    """Of 20 steps of 512 tokens."""
+    steps = "max_duration=20ba"
+    wsd = [steps, "optimization.learning_rate.schedule=wsd", "optimization.learning_rate.warmup=15ba"]
+    says = "decay: its 4,096 tokens are more than the 2,560 that warmup leaves of the run's 10,240; the decay"
+    with pytest.warns(UserWarning, match=says):
+        load(yaml_file, [*wsd, "optimization.learning_rate.decay=8ba"])
+    says = "warmup: its 20,480 tokens are more than the run's 10,240, so the learning rate ends at 0.5 of"
+    with pytest.warns(UserWarning, match=says):
+        load(yaml_file, [steps, "optimization.learning_rate.warmup=40ba"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(yaml_file, [*wsd, "optimization.learning_rate.decay=5ba"])

@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import free_port
+from conftest import free_port, run_yaml
 
+SUPERVISION = Path(__file__).parents[1] / "scripts" / "supervision" / "torchrun.py"
 PROGRAM = """
 import os, signal, sys, time
 import torch, torch.distributed as dist
@@ -80,3 +81,35 @@ def test_ranks_that_all_fail_alike_say_it_once(tmp_path: Path) -> None:
     (said,) = re.findall(r"^rank (\d) failed:$", done.stderr, re.MULTILINE)
     ends = re.findall(r"ends, for rank (\d) failed", done.stderr)
     assert set(ends) <= {said}, "the one on the launcher's own rank speaks for its host"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["composer", "supervision"])
+@pytest.mark.parametrize("mistake", ["parallelism.expert=3", "model.d_modle=1"])
+def test_a_mistake_on_three_ranks_is_one_line_and_exit_code_2(
+    workplace: Path, tmp_path: Path, launcher: str, mistake: str
+) -> None:
+    """Found before the ranks meet, or after."""
+    commands = {
+        "composer": [str(Path(sys.executable).parent / "composer"), "-n", "3", "--master_port"],
+        "supervision": [sys.executable, str(SUPERVISION), "--nproc-per-node=3", "--master-port"],
+    }
+    command = [*commands[launcher], str(free_port()), "-m", "dbrx_train", "train"]
+    done = subprocess.run(
+        [
+            *command,
+            str(run_yaml(workplace, tmp_path, "mistaken")),
+            "optimization.global_batch_size=6",
+            mistake,
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 2, done
+    said = done.stdout + done.stderr
+    assert len(re.findall(r"^dbrx-train", said, re.MULTILINE)) == 1, said
+    assert mistake.split("=")[0] in said
+    assert "goes on from" not in said
+    assert not (tmp_path / "mistaken").exists()

@@ -71,6 +71,21 @@ def test_preparation_on_a_full_disk_is_one_line_and_goes_on_when_there_is_room(
 
 
 @pytest.mark.slow
+def test_a_page_or_a_picture_on_a_full_disk_is_one_line(runs: Runs, warm: Warm, disk: Disk) -> None:
+    disk.resize(8)
+    page, picture = disk.path / "page.html", disk.path / "mix.png"
+    for command, file in (
+        (("report", str(runs.folder("whole")), "--out", str(page)), page),
+        (("data", "mix", str(runs.yaml), "--picture", str(picture)), picture),
+    ):
+        code, said = warm(*command)
+        assert code == 2, said
+        assert last(said) == f"dbrx-train: {file}: No space left on device"
+        assert "Traceback" not in said
+    assert [*disk.path.iterdir()] == []
+
+
+@pytest.mark.slow
 def test_a_checkpoint_on_a_full_disk_is_one_line_and_loses_nothing_saved(runs: Runs, disk: Disk) -> None:
     disk.resize(30_000)  # room for one of 19 MB
     name, root = "full-disk", disk.path / "checkpoints"

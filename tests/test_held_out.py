@@ -16,7 +16,7 @@ import torch
 from conftest import run_yaml
 from warm import Warm
 
-from dbrx_train.checkpoint.weights import load_model
+from dbrx_train.checkpoint.weights import load_model, open_weights
 from dbrx_train.config import load
 from dbrx_train.data.chat import ChatFormat
 from dbrx_train.data.prepare import prepare
@@ -101,7 +101,7 @@ def test_held_out_figures_do_not_depend_on_batches_or_ranks(
 
     still = [*options, "max_duration=2ba", "optimization.optimizer.lr=1e-30"]
     config = load(path, still)
-    (alone,) = held_out(load_model(tmp_path / "first", print)[0], config)
+    (alone,) = held_out(load_model(open_weights(tmp_path / "first", print)), config)
     store = mlflow.MlflowClient(f"sqlite:///{workplace}/mlruns.db")
     experiment = store.get_experiment_by_name("dbrx-train")
     assert experiment is not None

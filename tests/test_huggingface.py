@@ -115,12 +115,12 @@ def test_in_and_out_is_the_same_model(name: str, form: str, tmp_path: Path) -> N
     theirs = make(name)
     theirs.save_pretrained(tmp_path / "theirs", **FORMS[form])
     assert len([*(tmp_path / "theirs").glob("*.index.json")]) == form.endswith("shards")
-    ours, _ = load_model(tmp_path / "theirs", nobody)
+    ours = load_model(open_weights(tmp_path / "theirs", nobody))
     with torch.no_grad():
         logits = theirs(tokens()).logits
         assert apart(ours.eval()(tokens()).logits, logits) < 1e-5
     import_folder(tmp_path / "theirs", tmp_path / "ours", max_shard_bytes=30_000)
-    assert_same(ours, load_model(tmp_path / "ours", nobody)[0])
+    assert_same(ours, load_model(open_weights(tmp_path / "ours", nobody)))
     export(tmp_path / "ours", tmp_path / "out", torch.float32, nobody, max_shard_bytes=30_000)
     assert [each.hashed for each in (*verify(tmp_path / "ours"), *verify(tmp_path / "out"))] == [True, True]
     assert not [each.hashed for each in verify(tmp_path / "theirs") if each.hashed]

@@ -22,7 +22,7 @@ from warm import Warm
 from dbrx_train.checkpoint.adapter import product, write_adapter
 from dbrx_train.checkpoint.huggingface import export
 from dbrx_train.checkpoint.verify import verify
-from dbrx_train.checkpoint.weights import consolidate, load_model
+from dbrx_train.checkpoint.weights import consolidate, load_model, open_weights
 from dbrx_train.cli import app
 from dbrx_train.config import ConfigError, OptimizerConfig, load
 from dbrx_train.model.config import LORA_TARGETS, DbrxConfig
@@ -231,8 +231,8 @@ def test_a_run_saves_adapters_alone_resumes_exactly_and_merges(
     assert all(torch.equal(saved[name], again[name]) for name in saved)
 
     # generate, consolidate and init_from see the merged weights
-    start, _ = load_model(base, print)
-    model, _ = load_model(straight, print)
+    start = load_model(open_weights(base, print))
+    model = load_model(open_weights(straight, print))
     own = dict(start.named_parameters())
     for name, weight in model.named_parameters():
         a, b = (f"model.{factor}" for factor in factor_names(name))
@@ -243,12 +243,12 @@ def test_a_run_saves_adapters_alone_resumes_exactly_and_merges(
         else:
             assert torch.equal(weight, own[name]), name
     consolidate(straight, tmp_path / "merged.safetensors", torch.float32, print)
-    flat, _ = load_model(tmp_path / "merged.safetensors", print)
+    flat = load_model(open_weights(tmp_path / "merged.safetensors", print))
     assert all(torch.equal(p, q) for p, q in zip(flat.parameters(), model.parameters(), strict=True))
 
     assert verify(straight / "checkpoints" / "ba4")[0].tensors > len(saved), "random states too"
     export(straight, tmp_path / "exported", torch.float32, print)
-    exported, _ = load_model(tmp_path / "exported", print)
+    exported = load_model(open_weights(tmp_path / "exported", print))
     assert all(torch.equal(p, q) for p, q in zip(exported.parameters(), model.parameters(), strict=True))
 
     command = ["checkpoint", "adapter", str(straight), "--out", str(tmp_path / "adapter")]
@@ -276,13 +276,13 @@ def test_a_run_saves_adapters_alone_resumes_exactly_and_merges(
     with pytest.raises(
         ValueError, match=r"its weights are not those that the adapters in .*ba4 were trained"
     ):
-        load_model(broken, print)
+        load_model(open_weights(broken, print))
     shutil.rmtree(broken / "checkpoints" / "ba4")
     with pytest.raises(ConfigError, match=r"init_from.path: .*/base: its weights are not those"):
         lora_run(workplace, own_base, tmp_path, "broken")
     shutil.rmtree(own_base)
     with pytest.raises(ValueError, match=r"holds adapters of the weights in .*/base, which is not there"):
-        load_model(broken, print)
+        load_model(open_weights(broken, print))
 
 
 @pytest.mark.slow
@@ -290,7 +290,7 @@ def test_adapters_of_attention_have_the_names_of_transformers_modules(
     workplace: Path, base: Path, tmp_path: Path
 ) -> None:
     transformers = pytest.importorskip("transformers")
-    start, _ = load_model(base, print)
+    start = load_model(open_weights(base, print))
     start.save_pretrained(tmp_path / "hf")
     for origin, named in ((tmp_path / "hf", str(tmp_path / "hf")), (base, None)):
         name = f"of-{origin.name}"
@@ -314,7 +314,7 @@ def test_peft_reads_the_adapters_of_attention(workplace: Path, base: Path, tmp_p
     peft = pytest.importorskip("peft", reason="PEFT is not installed")
     transformers = pytest.importorskip("transformers")
     options = ("lora.targets=[Wqkv,out_proj]", "precision=amp_bf16")
-    start, _ = load_model(base, print)
+    start = load_model(open_weights(base, print))
     start.save_pretrained(tmp_path / "hf")
     folder = lora_run(workplace, tmp_path / "hf", tmp_path, "attention", *options)
     files = write_adapter(folder, tmp_path / "adapter", print)
@@ -322,7 +322,7 @@ def test_peft_reads_the_adapters_of_attention(workplace: Path, base: Path, tmp_p
     theirs = transformers.DbrxForCausalLM.from_pretrained(tmp_path / "hf", torch_dtype=torch.float32)
     before = theirs(TOKENS).logits
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
-    ours, _ = load_model(folder, print)
+    ours = load_model(open_weights(folder, print))
     logits = theirs(TOKENS).logits
     assert (logits - before).abs().max() > 1e-3
     torch.testing.assert_close(ours(TOKENS).logits, logits, rtol=1e-4, atol=1e-5)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
 import json
 import math
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -326,6 +329,15 @@ def test_a_level_of_logging_that_is_none_is_refused() -> None:
     assert done.stderr == "dbrx-train: DBRX_TRAIN_LOG: 'loud' is not one of debug, info, warning\n"
 
 
+def wait_for_server(port: int) -> None:
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        time.sleep(0.2)
+    pytest.fail("MLflow's server does not come up")
+
+
 @pytest.mark.slow
 def test_no_secret_is_shown_or_kept_anywhere(workplace: Path, tmp_path: Path) -> None:
     """A whole run whose tracking server, command line and environment hold secrets, then its report."""
@@ -347,7 +359,8 @@ def test_no_secret_is_shown_or_kept_anywhere(workplace: Path, tmp_path: Path) ->
     path = run_yaml(workplace, tmp_path, "secret")
     options = [f"variables.password={secret}", f"logging.mlflow_uri={uri}", "max_duration=2ba"]
     options += [f"variables.note=of {key}"]
-    try:  # the run comes to its server later than that is up
+    try:
+        wait_for_server(port)
         run = [*command, "train", str(path), *options]
         done = subprocess.run(run, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     finally:

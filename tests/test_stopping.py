@@ -24,8 +24,8 @@ from dbrx_train.config import ConfigError, load
 
 SUPERVISION = Path(__file__).parents[1] / "scripts" / "supervision"
 PROGRAM = Path(__file__).with_name("forked_ranks.py")
-TERM, USR1, KILL = int(signal.SIGTERM), int(signal.SIGUSR1), int(signal.SIGKILL)
-STEPS = 12
+TERM, USR1, KILL, INT = map(int, (signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL, signal.SIGINT))
+STEPS = 14
 SLOW = [("before_forward", 0), ("write", 4), ("eval_batch_start", 6)]
 # Noise in the router, so that a random state which is not what it was shows in the weights.
 OPTIONS = [f"max_duration={STEPS}ba", "model.router_jitter=0.2", "checkpoints.interval=4ba"]
@@ -121,11 +121,18 @@ def test_stopped_in_every_way_on_one_rank_of_two_it_ends_as_if_undisturbed(
         ([], [1, "eval_batch_start", 6, str(TERM)], {6}, "SIGTERM"),
         # Written by a thread, beside the next step
         (["checkpoints.asynchronous=true"], [0, "write", 8, str(TERM)], {8, 9}, "SIGTERM"),
-        (["stop_after=1s"], [], {9, 10}, "stop_after"),
+        (["checkpoints.interval=1ba"], [1, "write", 10, str(INT)], {10}, "Ctrl-C"),
+        (
+            ["checkpoints.interval=1ba", "checkpoints.asynchronous=true"],
+            [0, "write", 11, str(INT)],
+            {11, 12},
+            "Ctrl-C",
+        ),
+        (["stop_after=1s"], [], {12, 13}, "stop_after"),
     ]
     for options, fault, steps, why in stops:
         done = ranks.train("stopped-together", *options, ranks=2, faults=[fault] if fault else [])
-        assert done.codes == [75, 75], (why, done)
+        assert done.codes == ([130, 130] if why == "Ctrl-C" else [75, 75]), (why, done)
         newest = ranks.saved("stopped-together")[0]
         assert newest in {f"ba{step}" for step in steps}, why
         where = ranks.folder / "stopped-together" / "checkpoints" / newest

@@ -15,8 +15,11 @@ import mlflow
 import pytest
 import torch
 from conftest import free_port, run_yaml, saved_tensors
+from warm import Runs
 
 from dbrx_train.checkpoint import folder as folders
+from dbrx_train.checkpoint.huggingface import export
+from dbrx_train.checkpoint.verify import verify
 from dbrx_train.config import ConfigError, load
 from dbrx_train.train.builder import run
 
@@ -399,3 +402,44 @@ def test_microbatches_keep_their_tokens_when_samples_grow_longer() -> None:
     assert sizes(4, 64) == [2, 2]
     assert sizes(2, 256) == [1, 1]
     assert sizes(3, 32) == [3]
+
+
+@pytest.mark.slow
+def test_a_configuration_that_is_not_a_runs_is_not_overwritten(workplace: Path, in_tmp: Path) -> None:
+    path = run_yaml(workplace, in_tmp, "config")
+    text = path.read_text()
+    config = load(path, [f"folder={in_tmp}"])
+    with pytest.raises(ConfigError, match=r"folder: .*/config.yaml is not a run's, and the run would over"):
+        run(config)
+    assert path.read_text() == text
+    assert not (in_tmp / ".lease").exists()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_when_its_reader_leaves_and_is_exported_while_it_prunes(
+    runs: Runs, tmp_path: Path
+) -> None:
+    command = [DBRX_TRAIN, *runs.command("watched", "max_duration=80ba")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        process.stdout.close()
+        exported = 0
+        while process.poll() is None:
+            if not folders.saved(runs.checkpoints("watched")):
+                time.sleep(0.1)
+                continue
+            export(runs.folder("watched"), tmp_path / f"{exported}", torch.float32, pytest.fail)
+            verify(runs.folder("watched"))
+            exported += 1
+        assert process.stderr is not None
+        said = process.stderr.read()
+    assert process.returncode == 0, said
+    assert said.count("nobody reads standard output any more; training goes on") == 1
+    assert exported > 3
+    assert folders.saved(runs.checkpoints("watched"))[0].name == "ba80"
+    assert runs("watched", "max_duration=82ba")[0] == 0
+    assert [path.name for path in folders.saved(runs.checkpoints("watched"))] == ["ba82"], "none is held now"

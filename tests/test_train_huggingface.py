@@ -16,7 +16,7 @@ from warm import Warm
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.huggingface import export
 from dbrx_train.checkpoint.verify import verify
-from dbrx_train.checkpoint.weights import load_model
+from dbrx_train.checkpoint.weights import load_model, open_weights
 from dbrx_train.config import ConfigError, load
 from dbrx_train.data.tokenizer import load_tokenizer
 from dbrx_train.train import exports
@@ -77,7 +77,7 @@ def test_a_run_exports_beside_training_and_another_begins_from_that(
     root = in_tmp / "base" / "exports"
     assert sorted(path.name for path in root.iterdir()) == ["ba3", "ba6", "ba8"]
     last = in_tmp / "base" / "checkpoints" / "ba8"
-    ours, _ = load_model(last, nobody)
+    ours = load_model(open_weights(last, nobody))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(root / "ba8")
     words = transformers.AutoTokenizer.from_pretrained(root / "ba8")("The model reads a token.")
     ids = torch.tensor([words["input_ids"]])
@@ -162,7 +162,7 @@ def test_an_export_that_fails_does_not_end_the_run(
 def test_a_dense_run_is_upcycled(workplace: Path, in_tmp: Path, warm: Warm) -> None:
     dense = ["model.num_experts=1", "model.top_k=1"]
     run(load(run_yaml(workplace, in_tmp, "dense"), [*QUICK, *dense, "max_duration=2ba"]))
-    before, _ = load_model(in_tmp / "dense", nobody)
+    before = load_model(open_weights(in_tmp / "dense", nobody))
     options = [
         *QUICK,
         *STILL,
@@ -176,7 +176,7 @@ def test_a_dense_run_is_upcycled(workplace: Path, in_tmp: Path, warm: Warm) -> N
     assert_equal(
         models(in_tmp / "one" / "checkpoints" / "ba1"), models(in_tmp / "two" / "checkpoints" / "ba1")
     )
-    after, _ = load_model(in_tmp / "one", nobody)
+    after = load_model(open_weights(in_tmp / "one", nobody))
     ids = torch.randint(1000, (2, 30), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(after.eval()(ids).logits, before.eval()(ids).logits, rtol=1e-5, atol=1e-6)

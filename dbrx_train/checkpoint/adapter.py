@@ -117,9 +117,10 @@ def write_adapter(path: Path, out: Path, passed_over: Callable[[str], None]) -> 
     """
     if out.exists():
         raise ValueError(f"{out}: exists already")
-    found = folders.open_newest(path, passed_over)
-    if found is None:
+    held = folders.hold_newest(path, passed_over)
+    if held is None:
         raise ValueError(f"{path}: neither a run with checkpoints nor a checkpoint")
+    found, hold = held
     if not is_adapter(found.config):
         raise ValueError(f"{found.folder}: holds no adapters; its run trained the weights themselves")
     reader, lora = Reader(found.folder), found.config["lora"]
@@ -128,7 +129,8 @@ def write_adapter(path: Path, out: Path, passed_over: Callable[[str], None]) -> 
         for name, (shape, dtype) in reader.shapes.items()
         if name.startswith("model.") and is_factor(name)
     }
-    reader.read({f"model.{name}": tensor for name, tensor in factors.items()})
+    with hold:
+        reader.read({f"model.{name}": tensor for name, tensor in factors.items()})
     experts = {name: tensor for name, tensor in factors.items() if ".experts." in name}
     attention = {f"base_model.model.{name}": factors[name] for name in factors if name not in experts}
     targets = sorted({name.split(".")[-3] for name in attention})

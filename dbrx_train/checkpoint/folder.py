@@ -9,15 +9,17 @@ ba1000/
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import xxhash
 
@@ -32,9 +34,12 @@ __all__ = [
     "check_files",
     "check_listed",
     "fingerprint",
+    "hold",
+    "hold_newest",
     "mark",
     "newest",
     "open_newest",
+    "prune",
     "publish",
     "read",
     "remove",
@@ -288,6 +293,48 @@ def remove(folder: Path) -> None:
     """Delete a checkpoint; if that is interrupted, what is left no longer counts as one."""
     (folder / MARK).unlink(missing_ok=True)
     shutil.rmtree(folder)
+
+
+def prune(folder: Path) -> None:
+    """``remove``, unless any process holds it: then a later call will."""
+    with suppress(FileNotFoundError), (folder / MARK).open("rb") as mark:
+        if _locked(mark, fcntl.LOCK_EX):
+            remove(folder)
+
+
+def hold(folder: Path) -> BinaryIO | None:
+    """Keep a checkpoint from ``prune`` until the result is closed or forgotten; None if it is gone.
+
+    Where the file system knows no locks, it is not kept.
+    """
+    try:
+        mark = (folder / MARK).open("rb")
+    except FileNotFoundError:
+        return None
+    if _locked(mark, fcntl.LOCK_SH) and (folder / MARK).exists():
+        return mark
+    mark.close()
+    return None
+
+
+def hold_newest(path: Path, passed_over: Callable[[str], None]) -> tuple[Checkpoint, BinaryIO] | None:
+    """What ``open_newest`` finds, held (see ``hold``); None if there is nothing."""
+    while (found := open_newest(path, passed_over)) is not None:
+        if (mark := hold(found.folder)) is not None:
+            return found, mark
+        if found.folder == path:
+            raise ValueError(f"{path}: was pruned by its run; name the run's folder for the newest")
+    return None
+
+
+def _locked(file: BinaryIO, kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # no locks here
+        return True
+    return True
 
 
 def remove_torn(root: Path) -> None:

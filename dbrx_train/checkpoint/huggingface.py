@@ -12,7 +12,7 @@ import torch
 
 from dbrx_train import __version__
 from dbrx_train.checkpoint import folder as folders
-from dbrx_train.checkpoint.weights import MANIFEST, Weights, meta_model, open_weights
+from dbrx_train.checkpoint.weights import MANIFEST, Weights, meta_model, open_weights, tokenizer_of
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.families import identity, table
 from dbrx_train.model.generation import STOP_IDS
@@ -48,7 +48,8 @@ def import_folder(path: Path, out: Path, max_shard_bytes: int = MAX_SHARD_BYTES)
         )
         files = {name: folders.fingerprint(partial / name) for name in names}
         time = {"batch": 0, "token": 0}
-        folders.mark(partial, {"config": weights.config, "data": {}, "time": time, "files": files})
+        facts = {"config": weights.config, "data": {}, "time": time, "files": files}
+        folders.mark(partial, facts | {"tokenizer": weights.tokenizer_fingerprint})
     return _size(files)
 
 
@@ -66,26 +67,26 @@ def export(
     Raises:
         ValueError: there are no weights, transformers' class has no place for a feature, or ``out`` exists.
     """
-    weights = open_weights(path, passed_over)
-    model = weights.model
-    check_exportable(model)
-    tokenizer = _tokenizer(weights)  # before hours of writing, for it may not be there
-    state = dict(meta_model(model).named_parameters())
-    parts = table(model, {name: tuple(tensor.shape) for name, tensor in state.items()})
-    tensors = outline(parts, state, dict.fromkeys(state, dtype))
-    with _new_folder(out) as partial:
-        names = write(
-            partial, parts, tensors, lambda name: weights.whole(name, state[name], dtype), max_shard_bytes
-        )
-        write_json(
-            partial / "config.json", model.to_hf() | {"torch_dtype": str(dtype).removeprefix("torch.")}
-        )
-        names += ["config.json", *_write_tokenizer(partial, tokenizer, model)]
-        files = {name: folders.fingerprint(partial / name) for name in names}
-        known = tokenizer and {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint}
-        facts = {"made_by": f"dbrx-train {__version__}", "tokenizer": known, "files": files}
-        write_json(partial / MANIFEST, folders.sealed(facts))
-        sync(partial / MANIFEST)
+    with open_weights(path, passed_over) as weights:
+        model = weights.model
+        check_exportable(model)
+        tokenizer = _tokenizer(weights)  # before hours of writing, for it may not be there
+        state = dict(meta_model(model).named_parameters())
+        parts = table(model, {name: tuple(tensor.shape) for name, tensor in state.items()})
+        tensors = outline(parts, state, dict.fromkeys(state, dtype))
+        with _new_folder(out) as partial:
+            names = write(
+                partial, parts, tensors, lambda name: weights.whole(name, state[name], dtype), max_shard_bytes
+            )
+            write_json(
+                partial / "config.json", model.to_hf() | {"torch_dtype": str(dtype).removeprefix("torch.")}
+            )
+            names += ["config.json", *_write_tokenizer(partial, tokenizer, model)]
+            files = {name: folders.fingerprint(partial / name) for name in names}
+            known = tokenizer and {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint}
+            facts = {"made_by": f"dbrx-train {__version__}", "tokenizer": known, "files": files}
+            write_json(partial / MANIFEST, folders.sealed(facts))
+            sync(partial / MANIFEST)
     return _size(files)
 
 
@@ -99,12 +100,9 @@ def check_exportable(model: DbrxConfig) -> None:
 
 def _tokenizer(weights: Weights) -> Tokenizer | None:
     """The run's, if it is known and the model has a row for each of its ids."""
-    from dbrx_train.data.tokenizer import Tokenizer, load_tokenizer
+    from dbrx_train.data.tokenizer import Tokenizer
 
-    options = weights.config["tokenizer"]
-    if options is None or weights.model.vocab_size < Tokenizer.n_vocab:
-        return None
-    return load_tokenizer(**options)
+    return None if weights.model.vocab_size < Tokenizer.n_vocab else tokenizer_of(weights)
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer | None, model: DbrxConfig) -> list[str]:

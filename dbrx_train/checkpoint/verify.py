@@ -56,11 +56,14 @@ def verify(path: Path) -> list[Verified]:
     if (path / "config.json").is_file():
         return [_hugging_face(path)]
     if (path / folders.MARK).exists():
-        return [_checkpoint(path)]
-    found = folders.saved(path) or folders.saved(path / "checkpoints")
-    if not found:
+        found = [path]
+    else:
+        found = folders.saved(path) or folders.saved(path / "checkpoints")
+    # A run may be pruning: what is gone before it is held is not there to be verified.
+    held = [(each, hold) for each in found if (hold := folders.hold(each)) is not None]
+    if not held:
         raise ValueError(f"{path}: neither a run with checkpoints nor a checkpoint nor a Hugging Face folder")
-    return [_checkpoint(each) for each in found]
+    return [_checkpoint(each) for each, _ in held]
 
 
 def _checkpoint(path: Path) -> Verified:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,9 @@ from dbrx_train.model.lora import is_factor
 from dbrx_train.model.pretrained import Stored, check_finite, map_file, open_files, open_folder, sync
 from dbrx_train.parallel.sharding import local_rows
 
+if TYPE_CHECKING:
+    from dbrx_train.data.tokenizer import Tokenizer
+
 __all__ = [
     "MANIFEST",
     "Weights",
@@ -34,6 +37,7 @@ __all__ = [
     "meta_model",
     "open_weights",
     "read_together",
+    "tokenizer_of",
     "upcycled",
 ]
 
@@ -57,11 +61,26 @@ class Weights:
     Selection biases that are not there are left as they are.
     Raises ValueError if another tensor is missing or has another shape, or a value in safetensors is not
     finite."""
+    tokenizer_fingerprint: str | None = None
+    """Of the tokenizer that they were trained with, where that is known."""
+    holds: tuple[BinaryIO, ...] = ()
+    """Keep runs from pruning what is being read, until ``close``."""
 
     @property
     def model(self) -> DbrxConfig:
         """The model that they are of."""
         return DbrxConfig.from_dict(self.config["model"])
+
+    def __enter__(self) -> Weights:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """They have been read: a run may prune them."""
+        for hold in self.holds:
+            hold.close()
 
     def whole(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
         """One tensor, of the shape of ``like``; raises as ``read``, and if a value is not finite."""
@@ -83,20 +102,23 @@ def open_weights(path: Path, passed_over: Callable[[str], None]) -> Weights:
         return _open_file(path)
     if (path / "config.json").is_file():
         return _open_hugging_face(path)
-    found = folders.open_newest(path, passed_over)
-    if found is None:
+    held = folders.hold_newest(path, passed_over)
+    if held is None:
         raise ValueError(f"{path}: neither a run with checkpoints nor a checkpoint nor a Hugging Face folder")
+    found, hold = held
+    of_checkpoint: dict[str, Any] = {"tokenizer_fingerprint": found.facts.get("tokenizer"), "holds": (hold,)}
     if ".metadata" not in found.facts["files"]:  # imported
-        return _stored(open_folder(found.folder), found.config, identity)
+        return replace(_stored(open_folder(found.folder), found.config, identity), **of_checkpoint)
     reader = Reader(found.folder)
     if is_adapter(found.config):
-        return _merged(found, reader, passed_over)
+        merged = _merged(found, reader, passed_over)
+        return replace(merged, **of_checkpoint | {"holds": (hold, *merged.holds)})
     stored = {name.removeprefix("model."): dtype for name, (_, dtype) in reader.shapes.items()}
 
     def read(tensors: dict[str, Tensor]) -> None:
         reader.read({f"model.{name}": t for name, t in tensors.items() if not _starts_anew(name, stored)})
 
-    return Weights(path, found.config, stored, read)
+    return Weights(path, found.config, stored, read, **of_checkpoint)
 
 
 def _merged(found: folders.Checkpoint, reader: Reader, passed_over: Callable[[str], None]) -> Weights:
@@ -109,24 +131,31 @@ def _merged(found: folders.Checkpoint, reader: Reader, passed_over: Callable[[st
     def read(tensors: dict[str, Tensor]) -> None:
         read_merged(tensors, base.read, found.config, reader)
 
-    return Weights(found.folder, found.config, base.dtypes, read)
+    return Weights(found.folder, found.config, base.dtypes, read, holds=base.holds)
 
 
 def _open_file(path: Path) -> Weights:
     try:
         with safe_open(path, "pt") as file:
-            config = json.loads((file.metadata() or {})["config"])
+            metadata = file.metadata() or {}
+        config = json.loads(metadata["config"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise ValueError(
             f"{path}: not weights that `checkpoint consolidate` wrote ({first_line(error)})"
         ) from None
-    return _stored(open_files(path, [path]), config, identity)
+    stored = _stored(open_files(path, [path]), config, identity)
+    return replace(stored, tokenizer_fingerprint=metadata.get("tokenizer"))
 
 
 def _open_hugging_face(path: Path) -> Weights:
+    from dbrx_train.data.tokenizer import CL100K_FINGERPRINT
+
     model = DbrxConfig.from_hf(path)
-    config = {"model": model.to_dict(), "tokenizer": _tokenizer(path, model)}
-    return _stored(open_folder(path), config, functools.partial(table, model))
+    tokenizer = _tokenizer(path, model)
+    config = {"model": model.to_dict(), "tokenizer": tokenizer}
+    stored = _stored(open_folder(path), config, functools.partial(table, model))
+    fingerprint = None if tokenizer is None else CL100K_FINGERPRINT
+    return replace(stored, tokenizer_fingerprint=fingerprint)
 
 
 def _tokenizer(path: Path, model: DbrxConfig) -> dict[str, Any] | None:
@@ -207,7 +236,8 @@ def upcycled(weights: Weights, config: DbrxConfig) -> Weights:
 
 
 def read_together(weights: Weights, model: nn.Module) -> None:
-    """Fill a model, but not its adapters, each rank its own rows; what is wrong with one's is raised on all.
+    """Fill a model, but not its adapters, each rank its own rows, and close the weights; what is wrong with
+    one's is raised on all.
 
     Raises:
         ValueError: as ``Weights.read``, and what else went wrong on another rank.
@@ -217,6 +247,8 @@ def read_together(weights: Weights, model: nn.Module) -> None:
         weights.read({name: t for name, t in model.state_dict().items() if not is_factor(name)})
     except Exception as error:  # of any kind: the others wait to hear of it
         trouble, cause = str(error) or type(error).__name__, error
+    finally:
+        weights.close()
     troubles = [trouble]
     if dist.is_initialized():
         troubles *= dist.get_world_size()
@@ -234,19 +266,32 @@ def meta_model(config: DbrxConfig) -> Dbrx:
         return Dbrx(config)
 
 
-def load_model(path: Path, passed_over: Callable[[str], None]) -> tuple[Dbrx, dict[str, Any] | None]:
-    """The float32 model in what ``open_weights`` opens.
+def load_model(weights: Weights) -> Dbrx:
+    """The float32 model that has them, which are closed then; raises as ``Weights.read``."""
+    with weights:
+        model: Dbrx = meta_model(weights.model).to_empty(device="cpu")
+        weights.read(model.state_dict())
+    return model
 
-    Beside it, the tokenizer that the run was configured with (``load_tokenizer``'s arguments), None if it is
-    not known.
+
+def tokenizer_of(weights: Weights) -> Tokenizer | None:
+    """The tokenizer that they were trained with, None if it is not known.
 
     Raises:
-        ValueError: there is none.
+        ValueError: its vocabulary cannot be had, or its file holds another one by now.
     """
-    weights = open_weights(path, passed_over)
-    model = meta_model(weights.model).to_empty(device="cpu")
-    weights.read(model.state_dict())
-    return model, weights.config["tokenizer"]
+    from dbrx_train.data.tokenizer import load_tokenizer
+
+    options, known = weights.config["tokenizer"], weights.tokenizer_fingerprint
+    if options is None:
+        return None
+    tokenizer = load_tokenizer(**options)
+    if known not in (None, tokenizer.fingerprint):
+        raise ValueError(
+            f"{options['vocab_file'] or options['name']}: is another vocabulary than the one that "
+            f"{weights.path} was trained with ({tokenizer.fingerprint[:12]}…, not {known[:12]}…); restore it"
+        )
+    return tokenizer
 
 
 def consolidate(path: Path, out: Path, dtype: torch.dtype, passed_over: Callable[[str], None]) -> int:
@@ -260,18 +305,21 @@ def consolidate(path: Path, out: Path, dtype: torch.dtype, passed_over: Callable
     """
     if out.exists():
         raise ValueError(f"{out}: exists already")
-    weights = open_weights(path, passed_over)
-    model = meta_model(weights.model)
-    state = model.state_dict() | {name: tensor.to(dtype) for name, tensor in model.named_parameters()}
-    partial = out.with_name(f"{out.name}.partial")
-    try:
-        tensors = map_file(partial, state, {"config": json.dumps(weights.config)})
-        weights.read(tensors)
-        for name, tensor in tensors.items():
-            check_finite(weights.path, name, tensor)
-        sync(partial)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with open_weights(path, passed_over) as weights:
+        model = meta_model(weights.model)
+        state = model.state_dict() | {name: tensor.to(dtype) for name, tensor in model.named_parameters()}
+        partial = out.with_name(f"{out.name}.partial")
+        try:
+            about = {"config": json.dumps(weights.config)}
+            if weights.tokenizer_fingerprint is not None:
+                about["tokenizer"] = weights.tokenizer_fingerprint
+            tensors = map_file(partial, state, about)
+            weights.read(tensors)
+            for name, tensor in tensors.items():
+                check_finite(weights.path, name, tensor)
+            sync(partial)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
     partial.rename(out)
     return out.stat().st_size

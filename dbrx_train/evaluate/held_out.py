@@ -8,6 +8,7 @@ from math import nan
 
 import torch
 
+from dbrx_train.checkpoint.weights import Weights
 from dbrx_train.config import ConfigError, RunConfig
 from dbrx_train.data.collate import collate, samples_of
 from dbrx_train.data.dataset import EvalDataset
@@ -15,7 +16,7 @@ from dbrx_train.data.manifest import check_dataset
 from dbrx_train.data.tokenizer import load_tokenizer
 from dbrx_train.model.decoder import Dbrx
 
-__all__ = ["HeldOut", "batches", "held_out"]
+__all__ = ["HeldOut", "batches", "check_tokenizer", "held_out"]
 
 Batch = dict[str, torch.Tensor]
 
@@ -61,6 +62,17 @@ def batches(config: RunConfig) -> Iterator[tuple[str, Iterator[Batch]]]:
 def _batches(data: EvalDataset, numbers: range, size: int, eos_id: int) -> Iterator[Batch]:
     for begin in range(0, len(numbers), size):
         yield collate([data[n] for n in numbers[begin : begin + size]], eos_id=eos_id)
+
+
+def check_tokenizer(config: RunConfig, weights: Weights) -> None:
+    """Raise ConfigError if the weights are known to be of another tokenizer than the configuration's."""
+    known, options = weights.tokenizer_fingerprint, config.tokenizer
+    tokenizer = load_tokenizer(options.name, options.vocab_file)
+    if known not in (None, tokenizer.fingerprint):
+        raise ConfigError(
+            f"tokenizer: {options.vocab_file or options.name} is another one than that which {weights.path} "
+            f"was trained with ({tokenizer.fingerprint[:12]}…, not {known[:12]}…)"
+        )
 
 
 @torch.no_grad()

@@ -42,8 +42,8 @@ def generate(
         )
     if temperature < 0:
         raise ValueError(f"temperature: {temperature} is negative; must be 0 (greedy) or more")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p: {top_p} is out of range; must be above 0 and at most 1")
+    if not 0 <= top_p <= 1:
+        raise ValueError(f"top_p: {top_p} is out of range; must be at least 0 and at most 1")
     return _generate(model, input_ids, max_new_tokens, temperature, top_p, stop_ids, generator)
 
 
@@ -76,11 +76,14 @@ def sample(
 ) -> Tensor:
     """Draw a token id per row of logits [B, V] -> [B].
 
-    top_p keeps the smallest set of likeliest tokens whose probability reaches it (arXiv 1904.09751).
+    top_p keeps the smallest set of likeliest tokens whose probability reaches it (arXiv 1904.09751); with 0,
+    the likeliest token alone.
     """
     if temperature == 0:
         return logits.argmax(-1)
     probs, ids = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
     ahead = probs.cumsum(-1) - probs
-    probs = probs.masked_fill(ahead >= top_p, 0.0)
+    surplus = ahead >= top_p
+    surplus[..., 0] = False
+    probs = probs.masked_fill(surplus, 0.0)
     return ids.gather(-1, torch.multinomial(probs, 1, generator=generator)).squeeze(-1)

@@ -20,13 +20,13 @@ from dbrx_train.checkpoint.folder import Checkpoint
 from dbrx_train.checkpoint.remote import Remote
 from dbrx_train.checkpoint.selection import select
 from dbrx_train.checkpoint.weights import Weights, open_weights, upcycled
-from dbrx_train.config import ConfigError, RunConfig, first_line, flatten, naming, to_dict
+from dbrx_train.config import RECORD, ConfigError, RunConfig, first_line, flatten, naming, to_dict
 from dbrx_train.data.tokenizer import load_tokenizer
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.train.environment import say
 from dbrx_train.train.loaders import train_dataset
 
-__all__ = ["check_beginning", "checkpoint_folder", "newest", "open_remote", "same_tokenizer"]
+__all__ = ["check_beginning", "check_folder", "checkpoint_folder", "newest", "open_remote", "same_tokenizer"]
 
 # What the weights' shapes depend on, and the optimizer's state beside them.
 _FIXED_WEIGHTS = (
@@ -53,6 +53,24 @@ _USUAL = (
 
 def checkpoint_folder(config: RunConfig) -> Path:
     return Path(config.folder) / "checkpoints"
+
+
+def check_folder(config: RunConfig) -> None:
+    """The run's folder is one that it may write to.
+
+    Raises:
+        ConfigError: it holds a configuration that no run wrote, and that the run would overwrite.
+    """
+    folder = Path(config.folder)
+    given = folder / "config.yaml"
+    traces = ("checkpoints", "events.jsonl", "time.jsonl")  # of runs that did not yet say whose it is
+    if given.is_file() and not any((folder / name).exists() for name in traces):
+        with given.open(encoding="utf-8", errors="replace") as file:
+            if file.readline() != RECORD:
+                raise ConfigError(
+                    f"folder: {given} is not a run's, and the run would overwrite it; give the run a folder "
+                    f"of its own"
+                )
 
 
 def check_beginning(config: RunConfig, found: Checkpoint | None) -> Weights | None:
@@ -98,7 +116,7 @@ def _fitting(config: RunConfig, weights: Weights) -> Weights:
                 stacklevel=2,
             )
     ours, theirs = asdict(config.tokenizer), weights.config["tokenizer"]
-    if not same_tokenizer(ours, theirs):
+    if not same_tokenizer(ours, theirs, weights.tokenizer_fingerprint):
         warnings.warn(
             f"tokenizer: {ours} here, but that of {weights.path} is {theirs or 'not known'}; ids must mean "
             f"what its weights were trained for",
@@ -108,11 +126,16 @@ def _fitting(config: RunConfig, weights: Weights) -> Weights:
         return upcycled(weights, config.model) if upcycle else weights
 
 
-def same_tokenizer(one: dict[str, Any], other: dict[str, Any] | None) -> bool:
-    if other is None or one == other:
+def same_tokenizer(one: dict[str, Any], other: dict[str, Any] | None, fingerprint: str | None = None) -> bool:
+    """Whether two tokenizers, as configured, give the same ids.
+
+    ``fingerprint``: of the other, as it was when that was used; its file may hold something else by now.
+    """
+    if fingerprint is None and (other is None or one == other):
         return one == other
     try:  # a file may hold what goes by the usual name
-        return load_tokenizer(**one).fingerprint == load_tokenizer(**other).fingerprint
+        known = load_tokenizer(**(other or {})).fingerprint if fingerprint is None else fingerprint
+        return load_tokenizer(**one).fingerprint == known
     except ValueError:
         return False
 

@@ -32,11 +32,12 @@ from dbrx_train.config import (
 from dbrx_train.data.collate import samples_of
 from dbrx_train.data.tokenizer import Tokenizer, load_tokenizer
 from dbrx_train.errors import STOPPED, exit_code, show
+from dbrx_train.files import atomic_write
 from dbrx_train.lease import Lease
 from dbrx_train.parallel import Progress, StoppedTogether, end_together
 from dbrx_train.train import environment, events, report, rollback
 from dbrx_train.train.allocator import keep_freed_memory
-from dbrx_train.train.beginning import check_beginning, checkpoint_folder, newest, open_remote
+from dbrx_train.train.beginning import check_beginning, check_folder, checkpoint_folder, newest, open_remote
 from dbrx_train.train.callbacks.bad_steps import BadSteps
 from dbrx_train.train.callbacks.checkpoints import Checkpoints
 from dbrx_train.train.callbacks.expert_load import ExpertLoad
@@ -86,6 +87,7 @@ def _train(config: RunConfig, device: str, stop: Stop) -> None:
         check_world(config, dist.get_world_size())
         tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.vocab_file)
         check_sources(config, tokenizer)
+        check_folder(config)
         lease = None
         if dist.get_global_rank() == 0:
             lease = Lease(Path(config.folder), lost=lambda what: ending.tell(what, 1), say=say)
@@ -190,7 +192,7 @@ def build_trainer(
             checkpoint_folder(config),
             clock.interval(config.checkpoints.interval),
             config.checkpoints.keep,
-            provenance(config),
+            provenance(config, tokenizer),
             milestone=_milestones(config),
             asynchronous=config.checkpoints.asynchronous,
             remote=remote,
@@ -323,7 +325,8 @@ def _record(config: RunConfig, store: MLflowStore, peak: str) -> None:
     if dist.get_global_rank() != 0:
         return
     path = Path(config.folder) / "config.yaml"
-    path.write_text(to_yaml(config), encoding="utf-8")
+    with atomic_write(path) as partial:
+        partial.write_text(to_yaml(config), encoding="utf-8")
     facts = (
         {key: str(value) for key, value in flatten(for_record(config))}
         | environment.describe()

@@ -12,22 +12,24 @@ from composer.utils import dist
 
 from dbrx_train.config import RunConfig, for_record
 from dbrx_train.data.manifest import MANIFEST
+from dbrx_train.data.tokenizer import Tokenizer
 from dbrx_train.train import environment
 from dbrx_train.train.sharded import mesh_shape
 
 __all__ = ["provenance"]
 
 
-def provenance(config: RunConfig) -> dict[str, Any]:
+def provenance(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """The run's configuration, and how many ranks, on which mesh, with which versions and data.
 
     Fingerprints are XXH3 (128 bits): of the configuration as JSON with sorted keys, and of each source's
-    manifest, byte for byte.
+    manifest, byte for byte. The tokenizer's is its own.
     """
     plain, ranks = for_record(config), dist.get_world_size()
     return {
         "config": plain,
         "ranks": ranks,
+        "tokenizer": tokenizer.fingerprint,
         "made_by": {
             "mesh": asdict(mesh_shape(config, ranks)),
             "versions": environment.versions(),

@@ -248,7 +248,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
         for step in folders.spare(steps, self.keep, self.milestone):
             old = folders.step_folder(self.root, step)
             if old not in needed:
-                folders.remove(old)
+                folders.prune(old)
 
     def _gather(self, mine: str | None) -> list[str | None]:
         """What each rank says, once all have said it."""
