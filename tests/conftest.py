@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import subprocess
@@ -39,6 +40,10 @@ WORDS = [
 ]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--renew-golden", action="store_true", help="record anew what tests/golden guards")
+
+
 def torchrun(ranks: int, *arguments: str) -> str:
     """What a program prints that torchrun starts on so many ranks of this machine."""
     launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
@@ -73,15 +78,42 @@ def write_corpus(folder: Path, seed: int, documents: int = 60) -> Path:
     return folder
 
 
+def prepare_sources(root: Path, seeds: dict[str, int], seq_len: int, documents: int = 60) -> None:
+    """Sources of random sentences in ``root``, by name, each from its seed."""
+    from dbrx_train.data.prepare import prepare
+
+    for name, seed in seeds.items():
+        text = write_corpus(root / "text" / name, seed, documents)
+        prepare([str(text)], str(root / name), seq_len=seq_len, val_fraction=0.2, processes=1, progress=False)
+
+
+def prepare_pairs(root: Path) -> Path:
+    """``root``/pairs: prepared preferences for one word over another."""
+    from dbrx_train.data.chat import ChatFormat
+    from dbrx_train.data.prepare import prepare
+
+    pick = random.Random(0)
+    words = ["the", "model", "reads", "a", "token"]
+    rows = [
+        {
+            "prompt": " ".join(pick.choices(words, k=15 if i % 3 else 1)),
+            "chosen": f"yes {i % 7}",
+            "rejected": f"no {i % 5}",
+        }
+        for i in range(80)
+    ]
+    path = root / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    form = ChatFormat(preferences=True)
+    prepare([str(path)], str(root / "pairs"), seq_len=64, val_fraction=0.2, processes=1, chat=form)
+    return root / "pairs"
+
+
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two prepared sources, ``web`` and ``code``, and an MLflow store."""
-    from dbrx_train.data.prepare import prepare
-
     root = tmp_path_factory.mktemp("workplace")
-    for seed, name in enumerate(("web", "code")):
-        text = write_corpus(root / "text" / name, seed)
-        prepare([str(text)], str(root / name), seq_len=32, val_fraction=0.2, processes=1, progress=False)
+    prepare_sources(root, {"web": 0, "code": 1}, seq_len=32)
     return root
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -15,13 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import free_port, run_yaml, saved_tensors
+from conftest import free_port, prepare_pairs, run_yaml, saved_tensors
 from parallel_ranks import CONFIG as SIZES
 from test_train import mlflow_run
 
 from dbrx_train.config import ConfigError, load
-from dbrx_train.data.chat import ChatFormat
-from dbrx_train.data.prepare import prepare
 from dbrx_train.model.decoder import Dbrx
 from dbrx_train.model.loss import chunked_log_probs
 from dbrx_train.train import reference
@@ -112,20 +108,7 @@ def test_sums_over_documents_stay_float32_under_autocast() -> None:
 def pairs(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prepared preferences for one word over another, and a run to begin from: ``pairs``, ``base``."""
     root = tmp_path_factory.mktemp("preferences")
-    pick = random.Random(0)
-    words = ["the", "model", "reads", "a", "token"]
-    rows = [
-        {
-            "prompt": " ".join(pick.choices(words, k=15 if i % 3 else 1)),
-            "chosen": f"yes {i % 7}",
-            "rejected": f"no {i % 5}",
-        }
-        for i in range(80)
-    ]
-    path = root / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    form = ChatFormat(preferences=True)
-    prepare([str(path)], str(root / "pairs"), seq_len=64, val_fraction=0.2, processes=1, chat=form)
+    prepare_pairs(root)
     run(load(run_yaml(workplace, root, "base"), ["max_duration=2ba", "evaluation.max_samples=0"]))
     return root
 

@@ -14,7 +14,7 @@ from typing import Any
 import mlflow
 import pytest
 import torch
-from conftest import saved_tensors, write_corpus
+from conftest import prepare_sources, saved_tensors
 from warm import Warm
 
 from dbrx_train.checkpoint import folder as folders
@@ -30,12 +30,8 @@ STEPS = 22
 @pytest.fixture(scope="module")
 def recorded(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A YAML with all that may change in a run: a ramp, a growing batch, longer samples at the end."""
-    from dbrx_train.data.prepare import prepare
-
     root = tmp_path_factory.mktemp("recorded")
-    for seed, name in enumerate(("long-web", "long-code")):
-        text = write_corpus(root / "text" / name, 10 + seed, documents=40)
-        prepare([str(text)], str(root / name), seq_len=64, val_fraction=0.2, processes=1, progress=False)
+    prepare_sources(root, {"long-web": 10, "long-code": 11}, seq_len=64, documents=40)
     path = root / "run.yaml"
     path.write_text(f"""
 run_name: recorded

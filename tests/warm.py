@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,13 @@ time_t time(time_t *t) {
 
 
 class Warm:
-    """Runs commands, each with a fault if it is given one."""
+    """Runs commands, each with a fault if it is given one.
 
-    def __init__(self, folder: Path) -> None:
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    ``environment``: further variables, such as those that torch looks at once, when it is imported.
+    """
+
+    def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **(environment or {})}
         self._folder, self._number = folder, 0
         self.has_clock = self._compile()
         if self.has_clock:
