@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from dbrx_train.config import RunConfig, load
 from dbrx_train.train import builder, environment
-from dbrx_train.train.state import model_of, tensors
+from dbrx_train.train.train_state import model_of, tensors
 
 Fault = dict[str, Any]
 """{"step", "in": loss or gradient, "factor", and where: "rank", "microbatch", "times"; by default everywhere,

@@ -357,3 +357,24 @@ def test_all_ranks_skip_what_one_of_them_finds(workplace: Path, tmp_path: Path, 
         assert logged.data.metrics[f"experts/layer{layer:02d}/expert02"] == 1.0
     weights = saved_tensors(tmp_path / "favourite" / "checkpoints" / "ba8")
     assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*events.jsonl")
+def test_skipped_steps_are_not_useful_though_no_event_can_be_kept(workplace: Path, tmp_path: Path) -> None:
+    """What a step did is told by the train state, not by a file."""
+    six = ["max_duration=6ba", "logging.interval=6ba", "checkpoints.interval=6ba"]
+    config = configured(workplace, tmp_path, "unheard", *six, "bad_steps.rollback_after=null")
+    unwritable = Path(config.folder) / "events.jsonl"
+    unwritable.mkdir(parents=True)
+    with faulty(*({"step": step, "in": "loss", "factor": "nan"} for step in (1, 2, 3, 4))) as noted:
+        run(config)
+    assert [changed for _, changed in noted.steps] == [True, False, False, False, False, True]
+    entries = [json.loads(line) for line in (Path(config.folder) / "time.jsonl").read_text().splitlines()]
+    client = mlflow.MlflowClient(config.logging.mlflow_uri)
+    experiment = client.get_experiment_by_name(config.logging.experiment)
+    assert experiment is not None
+    (found,) = client.search_runs([experiment.experiment_id], "tags.run_name = 'unheard'")
+    compute = found.data.metrics["wall/compute"]
+    assert entries[0]["step"] == 6
+    assert entries[0]["useful"] == pytest.approx(compute * 2 / 6, abs=2e-3)

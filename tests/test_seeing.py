@@ -29,7 +29,7 @@ from dbrx_train.duration import Clock
 from dbrx_train.train import builder
 from dbrx_train.train.intervals import every, upcoming
 from dbrx_train.train.page import read, render
-from dbrx_train.train.state import model_of
+from dbrx_train.train.train_state import model_of
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 POINTS = ("0tok, weights: {web: 1}", "2ba, weights: {code: 1}", "4ba, weights: {web: 1, code: 1}")

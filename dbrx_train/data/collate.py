@@ -62,7 +62,10 @@ class TimedLoader(DataLoader[list[dict[str, Any]]]):
 
     waited = 0.0
     """Seconds, of all batches so far."""
-    arrived: Callable[[], None] = staticmethod(lambda: None)
+
+    def __init__(self, dataset: ScheduledDataset, arrived: Callable[[], None], **options: Any) -> None:
+        super().__init__(dataset, **options)
+        self.arrived = arrived
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         batches = super().__iter__()
@@ -77,11 +80,20 @@ class TimedLoader(DataLoader[list[dict[str, Any]]]):
 
 
 def build_loader(
-    dataset: ScheduledDataset, *, eos_id: int, num_workers: int = 0, pin_memory: bool = False
+    dataset: ScheduledDataset,
+    *,
+    eos_id: int,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    arrived: Callable[[], None] = lambda: None,
 ) -> TimedLoader:
-    """A DataLoader of this rank's batches; the dataset makes them, as they need not be of one size."""
+    """A DataLoader of this rank's batches; the dataset makes them, as they need not be of one size.
+
+    ``arrived`` is called for each batch, once it is there.
+    """
     return TimedLoader(
         dataset,
+        arrived,
         batch_size=None,
         num_workers=num_workers,
         collate_fn=partial(collate, eos_id=eos_id),

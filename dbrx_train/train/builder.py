@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import signal
 import warnings
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from composer import Trainer
-from composer.callbacks import MemoryMonitor, SpeedMonitor
 from composer.utils import dist
 
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.adapter import check_base
 from dbrx_train.checkpoint.folder import Checkpoint
-from dbrx_train.checkpoint.huggingface import check_exportable
 from dbrx_train.checkpoint.remote import Remote
 from dbrx_train.checkpoint.tensors import Reader, model_tensors
 from dbrx_train.checkpoint.weights import read_together
@@ -38,31 +35,22 @@ from dbrx_train.parallel import Progress, StoppedTogether, end_together
 from dbrx_train.train import environment, events, report, rollback
 from dbrx_train.train.allocator import keep_freed_memory
 from dbrx_train.train.beginning import check_beginning, check_folder, checkpoint_folder, newest, open_remote
-from dbrx_train.train.callbacks.bad_steps import BadSteps
 from dbrx_train.train.callbacks.checkpoints import Checkpoints
-from dbrx_train.train.callbacks.expert_load import ExpertLoad
-from dbrx_train.train.callbacks.gradients import GradientNorm
-from dbrx_train.train.callbacks.learning_rate import LearningRate
-from dbrx_train.train.callbacks.memory import PeakMemory
-from dbrx_train.train.callbacks.mix import MixServed
+from dbrx_train.train.callbacks.order import Supervision, callbacks
 from dbrx_train.train.callbacks.phases import Phases
-from dbrx_train.train.callbacks.progress import Progress as ProgressBar
 from dbrx_train.train.callbacks.stopping import Stopping
 from dbrx_train.train.composer_model import ComposerDbrx
 from dbrx_train.train.environment import say
-from dbrx_train.train.exports import Exports
 from dbrx_train.train.lines import EVENTS
 from dbrx_train.train.loaders import check_sources, evaluators, train_data
 from dbrx_train.train.mlflow_store import STORE_ERRORS, MLflowStore, reason
 from dbrx_train.train.optimizers import build_optimizer
-from dbrx_train.train.provenance import provenance
 from dbrx_train.train.reference import set_reference
-from dbrx_train.train.sharded import ReduceOnce, build_model, check_left_alone, mesh_shape
-from dbrx_train.train.state import callback_of, model_of, restore
+from dbrx_train.train.sharded import build_model, check_left_alone, mesh_shape
 from dbrx_train.train.stopping import Stop, cause
 from dbrx_train.train.summary import summary
 from dbrx_train.train.throughput import peak_flops
-from dbrx_train.train.watch import watchers
+from dbrx_train.train.train_state import callback_of, model_of, restore
 
 
 def run(config: RunConfig) -> None:
@@ -102,10 +90,9 @@ def _train(config: RunConfig, device: str, stop: Stop) -> None:
         store = _open_store(config, resume=found is not None)
         ending.at_end = store.end
         peak, origin = peak_flops(device, config.precision, config.logging.peak_flops)
-        trainer = build_trainer(config, tokenizer, device, store, peak, remote, lease)
-        stopping = Stopping(stop, callback_of(trainer.state, Checkpoints), config.parallelism.timeout)
-        callbacks = trainer.state.callbacks
-        callbacks[:] = [Phases(progress, *config.hangs.seconds), *callbacks, stopping]
+        supervision = Supervision(Phases(progress, *config.hangs.seconds), stop, lease)
+        trainer = build_trainer(config, tokenizer, device, store, peak, remote, supervision)
+        stopping = callback_of(trainer.state, Stopping)
         afterwards.push(lambda kind, *_: stopping.meet() if kind is StoppedTogether else None)
         # Trainer.close waits for all ranks, of which some may have failed.
         afterwards.push(lambda kind, *_: trainer.close() if kind is None else trainer.engine.close())
@@ -155,12 +142,11 @@ def build_trainer(
     store: MLflowStore,
     peak_flops: float,
     remote: Remote | None = None,
-    lease: Lease | None = None,
+    supervision: Supervision | None = None,
 ) -> Trainer:
     """The Trainer of a run at its beginning.
 
-    ``peak_flops``: of one device, for MFU. ``lease``: of the run's folder, without which nothing is saved
-    there.
+    ``peak_flops``: of one device, for MFU. ``supervision``: None for a Trainer that nobody watches over.
     """
     on_cpu = device == "cpu"
     model = ComposerDbrx(
@@ -168,47 +154,18 @@ def build_trainer(
         cpu_autocast=on_cpu and config.precision == "amp_bf16",
         beta=config.preferences.beta,
     )
-    data = train_data(config, tokenizer)
+    arrived = supervision.phases.batch_arrived if supervision else lambda: None
+    data = train_data(config, tokenizer, arrived)
     clock, optimization = config.clock, config.optimization
-    often = clock.interval(config.logging.interval)
     most = max(stage.tokens_per_batch for stage in clock.stages)
     whole = most // config.data.seq_len // dist.get_world_size()
-    bad_steps = BadSteps(config.bad_steps, Path(config.folder)) if config.bad_steps.skip else None
-    callbacks = [
-        LearningRate(optimization.learning_rate, clock),
-        ReduceOnce(data.split_batch),
-        *watchers(config),
-        *([bad_steps] if bad_steps else []),
-        GradientNorm(optimization.clip_grad_norm, bad_steps),
-        ExpertLoad(often),
-        MixServed(often),
-        SpeedMonitor(
-            window_size=max(1, clock.first_step(config.logging.interval).batch),
-            gpu_flops_available=peak_flops,
-        ),
-        PeakMemory(often) if on_cpu else MemoryMonitor(),
-        ProgressBar(clock, enabled=config.logging.progress),
-        Checkpoints(
-            checkpoint_folder(config),
-            clock.interval(config.checkpoints.interval),
-            config.checkpoints.keep,
-            provenance(config, tokenizer),
-            milestone=_milestones(config),
-            asynchronous=config.checkpoints.asynchronous,
-            remote=remote,
-            prune_remote=config.checkpoints.prune_remote,
-            timeout=config.parallelism.timeout,
-            exports=_exports(config),
-            lease=lease,
-        ),
-    ]
     trainer = Trainer(
         model=model,
         train_dataloader=data,
         eval_dataloader=evaluators(config, tokenizer),
         max_duration=f"{clock.total_tokens}tok",
         optimizers=build_optimizer(model.model, optimization.optimizer),
-        callbacks=callbacks,
+        callbacks=callbacks(config, tokenizer, data, device, peak_flops, remote, supervision),
         loggers=[store],
         run_name=config.run_name,
         progress_bar=False,
@@ -241,7 +198,7 @@ def resume(
     if base is not None:
         with naming("init_from.path: "):
             check_base(reader, model_tensors(model_of(trainer.state)), base)
-    callback_of(trainer.state, Checkpoints).drawn = restore(trainer, checkpoint, reader)
+    restore(trainer, checkpoint, reader)
 
 
 def check_world(config: RunConfig, world_size: int) -> None:
@@ -274,30 +231,6 @@ def check_world(config: RunConfig, world_size: int) -> None:
                 f"{stage.seq_len} after {stage.token:,} tokens",
                 stacklevel=2,
             )
-
-
-def _milestones(config: RunConfig) -> Callable[[int], int]:
-    """How many multiples of ``checkpoints.keep_every`` a step lies beyond."""
-    every, clock = config.checkpoints.keep_every, config.clock
-    if every is None:
-        return lambda step: 0
-    tokens = clock.tokens(every)
-    return lambda step: int(clock.convert(step, "ba", "tok")) // tokens
-
-
-def _exports(config: RunConfig) -> Exports | None:
-    """Writes folders that transformers loads, if asked for.
-
-    Raises:
-        ConfigError: the model has a feature that transformers' class has no place for.
-    """
-    options = config.checkpoints.export
-    if options.interval is None:
-        return None
-    with naming("checkpoints.export: "):
-        check_exportable(config.model)
-    interval = config.clock.interval(options.interval)
-    return Exports(Path(config.folder) / "exports", interval, getattr(torch, options.dtype))
 
 
 def _device(config: RunConfig) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -12,10 +13,11 @@ from composer import DataSpec, Evaluator
 from composer.utils import dist
 from torch.utils.data import DataLoader, Dataset
 
-from dbrx_train.config import ConfigError, RunConfig
+from dbrx_train.config import ConfigError, RunConfig, naming
 from dbrx_train.data.collate import build_loader, collate, samples_of
 from dbrx_train.data.dataset import EvalDataset, Sample, ScheduledDataset
-from dbrx_train.data.manifest import Manifest, check_dataset, read_manifest
+from dbrx_train.data.held_out import HeldOutSamples, held_out_samples
+from dbrx_train.data.manifest import Manifest, check_dataset
 from dbrx_train.data.shards import Source
 from dbrx_train.data.tokenizer import Tokenizer
 from dbrx_train.model.decoder import shift_labels
@@ -40,12 +42,17 @@ def check_sources(config: RunConfig, tokenizer: Tokenizer) -> None:
             remote=source.remote,
         )
         try:
-            manifest = check()
-            if config.evaluation.max_samples and "val" in manifest.splits:
-                check(split="val")
-            _check_kind(config, source.local, manifest)
+            _check_kind(config, source.local, check())
         except ValueError as error:
             raise ConfigError(f"data.sources.{name}: {error}") from None
+    if config.evaluation.max_samples:
+        deque(_held_out(config, tokenizer), maxlen=0)
+
+
+def _held_out(config: RunConfig, tokenizer: Tokenizer) -> Iterator[HeldOutSamples]:
+    most, vocab_size = config.evaluation.max_samples, config.model.vocab_size
+    with naming(""):
+        yield from held_out_samples(config.data.sources, config.sample_lengths, tokenizer, vocab_size, most)
 
 
 def _check_kind(config: RunConfig, folder: str, manifest: Manifest) -> None:
@@ -93,13 +100,16 @@ def train_dataset(config: RunConfig) -> ScheduledDataset:
     )
 
 
-def train_data(config: RunConfig, tokenizer: Tokenizer) -> DataSpec:
-    """``train_dataset`` in batches, with the token counts of each."""
+def train_data(
+    config: RunConfig, tokenizer: Tokenizer, arrived: Callable[[], None] = lambda: None
+) -> DataSpec:
+    """``train_dataset`` in batches, with the token counts of each; ``arrived`` is called for every batch."""
     loader = build_loader(
         train_dataset(config),
         eos_id=tokenizer.eos_id,
         num_workers=config.data.num_workers,
         pin_memory=torch.cuda.is_available(),
+        arrived=arrived,
     )
     count: Callable[[Batch], dict[str, int]] = count_pairs
     if config.preferences.beta is None:
@@ -138,19 +148,16 @@ def evaluators(config: RunConfig, tokenizer: Tokenizer) -> list[Evaluator]:
     """
     if config.evaluation.max_samples == 0:
         return []
-    result, lengths = [], config.sample_lengths
-    for name, source in config.data.sources.items():
-        manifest = read_manifest(source.local)
-        if "val" not in manifest.splits:
+    result = []
+    for part in _held_out(config, tokenizer):
+        name = part.source
+        if part.dataset is None:
             warnings.warn(f"data.sources.{name}: nothing is held out, so it is not evaluated", stacklevel=2)
             continue
-        seq_len = lengths.get(name, manifest.seq_len)
-        dataset = EvalDataset(source.local, seq_len=seq_len, name=name, remote=source.remote)
-        size = min(len(dataset), config.evaluation.max_samples)
-        even = EvenlyShared(dataset, size, dist.get_world_size())
+        even = EvenlyShared(part.dataset, part.samples, dist.get_world_size())
         loader: DataLoader[Batch] = DataLoader(
             even,
-            batch_size=samples_of(config.evaluation.batch_size, config.data.seq_len, seq_len),
+            batch_size=samples_of(config.evaluation.batch_size, config.data.seq_len, part.dataset.seq_len),
             sampler=dist.get_sampler(even, shuffle=False),
             collate_fn=partial(collate, eos_id=tokenizer.eos_id),
             generator=torch.Generator(),  # an iterator draws a number: not one of training's

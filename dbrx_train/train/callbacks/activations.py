@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dbrx_train.duration import Clock
 from dbrx_train.train.intervals import upcoming
-from dbrx_train.train.state import model_of
+from dbrx_train.train.train_state import model_of
 
 
 class Activations(Callback):  # type: ignore[misc]

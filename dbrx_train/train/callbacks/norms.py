@@ -10,7 +10,7 @@ from dbrx_train.model.init import is_norm
 from dbrx_train.model.lora import is_factor
 from dbrx_train.parallel.norms import group_norms
 from dbrx_train.train.intervals import upcoming
-from dbrx_train.train.state import model_of
+from dbrx_train.train.train_state import model_of
 
 _PARTS = {
     "wte": "embedding",

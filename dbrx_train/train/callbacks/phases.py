@@ -33,13 +33,12 @@ class Phases(Callback):  # type: ignore[misc]
         self.phase, self.stepped = "starting", False
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
-        if event == Event.FIT_START:
-            state.train_dataloader.arrived = self._arrived
         self.phase = _PHASES.get(event, self.phase)
         self.stepped = self.stepped or event == Event.BATCH_END
         self._move(state.timestamp.batch.value)
 
-    def _arrived(self) -> None:
+    def batch_arrived(self) -> None:
+        """This rank's loader has a batch: what it waits for from here on is other ranks' data."""
         self.phase = "waiting for other ranks' data"
         self._move(self.progress.place.step)
 

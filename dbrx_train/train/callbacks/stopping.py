@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from composer import Callback, Logger, State
@@ -22,8 +23,9 @@ class Stopping(Callback):  # type: ignore[misc]
     no device waits for it. During an evaluation they agree at every batch, and give up the rest of it.
     """
 
-    def __init__(self, stop: Stop, saver: Checkpoints, timeout: float) -> None:
-        self.stop, self.saver, self.timeout = stop, saver, timedelta(seconds=timeout)
+    def __init__(self, stop: Stop, saver: Checkpoints, folder: Path, timeout: float) -> None:
+        self.stop, self.saver, self.folder = stop, saver, folder
+        self.timeout = timedelta(seconds=timeout)
         self.group: ProcessGroup | None = None
         self.asked = torch.zeros(1, dtype=torch.int64)
         self.work: Work | None = None
@@ -82,5 +84,5 @@ class Stopping(Callback):  # type: ignore[misc]
         self.stop.safe = True
         time = state.timestamp
         facts = {"step": time.batch.value, "tokens": time.token.value, "cause": cause(number)}
-        record(self.saver.root.parent, "stopped", **facts)
+        record(self.folder, "stopped", **facts)
         raise StoppedTogether(code_when_saved(number))

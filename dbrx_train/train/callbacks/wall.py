@@ -12,9 +12,9 @@ from composer import Callback, Event, Logger, State
 from composer.utils import dist
 from composer.utils.misc import create_interval_scheduler
 
-from dbrx_train.train import lines
 from dbrx_train.train.intervals import every
 from dbrx_train.train.ledger import Ledger
+from dbrx_train.train.train_state import outcome_of
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +45,6 @@ class Wall(Callback):  # type: ignore[misc]
         self.entered = self.marked = self.stepped = time.monotonic()
         self.waited = 0.0
         self.step = self.steps = self.kept = 0
-        self.events = lines.Tail(folder / lines.EVENTS)
 
     def fit_start(self, state: State, logger: Logger) -> None:
         self.step = state.timestamp.batch.value
@@ -55,7 +54,6 @@ class Wall(Callback):  # type: ignore[misc]
         elif dist.get_global_rank() == 0:
             ago = max(0.0, time.time() - psutil.Process().create_time())
             self.ledger = Ledger(self.folder, self.step, ago)
-            self.events.read()  # those of earlier starts
 
     def _enter(self, phase: str) -> None:
         now = time.monotonic()
@@ -89,9 +87,16 @@ class Wall(Callback):  # type: ignore[misc]
             self.kept = 0
             if self.ledger is not None:
                 self.ledger.rewind(step - 1)
-        self.step, self.steps, self.kept = step, self.steps + 1, self.kept + 1
+        self.step, self.steps = step, self.steps + 1
+        self.kept += outcome_of(state).taken
         if self.due(state):
             self._mark(state, logger)
+
+    def lose(self, since: int) -> None:
+        """The weights are those of step ``since`` again, though the run goes on in time."""
+        self.kept = 0
+        if self.ledger is not None:
+            self.ledger.lose(since)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         saves = [saving(state, Event.BATCH_CHECKPOINT) for saving in self.saving]  # all, for each keeps count
@@ -130,10 +135,5 @@ class Wall(Callback):  # type: ignore[misc]
             logger.log_metrics({"wall/goodput": self.ledger.goodput})
 
     def _keep(self, ledger: Ledger, compute: float) -> None:
-        """Of so many seconds, those of steps whose work was neither skipped nor lost, as the events say."""
-        news = self.events.read()
-        for event in news:
-            if event.get("kind") == "rollback" and event.get("passed_over"):
-                ledger.lose(event["to_step"])
-        skipped = sum(event.get("kind") == "bad_step" for event in news)
-        ledger.add(self.step, compute * max(0, self.kept - skipped) / max(1, self.steps))
+        """Of so many seconds, those of steps whose work was neither skipped nor lost."""
+        ledger.add(self.step, compute * self.kept / max(1, self.steps))
