@@ -31,7 +31,7 @@ def train(arguments: list[str], synthetic: bool, steps: int) -> None:
     from composer import Logger, State
 
     from dbrx_train import cli
-    from dbrx_train.data.collate import TimedLoader
+    from dbrx_train.data.stream.loader import TimedLoader
     from dbrx_train.train.callbacks import order
 
     class Clock(order.PeakMemory):

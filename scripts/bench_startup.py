@@ -26,7 +26,7 @@ import sys, time
 begin = time.perf_counter()
 from dbrx_train import cli
 marks = [("command line", time.perf_counter())]
-from dbrx_train.train import builder, environment
+from dbrx_train.train import environment, run
 from dbrx_train.train.callbacks import order
 marks.append(("imports", time.perf_counter()))
 
@@ -38,7 +38,7 @@ def timed(place, name):
     setattr(place, name, wrapped)
 
 for name in {names}:
-    timed(environment if name == "join_ranks" else builder, name)
+    timed(environment if name == "join_ranks" else run, name)
 
 class First(order.PeakMemory):
     def fit_start(self, state, logger):

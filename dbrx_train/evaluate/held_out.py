@@ -10,9 +10,9 @@ import torch
 
 from dbrx_train.checkpoint.weights import Weights
 from dbrx_train.config import ConfigError, RunConfig, naming
-from dbrx_train.data.collate import collate, samples_of
-from dbrx_train.data.dataset import EvalDataset
-from dbrx_train.data.held_out import held_out_samples
+from dbrx_train.data.stream.dataset import EvalDataset
+from dbrx_train.data.stream.held_out import held_out_samples
+from dbrx_train.data.stream.loader import collate, samples_of
 from dbrx_train.data.tokenizer import load_tokenizer
 from dbrx_train.model.decoder import Dbrx
 

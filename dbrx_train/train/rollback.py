@@ -13,10 +13,10 @@ from composer.utils import dist
 from tqdm import tqdm
 
 from dbrx_train.checkpoint.folder import Checkpoint
-from dbrx_train.train import events
 from dbrx_train.train.callbacks.bad_steps import BadSteps, RollBack
 from dbrx_train.train.callbacks.checkpoints import Checkpoints
-from dbrx_train.train.callbacks.wall import Wall
+from dbrx_train.train.callbacks.goodput import Wall
+from dbrx_train.train.tracking import events
 from dbrx_train.train.train_state import callback_of, metadata
 
 __all__ = ["fit"]

@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from dbrx_train.config import BadStepsConfig
 from dbrx_train.errors import Stopped
-from dbrx_train.train import events
-from dbrx_train.train.lines import EVENTS
-from dbrx_train.train.step_judge import StepJudge
+from dbrx_train.jsonl import EVENTS
+from dbrx_train.resilience.spike_detector import SpikeDetector
+from dbrx_train.train.tracking import events
 from dbrx_train.train.train_state import StatefulCallback, StepOutcome
 
 Samples = dict[str, list[int]]
@@ -45,7 +45,7 @@ class BadSteps(StatefulCallback):
 
     def __init__(self, config: BadStepsConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
-        self.judge = StepJudge(config)
+        self.judge = SpikeDetector(config.window, config.warmup, config.deviations)
         self.losses: list[Tensor] = []
         """Each microbatch's share of this rank's loss."""
         self.samples: list[tuple[Tensor, Tensor]] = []

@@ -7,7 +7,7 @@ from composer import Callback, Logger, State
 from composer.utils import dist
 from torch import Tensor
 
-from dbrx_train.model.balance import RoutingStats, load_entropy
+from dbrx_train.model.moe.load_balancing import RoutingStats, load_entropy
 from dbrx_train.train.intervals import every
 from dbrx_train.train.train_state import outcome_of
 

@@ -15,26 +15,26 @@ from dbrx_train.checkpoint.remote import Remote
 from dbrx_train.config import RunConfig, naming
 from dbrx_train.data.tokenizer import Tokenizer
 from dbrx_train.lease import Lease
+from dbrx_train.resilience.preemption import Stop
 from dbrx_train.train.callbacks.activations import Activations
 from dbrx_train.train.callbacks.bad_steps import BadSteps
 from dbrx_train.train.callbacks.balancing import ExpertBalancing
 from dbrx_train.train.callbacks.by_source import BySource
 from dbrx_train.train.callbacks.checkpoints import Checkpoints
 from dbrx_train.train.callbacks.expert_load import ExpertLoad
+from dbrx_train.train.callbacks.goodput import Wall
 from dbrx_train.train.callbacks.gradients import GradientNorm
+from dbrx_train.train.callbacks.heartbeat import Phases
 from dbrx_train.train.callbacks.learning_rate import LearningRate
 from dbrx_train.train.callbacks.memory import PeakMemory
 from dbrx_train.train.callbacks.mix import MixServed
 from dbrx_train.train.callbacks.norms import GroupNorms
-from dbrx_train.train.callbacks.phases import Phases
+from dbrx_train.train.callbacks.preemption import Stopping
 from dbrx_train.train.callbacks.profiler import Profiler
 from dbrx_train.train.callbacks.progress import Progress
-from dbrx_train.train.callbacks.stopping import Stopping
-from dbrx_train.train.callbacks.wall import Wall
 from dbrx_train.train.exports import Exports
-from dbrx_train.train.provenance import provenance
 from dbrx_train.train.sharded import ReduceOnce
-from dbrx_train.train.stopping import Stop
+from dbrx_train.train.tracking.provenance import provenance
 from dbrx_train.train.train_state import TrainState
 
 __all__ = ["METRICS", "Supervision", "callbacks"]
