@@ -199,6 +199,7 @@ def data_mix(
         sizes[name] = manifest.splits["train"].samples
     run.check_repetition(mix, sizes)
     print(pictures.table(mix, sizes, run.clock))
+    picture = picture if picture.suffix else picture.with_suffix(".png")
     with atomic_write(picture) as partial:
         pictures.draw(mix, sizes, run.clock, partial)
     off = f"{mix.max_deviation:.2f} samples per canonical node"

@@ -552,9 +552,9 @@ class RunConfig:
             "model.output_z_loss_weight: is of next-token prediction; preferences need it to be 0",
         )
         _require(
-            re.fullmatch(r"\w[\w .+=@,-]{,199}", self.run_name) is not None,
-            f"run_name: {self.run_name!r} names a folder too; begin with a letter or digit, and go on with "
-            f"those, blanks and any of _ . + = @ , - (200 in all)",
+            _names_a_folder(self.run_name),
+            f"run_name: {self.run_name!r} names a folder, too, which must lie inside of `runs`: no part of "
+            f"it may be empty, . or .., and it has at most 200 bytes and no control character",
         )
         _require(0 <= self.seed < 2**32, f"seed: must be at least 0 and below 2**32, not {self.seed}")
         longest = self.model.max_seq_len
@@ -677,6 +677,12 @@ class RunConfig:
             sources=list(self.data.sources),
             canonical_nodes=self.data.canonical_nodes,
         )
+
+
+def _names_a_folder(name: str) -> bool:
+    """One that lies inside of another."""
+    parts = [part.strip() for part in name.split("/")]
+    return name.isprintable() and len(name.encode()) <= 200 and not {"", ".", ".."} & set(parts)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

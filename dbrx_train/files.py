@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import xxhash
 
-__all__ = ["atomic_write", "naming_file", "seal"]
+__all__ = ["atomic_write", "naming_file", "new_folder", "seal"]
 
 
 @contextmanager
@@ -29,9 +30,16 @@ def naming_file(path: str | os.PathLike[str]) -> Iterator[None]:
 def atomic_write(path: Path) -> Iterator[Path]:
     """A file beside ``path`` to write, which takes its place once the body is done, and goes if it fails.
 
+    What is no plain file, such as ``/dev/stdout``, is written as it is.
+
     Raises:
         OSError: of ``path``, whatever was being done.
     """
+    if path.exists() and not path.is_file():
+        with naming_file(path):
+            yield path
+        return
+    path = path.resolve()  # a link stays one
     partial = path.with_name(f"{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
         with naming_file(path):
@@ -42,6 +50,26 @@ def atomic_write(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.filename == str(partial):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes ``out`` once it is whole.
+
+    Raises:
+        ValueError: ``out`` exists.
+    """
+    if out.exists():
+        raise ValueError(f"{out}: exists already")
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    partial.rename(out)
 
 
 def seal(values: Mapping[str, Any]) -> str:

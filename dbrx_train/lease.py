@@ -12,6 +12,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -51,7 +52,7 @@ class Lease:
     def __init__(self, folder: Path, lost: Callable[[str], None], say: Callable[[str], None]) -> None:
         self.folder, self._root = folder, folder / FOLDER
         self._lost, self._say = lost, say
-        self._number = 0
+        self._number, self._token = 0, uuid.uuid4().hex
         self._over = threading.Event()
 
     def __enter__(self) -> Lease:
@@ -69,14 +70,14 @@ class Lease:
         self._thread.join()
         # If this fails, the next one finds out that the process has ended.
         with suppress(OSError):
-            if self._numbers()[-1:] == [self._number]:
+            if self._successor() is None:
                 with atomic_write(self._path(self._number)) as partial:
-                    partial.write_text(json.dumps(_holder() | {"released": time.time()}), encoding="utf-8")
+                    partial.write_text(self._text(released=time.time()), encoding="utf-8")
 
     def check(self) -> None:
         """Raise LeaseLost if another process has taken the folder over."""
-        if successor := self._successor():
-            raise LeaseLost(f"lost {self.folder} to {_described(_read(self._path(successor)))}")
+        if (successor := self._successor()) is not None:
+            raise LeaseLost(f"lost {self.folder} to {_described(successor)}")
 
     def _claim(self) -> bool:
         """Whether the folder is ours now; if not, try again."""
@@ -87,14 +88,14 @@ class Lease:
         mine = self._path(latest + 1)
         try:
             with naming_file(mine), mine.open("x", encoding="utf-8") as file:
-                file.write(json.dumps(_holder()))
+                file.write(self._text())
         except FileExistsError:
             return False
         except OSError:
             mine.unlink(missing_ok=True)
             raise
         self._number = latest + 1
-        if self._successor():  # made while this process slept, and the number was free again
+        if self._numbers()[-1] > self._number:  # made while this process slept, and the number was free again
             mine.unlink(missing_ok=True)
             return False
         for old in before:
@@ -105,7 +106,8 @@ class Lease:
         holder = _read(path)
         if "released" in holder:
             return
-        if _is_same(holder.get("machine"), _machine()):
+        here = holder.get("machine") is not None and holder["machine"] == _machine()
+        if here and not _is_hidden(holder["pid"]):
             alive = _started(holder["pid"]) == holder["started"] is not None
         else:
             alive = self._is_renewed(path, holder)
@@ -142,12 +144,22 @@ class Lease:
         try:
             os.utime(mine)  # which needs no room on the disk
         except FileNotFoundError:
-            if not self._successor():  # the folder was deleted
+            if self._successor() is None:  # the folder was deleted
                 self._root.mkdir(parents=True, exist_ok=True)
-                mine.write_text(json.dumps(_holder()), encoding="utf-8")
+                with suppress(FileExistsError), mine.open("x", encoding="utf-8") as file:
+                    file.write(self._text())
 
-    def _successor(self) -> int | None:
-        return next((number for number in self._numbers() if number > self._number), None)
+    def _successor(self) -> dict[str, Any] | None:
+        """Who holds the folder, if it is another process: with a higher number or, after the folder was
+        deleted, with any, ours included."""
+        numbers = self._numbers()
+        if not numbers:
+            return None
+        latest = _read(self._path(numbers[-1]))
+        return None if latest.get("token") in (self._token, None) else latest
+
+    def _text(self, **more: Any) -> str:
+        return json.dumps(_holder() | {"token": self._token, **more})
 
     def _numbers(self) -> list[int]:
         return sorted(int(path.stem) for path in self._root.glob("*.json") if path.stem.isdecimal())
@@ -178,8 +190,17 @@ def _machine() -> str | None:
         return None
 
 
-def _is_same(one: str | None, other: str | None) -> bool:
-    return one is not None and one == other
+def _is_hidden(pid: int) -> bool:
+    """A process of another user's, of which this system tells nothing (``hidepid``)."""
+    if _started(pid) is not None:
+        return False
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _started(pid: int) -> str | None:

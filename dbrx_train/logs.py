@@ -34,12 +34,13 @@ def begin() -> None:
 
 
 def outlive_readers() -> None:
-    """From here on it is no error that whoever reads the output leaves, as ``| head`` does."""
+    """From here on it is no error that output cannot be written: its reader left, as ``| head`` does, the
+    terminal was closed, or the disk of a log is full."""
     sys.stdout, sys.stderr = (cast(TextIO, _Outliving(stream)) for stream in (sys.stdout, sys.stderr))
 
 
 class _Outliving:
-    """A stream that goes on into nothing once nobody reads it."""
+    """A stream that goes on into nothing once nothing can be written."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -50,14 +51,14 @@ class _Outliving:
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
-        except BrokenPipeError:
+        except OSError:
             self._leave()
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
-        except BrokenPipeError:
+        except OSError:
             self._leave()
 
     def _leave(self) -> None:

@@ -49,11 +49,13 @@ def test_variables_interpolate_and_are_no_part_of_the_run(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("run_name=..", "run_name: '..' names a folder too; begin with a letter or digit, and go on"),
-        ("run_name=../x", "run_name: '../x' names a folder too"),
-        ("run_name=.", "run_name: '.' names a folder too"),
-        ("run_name=a/b", "run_name: 'a/b' names a folder too"),
-        ("run_name=''", "run_name: '' names a folder too"),
+        ("run_name=..", "run_name: '..' names a folder, too, which must lie inside of `runs`: no part of"),
+        ("run_name=../x", "run_name: '../x' names a folder"),
+        ("run_name=a/../../b", "run_name: 'a/../../b' names a folder"),
+        ("run_name=.", "run_name: '.' names a folder"),
+        ("run_name=/a", "run_name: '/a' names a folder"),
+        ("run_name=''", "run_name: '' names a folder"),
+        ("run_name=" + "é" * 101, "it has at most 200 bytes"),
         ("model.d_modle=64", "unknown key model.d_modle; did you mean d_model?"),
         ("optimization.optimiser.lr=1", "unknown key optimization.optimiser; did you mean optimizer?"),
         ("data.sources.web.locl=x", "unknown key data.sources.web.locl; did you mean local?"),
@@ -187,3 +189,8 @@ def test_a_schedule_that_does_not_come_to_what_it_is_for_is_warned_of(yaml_file:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load(yaml_file, [*wsd, "optimization.learning_rate.decay=5ba"])
+
+
+@pytest.mark.parametrize("name", ["lr:3e-4", "team/web-9b", "run#1 (2)", "v1~b"])
+def test_other_names_are_the_users_own(yaml_file: Path, name: str) -> None:
+    assert load(yaml_file, [f"run_name='{name}'"]).folder == f"runs/{name}"

@@ -42,7 +42,15 @@ def elsewhere(folder: Path, number: int = 1) -> Path:
     """The lease of a process on another machine."""
     path = folder / ".lease" / f"{number}.json"
     path.parent.mkdir(exist_ok=True)
-    holder = {"host": "far", "pid": 7, "job": "Slurm job 42", "since": 0, "machine": "x", "started": "1"}
+    holder = {
+        "host": "far",
+        "pid": 7,
+        "job": "Slurm job 42",
+        "since": 0,
+        "machine": "x",
+        "started": "1",
+        "token": "far",
+    }
     path.write_text(json.dumps(holder))
     return path
 
@@ -91,11 +99,13 @@ def test_a_holder_elsewhere_lives_as_long_as_it_renews(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_holder_that_was_thought_dead_finds_its_successor(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [2, 1])
+def test_a_holder_that_was_thought_dead_finds_its_successor(tmp_path: Path, number: int) -> None:
+    """With the next number or, if somebody deleted the folder and started anew, with the same."""
     said: list[str] = []
     with claim(tmp_path, said) as ours:
         ours.check()
-        elsewhere(tmp_path, 2)
+        elsewhere(tmp_path, number)
         with pytest.raises(LeaseLost, match=f"lost {tmp_path} to process 7 on far"):
             ours.check()
         deadline = time.monotonic() + 10
@@ -103,7 +113,7 @@ def test_a_holder_that_was_thought_dead_finds_its_successor(tmp_path: Path) -> N
             time.sleep(0.05)
     assert said
     assert all(line.startswith(f"lost {tmp_path} to process 7 on far") for line in said)
-    assert "released" not in json.loads((tmp_path / ".lease" / "2.json").read_text()), (
+    assert "released" not in json.loads((tmp_path / ".lease" / f"{number}.json").read_text()), (
         "it is not ours to release"
     )
 

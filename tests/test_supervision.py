@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -161,3 +162,22 @@ def test_a_signal_is_passed_on_and_its_code_back(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == 74, "and it is not started again"
     assert (tmp_path / "runs").read_text().split() == ["run", "saved"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_torchruns_launcher_reaches_the_ranks(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGINT, lambda *_: sys.exit(130))\n"
+        "pathlib.Path(os.environ['RANK']).touch()\n"
+        "time.sleep(100)\n"
+    )
+    launch = [sys.executable, str(FOLDER / "torchrun.py"), "--nproc-per-node=2"]
+    launch += [f"--master-port={free_port()}", str(program)]
+    with subprocess.Popen(launch, cwd=tmp_path, stderr=subprocess.DEVNULL) as launcher:
+        deadline = time.monotonic() + 100
+        while not all((tmp_path / rank).exists() for rank in "01") and time.monotonic() < deadline:
+            time.sleep(0.1)
+        launcher.send_signal(signal.SIGINT)
+        assert launcher.wait(timeout=60) == 130

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.tensors import Reader
+from dbrx_train.config import first_line
+from dbrx_train.files import new_folder
 from dbrx_train.model.init import is_norm
 from dbrx_train.model.lora import factor_names, is_factor
 from dbrx_train.parallel.fsdp import local_rows
@@ -115,8 +118,6 @@ def write_adapter(path: Path, out: Path, passed_over: Callable[[str], None]) -> 
     Raises:
         ValueError: there is no such checkpoint, or ``out`` exists.
     """
-    if out.exists():
-        raise ValueError(f"{out}: exists already")
     held = folders.hold_newest(path, passed_over)
     if held is None:
         raise ValueError(f"{path}: neither a run with checkpoints nor a checkpoint")
@@ -134,27 +135,30 @@ def write_adapter(path: Path, out: Path, passed_over: Callable[[str], None]) -> 
     experts = {name: tensor for name, tensor in factors.items() if ".experts." in name}
     attention = {f"base_model.model.{name}": factors[name] for name in factors if name not in experts}
     targets = sorted({name.split(".")[-3] for name in attention})
-    out.mkdir(parents=True)
     written = []
-    if experts:
-        about = {"format": "pt", "rank": str(lora["rank"]), "alpha": str(lora["alpha"])}
-        save_file(experts, out / EXPERTS_FILE, about)
-        written.append(EXPERTS_FILE)
-    if attention:
-        save_file(attention, out / PEFT_FILES[1], {"format": "pt"})
-        base = found.config["init_from"]["path"]
-        content = {
-            "base_model_name_or_path": base if Path(base, "config.json").is_file() else None,
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "inference_mode": True,
-            "lora_alpha": lora["alpha"],
-            "lora_dropout": 0.0,
-            "peft_type": "LORA",
-            "r": lora["rank"],
-            "target_modules": targets,
-            "task_type": "CAUSAL_LM",
-        }
-        (out / PEFT_FILES[0]).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        written += PEFT_FILES
+    try:
+        with new_folder(out) as partial:
+            if experts:
+                about = {"format": "pt", "rank": str(lora["rank"]), "alpha": str(lora["alpha"])}
+                save_file(experts, partial / EXPERTS_FILE, about)
+                written.append(EXPERTS_FILE)
+            if attention:
+                save_file(attention, partial / PEFT_FILES[1], {"format": "pt"})
+                base = found.config["init_from"]["path"]
+                content = {
+                    "base_model_name_or_path": base if Path(base, "config.json").is_file() else None,
+                    "bias": "none",
+                    "fan_in_fan_out": False,
+                    "inference_mode": True,
+                    "lora_alpha": lora["alpha"],
+                    "lora_dropout": 0.0,
+                    "peft_type": "LORA",
+                    "r": lora["rank"],
+                    "target_modules": targets,
+                    "task_type": "CAUSAL_LM",
+                }
+                (partial / PEFT_FILES[0]).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+                written += PEFT_FILES
+    except SafetensorError as error:
+        raise ValueError(f"{out}: cannot be written ({first_line(error)})") from None
     return written

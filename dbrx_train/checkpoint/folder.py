@@ -9,6 +9,7 @@ ba1000/
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -24,7 +25,7 @@ from typing import Any, BinaryIO
 import xxhash
 
 from dbrx_train.config import first_line
-from dbrx_train.files import seal
+from dbrx_train.files import naming_file, seal
 from dbrx_train.model.hf.files import check_names
 
 __all__ = [
@@ -234,7 +235,7 @@ def check_file(file: Path, facts: Any) -> None:
 def mark(folder: Path, facts: dict[str, Any]) -> None:
     """Make the files in ``folder`` a checkpoint, at once and for good."""
     unfinished = folder / f"{MARK}.partial"
-    with unfinished.open("w", encoding="utf-8") as file:
+    with naming_file(unfinished), unfinished.open("w", encoding="utf-8") as file:
         json.dump(sealed(facts), file, indent=1)
         file.flush()
         os.fsync(file.fileno())
@@ -297,7 +298,8 @@ def remove(folder: Path) -> None:
 
 def prune(folder: Path) -> None:
     """``remove``, unless any process holds it: then a later call will."""
-    with suppress(FileNotFoundError), (folder / MARK).open("rb") as mark:
+    # Over NFS, whose locks are those of fcntl, one that is to be alone needs a file open for writing.
+    with suppress(FileNotFoundError), (folder / MARK).open("r+b") as mark:
         if _locked(mark, fcntl.LOCK_EX):
             remove(folder)
 
@@ -332,8 +334,9 @@ def _locked(file: BinaryIO, kind: int) -> bool:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # no locks here
-        return True
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
     return True
 
 

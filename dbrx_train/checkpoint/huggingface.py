@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +11,7 @@ import torch
 from dbrx_train import __version__
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.weights import MANIFEST, Weights, meta_model, open_weights, tokenizer_of
+from dbrx_train.files import new_folder
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.generation import STOP_IDS
 from dbrx_train.model.hf.files import MAX_SHARD_BYTES, outline, sync, write, write_json
@@ -37,7 +36,7 @@ def import_folder(path: Path, out: Path, max_shard_bytes: int = MAX_SHARD_BYTES)
     weights = open_weights(path, _unheard)
     state = dict(meta_model(weights.model).named_parameters())
     parts = identity({name: tuple(tensor.shape) for name, tensor in state.items()})
-    with _new_folder(out) as partial:
+    with new_folder(out) as partial:
         tensors = outline(parts, state, weights.dtypes)
         names = write(
             partial,
@@ -74,7 +73,7 @@ def export(
         state = dict(meta_model(model).named_parameters())
         parts = table(model, {name: tuple(tensor.shape) for name, tensor in state.items()})
         tensors = outline(parts, state, dict.fromkeys(state, dtype))
-        with _new_folder(out) as partial:
+        with new_folder(out) as partial:
             names = write(
                 partial, parts, tensors, lambda name: weights.whole(name, state[name], dtype), max_shard_bytes
             )
@@ -119,26 +118,6 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer | None, model: DbrxConfi
     }
     write_json(folder / "generation_config.json", generation)
     return [*names, "generation_config.json"]
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes ``out`` once it is whole.
-
-    Raises:
-        ValueError: ``out`` exists.
-    """
-    if out.exists():
-        raise ValueError(f"{out}: exists already")
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    partial.rename(out)
 
 
 def _size(files: dict[str, dict[str, Any]]) -> int:

@@ -60,10 +60,14 @@ def verify(path: Path) -> list[Verified]:
     else:
         found = folders.saved(path) or folders.saved(path / "checkpoints")
     # A run may be pruning: what is gone before it is held is not there to be verified.
-    held = [(each, hold) for each in found if (hold := folders.hold(each)) is not None]
-    if not held:
+    verified = []
+    for each in found:
+        if (hold := folders.hold(each)) is not None:
+            with hold:
+                verified.append(_checkpoint(each))
+    if not verified:
         raise ValueError(f"{path}: neither a run with checkpoints nor a checkpoint nor a Hugging Face folder")
-    return [_checkpoint(each) for each, _ in held]
+    return verified
 
 
 def _checkpoint(path: Path) -> Verified:

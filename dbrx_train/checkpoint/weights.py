@@ -148,25 +148,29 @@ def _open_file(path: Path) -> Weights:
 
 
 def _open_hugging_face(path: Path) -> Weights:
-    from dbrx_train.data.tokenizer import CL100K_FINGERPRINT
-
     model = DbrxConfig.from_hf(path)
-    tokenizer = _tokenizer(path, model)
+    tokenizer, fingerprint = _tokenizer(path, model)
     config = {"model": model.to_dict(), "tokenizer": tokenizer}
     stored = _stored(open_folder(path), config, functools.partial(table, model))
-    fingerprint = None if tokenizer is None else CL100K_FINGERPRINT
     return replace(stored, tokenizer_fingerprint=fingerprint)
 
 
-def _tokenizer(path: Path, model: DbrxConfig) -> dict[str, Any] | None:
-    """DBRX's, if the folder's is that: of ours the manifest tells, of others the model's class."""
+def _tokenizer(path: Path, model: DbrxConfig) -> tuple[dict[str, Any] | None, str | None]:
+    """The folder's tokenizer, if it is DBRX's, and the fingerprint of whichever it is, where that is known.
+
+    Of an export of ours the manifest tells, of folders from elsewhere the model's class.
+    """
     from dbrx_train.data.tokenizer import CL100K_FINGERPRINT
 
+    usual = DBRX_TOKENIZER if model.norm == "layernorm" else None
     try:
-        known = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["tokenizer"]["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError):  # from elsewhere, older, or without a tokenizer
-        return DBRX_TOKENIZER if model.norm == "layernorm" else None
-    return DBRX_TOKENIZER if known == CL100K_FINGERPRINT else None
+        written = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["tokenizer"]
+    except (OSError, ValueError, KeyError, TypeError):  # from elsewhere, or older
+        return usual, None if usual is None else CL100K_FINGERPRINT
+    if not isinstance(written, dict):  # the model has no row for each of the ids of any that is known
+        return usual, None
+    known = written.get("fingerprint")
+    return DBRX_TOKENIZER if known == CL100K_FINGERPRINT else None, known
 
 
 def _stored(

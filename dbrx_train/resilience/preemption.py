@@ -58,7 +58,7 @@ class Stop:
         """Nothing would be lost by exiting now."""
         self.tell: Callable[[str, int], None] = lambda what, code: None
         """Tells the other ranks why this one exits, and with what code."""
-        self._grace, self._training, self._number = grace, False, 0
+        self._grace, self._training, self._leaving, self._number = grace, False, False, 0
         self._heard_at: float | None = None
         age = time.time() - psutil.Process().create_time()
         self._deadline = None if after is None else time.monotonic() + after - age
@@ -112,7 +112,8 @@ class Stop:
                 self._wakes.send(b"\0")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self._training:
+        if not (self._training or self._leaving):  # a second one must not cut off what the first began
+            self._leaving = True
             raise SystemExit(code_when_saved(number))
 
     def _listen(self) -> None:

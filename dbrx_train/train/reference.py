@@ -18,6 +18,7 @@ from dbrx_train.config import ConfigError, RunConfig
 from dbrx_train.data.stream.dataset import EvalDataset
 from dbrx_train.data.stream.loader import collate, samples_of
 from dbrx_train.data.tokenizer import Tokenizer
+from dbrx_train.files import atomic_write
 from dbrx_train.train.preferences import document_log_probs
 
 __all__ = ["set_reference"]
@@ -64,10 +65,8 @@ def _table(
     table = _computed(config, trainer, tokenizer, data)
     if dist.get_local_rank() == 0:  # hosts need not share the folder
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{dist.get_global_rank()}.partial")
-        with partial.open("wb") as file:
+        with atomic_write(path) as partial, partial.open("wb") as file:
             np.save(file, table)
-        partial.replace(path)
     return table
 
 

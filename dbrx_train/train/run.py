@@ -206,14 +206,15 @@ def _report(config: RunConfig, store: MLflowStore, batch: int) -> None:
     try:
         if store.metric_history("loss/train/total"):  # else the store is out of reach, and has none
             path = Path(config.folder) / "training.png"
-            picture.draw(store, config.clock, path)
+            with atomic_write(path) as partial:
+                picture.draw(store, config.clock, partial)
             store.log_artifact(path)
         for source, points in picture.held_out_losses(store).items():
             (begin, first), (step, last) = points[0], points[-1]
             before = f"{first:.3f} after {_tokens(config, begin)}, " if len(points) > 1 else ""
             say(f"held-out {source}: loss {before}{last:.3f} after {_tokens(config, step)}")
     except STORE_ERRORS as error:
-        say(f"no picture of the run: MLflow cannot be read ({first_line(error)})")
+        say(f"no picture of the run, or its last figures: {first_line(error)}")
     say(f"checkpoint: {checkpoint_folder(config)}/ba{batch}")
     uri = config.logging.mlflow_uri
     page = f"#/experiments/{store.experiment_id}/runs/{store.run_id}"

@@ -3,9 +3,9 @@
 python scripts/supervision/torchrun.py TORCHRUN-ARGUMENT... -m dbrx_train train CONFIG
 
 torchrun itself exits with 1 whatever its ranks exit with, and at a SIGTERM leaves them 30 seconds before it
-kills them. Here SIGTERM and SIGUSR1 are passed to the ranks as SIGUSR1, and they end in their own time: give
-them as much as `stopping.grace`. Leave `--max-restarts` at 0, since torchrun would start again a run that
-has stopped as it was asked to: restart.sh restarts by the exit code.
+kills them. Here SIGTERM and SIGUSR1 are passed to the ranks as SIGUSR1, and Ctrl-C as what it is; they end
+in their own time: give them as much as `stopping.grace`. Leave `--max-restarts` at 0, since torchrun would
+start again a run that has stopped as it was asked to: restart.sh restarts by the exit code.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ def launch() -> None:
 
 
 def pass_on(number: int, frame: FrameType | None) -> None:
-    for rank in psutil.Process().children():
-        rank.send_signal(signal.SIGUSR1)
+    passed = signal.SIGINT if number == signal.SIGINT else signal.SIGUSR1
+    for rank in psutil.Process().children():  # in sessions of their own: Ctrl-C reaches the launcher alone
+        rank.send_signal(passed)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, pass_on)
-    signal.signal(signal.SIGUSR1, pass_on)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, pass_on)
     # On the main thread, torchrun would set signal handlers of its own.
     launcher = threading.Thread(target=launch)
     launcher.start()

@@ -44,6 +44,9 @@ def reason(error: Exception) -> str:
     return next(filter(None, lines), first_line(error))
 
 
+_LOCK_SECONDS = 60.0
+
+
 @contextmanager
 def _alone(uri: str) -> Iterator[None]:
     """One process at a time: two that make an SQLite store's tables or experiment at once fail."""
@@ -52,7 +55,7 @@ def _alone(uri: str) -> Iterator[None]:
         yield
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_name(f".{file.name}.lock")):
+    with FileLock(file.with_name(f".{file.name}.lock"), timeout=_LOCK_SECONDS):
         yield
 
 
