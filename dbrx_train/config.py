@@ -75,7 +75,7 @@ class MixPointConfig:
     weights: dict[str, float] = _doc(
         "share of each source; need not sum to 1; a source left out gets 0", dict
     )
-    reach: str = _doc("`step`: jump here; `linear`: ramp from the point before", "step")
+    interpolation: str = _doc("`step`: jump here; `linear`: ramp from the point before", "step")
     seq_len: int | None = _doc(
         "tokens per sample from here on, of sources prepared at that length; a step keeps its tokens", None
     )
@@ -268,7 +268,7 @@ class BadStepsConfig:
     )
     window: int = _doc("good steps, the latest, that say what is usual", 128)
     warmup: int = _doc("good steps before a finite loss or gradient can be bad", 64)
-    deviations: float | None = _doc(
+    mad_threshold: float | None = _doc(
         "how far above the median a loss or gradient norm is bad, in median absolute deviations; both of "
         "logarithms, and a deviation is 0.05 at least: so 20 is never less than 2.7 times the median; null: "
         "what is finite is good",
@@ -280,7 +280,7 @@ class BadStepsConfig:
         10,
     )
     max_rollbacks: int = _doc("roll-backs over one trouble, before the run stops with exit code 1", 3)
-    pass_over: bool = _doc(
+    skip_data: bool = _doc(
         "go back with weights and optimizer alone, and on with the data after the bad steps; otherwise what "
         "came since the checkpoint is trained on again",
         False,
@@ -292,8 +292,8 @@ class BadStepsConfig:
             1 <= self.warmup <= self.window,
             f"bad_steps.warmup: must be at least 1 and at most window {self.window}, not {self.warmup}",
         )
-        far = self.deviations
-        _require(far is None or far > 0, f"bad_steps.deviations: must be positive or null, not {far}")
+        far = self.mad_threshold
+        _require(far is None or far > 0, f"bad_steps.mad_threshold: must be positive or null, not {far}")
         after = self.rollback_after
         _require(
             after is None or after >= 1, f"bad_steps.rollback_after: must be positive or null, not {after}"
@@ -443,19 +443,19 @@ class EvaluationConfig:
 
 
 @dataclass
-class StoppingConfig:
-    grace: str = _doc("how long saving and ending may take; then the process exits at once", "5m")
+class PreemptionConfig:
+    grace_period: str = _doc("how long saving and ending may take; then the process exits at once", "5m")
 
     @property
     def seconds(self) -> int:
-        return parse_span(self.grace, "stopping.grace")
+        return parse_span(self.grace_period, "preemption.grace_period")
 
     def check(self) -> None:
         _ = self.seconds
 
 
 @dataclass
-class HangsConfig:
+class WatchdogConfig:
     first_step: str | None = _doc(
         "without progress for so long, a run hangs, until its first step is done and while it evaluates; "
         "null: never",
@@ -471,8 +471,8 @@ class HangsConfig:
         """Of the first step, and of the others."""
         first, others = self.first_step, self.step
         return (
-            None if first is None else parse_span(first, "hangs.first_step"),
-            None if others is None else parse_span(others, "hangs.step"),
+            None if first is None else parse_span(first, "watchdog.first_step"),
+            None if others is None else parse_span(others, "watchdog.step"),
         )
 
 
@@ -505,8 +505,8 @@ class RunConfig:
     logging: LoggingConfig = _doc("what is shown and where it is kept", LoggingConfig)
     profile: ProfileConfig = _doc("a look into a few steps", ProfileConfig)
     evaluation: EvaluationConfig = _doc("held-out loss per source", EvaluationConfig)
-    stopping: StoppingConfig = _doc("at SIGTERM, SIGUSR1 or `stop_after`", StoppingConfig)
-    hangs: HangsConfig = _doc("when a run that makes no progress ends, with 74", HangsConfig)
+    preemption: PreemptionConfig = _doc("at SIGTERM, SIGUSR1 or `stop_after`", PreemptionConfig)
+    watchdog: WatchdogConfig = _doc("when a run that makes no progress ends, with 74", WatchdogConfig)
 
     def check(self) -> None:
         """Refuse what cannot be run; sections first.
@@ -528,8 +528,8 @@ class RunConfig:
             self.logging,
             self.profile,
             self.evaluation,
-            self.stopping,
-            self.hangs,
+            self.preemption,
+            self.watchdog,
         ):
             section.check()
         _ = self.stop_after_seconds
@@ -798,7 +798,20 @@ def _unknown_keys(given: dict[Any, Any], schema: Any, prefix: str = "") -> Itera
                     yield from _unknown_keys(item, element, f"{prefix}{key}[{i}].")
 
 
+_RENAMED = {
+    "hangs": "watchdog",
+    "stopping": "preemption",
+    "grace": "grace_period",
+    "deviations": "mad_threshold",
+    "pass_over": "skip_data",
+    "reach": "interpolation",
+}
+"""Keys as they were once called."""
+
+
 def _nearest(name: str, known: Any) -> str:
+    if _RENAMED.get(name) in known:
+        return f"; it is called {_RENAMED[name]} now"
     close = difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(map(str, known))}"
 

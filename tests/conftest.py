@@ -165,7 +165,7 @@ data:
   sources: {{web: {{local: {root}/web}}, code: {{local: {root}/code}}}}
   mix:
     - {{at: 0tok, weights: {{web: 0.75, code: 0.25}}}}
-    - {{at: 0.75dur, weights: {{web: 0.25, code: 0.75}}, reach: linear}}
+    - {{at: 0.75dur, weights: {{web: 0.25, code: 0.75}}, interpolation: linear}}
 optimization:
   global_batch_size: 4
   microbatch_size: 2

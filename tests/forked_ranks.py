@@ -92,7 +92,7 @@ def befall(moment: str, step: int, deed: str) -> None:
 
         def with_fault(*arguments: Any, **options: Any) -> Any:
             trainer = build(*arguments, **options)
-            trainer.state.callbacks.insert(-1, Fault(moment, step, deed))  # ahead of Stopping
+            trainer.state.callbacks.insert(-1, Fault(moment, step, deed))  # ahead of Preemption
             return trainer
 
         runs.build_trainer = with_fault

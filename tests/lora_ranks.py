@@ -19,7 +19,7 @@ from parallel_ranks import CONFIG, apart, backward, tell, whole
 from dbrx_train.checkpoint.tensors import Reader, model_tensors, write
 from dbrx_train.config import OptimizerConfig
 from dbrx_train.model.decoder import Dbrx
-from dbrx_train.model.lora import adapt, is_factor, narrow
+from dbrx_train.model.lora import apply_lora, is_factor, narrow
 from dbrx_train.parallel import MeshShape, checkpoint_activations, parallelize
 from dbrx_train.train.optim import build_optimizer
 
@@ -32,7 +32,7 @@ def compare(mesh: list[int], dtype: torch.dtype | None) -> dict[str, Any]:
         sharded = Dbrx(CONFIG)
     alone = Dbrx(CONFIG, seed=3)
     for model in (sharded, alone):
-        adapt(model, 2, 4.0, seed=3)
+        apply_lora(model, 2, 4.0, seed=3)
         if dtype is not None:
             narrow(model, dtype)
     if dtype is not None:

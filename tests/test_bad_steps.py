@@ -117,7 +117,7 @@ def test_roll_backs_over_one_trouble_are_counted() -> None:
     [
         ("bad_steps.window=0", "bad_steps.window: must be positive, not 0"),
         ("bad_steps.warmup=200", "bad_steps.warmup: must be at least 1 and at most window 128, not 200"),
-        ("bad_steps.deviations=0", "bad_steps.deviations: must be positive or null"),
+        ("bad_steps.mad_threshold=0", "bad_steps.mad_threshold: must be positive or null"),
         ("bad_steps.rollback_after=0", "bad_steps.rollback_after: must be positive or null"),
         ("bad_steps.max_rollbacks=-1", "bad_steps.max_rollbacks: must not be negative, not -1"),
     ],
@@ -236,18 +236,18 @@ def test_bad_steps_in_a_row_take_the_run_back(
     assert equal(final(again), final(straight)), "bit for bit as if nothing had been"
     found = events(again)
     assert [event["kind"] for event in found] == ["bad_step"] * 3 + ["rollback"]
-    assert (found[3]["step"], found[3]["to_step"], found[3]["passed_over"]) == (6, 2, 0)
+    assert (found[3]["step"], found[3]["to_step"], found[3]["skipped"]) == (6, 2, 0)
 
-    over = configured(workplace, tmp_path, "over", *options, "bad_steps.pass_over=true", "max_duration=10ba")
+    over = configured(workplace, tmp_path, "over", *options, "bad_steps.skip_data=true", "max_duration=10ba")
     with faulty(*ill) as noted:
         run(over)
     assert noted.steps == [(0, True), (1, True), (2, True), *bad, *((step, True) for step in range(6, 10))]
     second = saved_tensors(Path(straight.folder) / "checkpoints" / "ba2")
     assert equal(noted.began_with[1], second), "the weights are those of the checkpoint"
-    assert events(over)[3]["passed_over"] == 4
+    assert events(over)[3]["skipped"] == 4
     # The position in the data follows from time alone, and so a resumed run goes on alike.
     ends = [folders.read(Path(each.folder) / "checkpoints" / "ba8") for each in (straight, over)]
-    assert ends[0].facts["data"] == ends[1].facts["data"]
+    assert ends[0].metadata["data"] == ends[1].metadata["data"]
     weights = final(over, 10)
     folders.remove(Path(over.folder) / "checkpoints" / "ba10")
     run(over)
@@ -256,7 +256,7 @@ def test_bad_steps_in_a_row_take_the_run_back(
 
 @pytest.mark.slow
 def test_with_no_data_left_to_go_on_with_the_weights_stay(workplace: Path, tmp_path: Path) -> None:
-    options = ["max_duration=4ba", "bad_steps.rollback_after=2", "bad_steps.pass_over=true"]
+    options = ["max_duration=4ba", "bad_steps.rollback_after=2", "bad_steps.skip_data=true"]
     config = configured(workplace, tmp_path, "last", *options)
     with faulty(*({"step": step, "in": "loss", "factor": "nan"} for step in (2, 3))) as noted:
         run(config)

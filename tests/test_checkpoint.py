@@ -64,7 +64,7 @@ def checkpoint(model: Dbrx, tmp_path: Path) -> Path:
     path = folders.step_folder(tmp_path / "checkpoints", 3)
     optimizer = build_optimizer(model, OptimizerConfig())
     sizes = write(path, model_tensors(model) | optimizer_tensors(model, optimizer), None)
-    folders.mark(path, FACTS | {"files": sizes})
+    folders.commit(path, FACTS | {"files": sizes})
     return path
 
 
@@ -176,7 +176,7 @@ def test_no_code_in_a_checkpoint_is_run_and_no_other_file_read(
 @pytest.mark.parametrize("name", ["../stolen", "/etc/passwd", "a/b", "..", ""])
 def test_a_mark_cannot_name_files_elsewhere(checkpoint: Path, name: str) -> None:
     facts = folders.parse(checkpoint)
-    folders.mark(checkpoint, facts | {"files": {name: {"bytes": 1, "xxh3": "0"}}})
+    folders.commit(checkpoint, facts | {"files": {name: {"bytes": 1, "xxh3": "0"}}})
     with pytest.raises(ValueError, match="must name files beside it alone"):
         folders.read(checkpoint)
 
@@ -186,11 +186,11 @@ def test_the_newest_and_the_milestones_stay() -> None:
     kept: list[int] = []
     for step in steps:
         kept.append(step)
-        for old in folders.spare(kept, 2, lambda step: step // 10):
+        for old in folders.prunable(kept, 2, lambda step: step // 10):
             kept.remove(old)
     assert kept == [12, 21, 30, 36, 39]
-    assert folders.spare([8, 6, 4], 1) == [6, 4]
-    assert folders.spare([4], 1) == []
+    assert folders.prunable([8, 6, 4], 1) == [6, 4]
+    assert folders.prunable([4], 1) == []
 
 
 def test_one_that_got_its_mark_but_not_its_name_is_named(checkpoint: Path) -> None:
@@ -198,13 +198,13 @@ def test_one_that_got_its_mark_but_not_its_name_is_named(checkpoint: Path) -> No
     checkpoint.rename(root / "ba3.partial")
     (root / "ba4.partial").mkdir()
     assert folders.newest(root, nobody) is None
-    folders.settle(root)
+    folders.finish_commit(root)
     found = folders.newest(root, nobody)
     assert found is not None
     assert found.step == 3
     checkpoint.rename(root / "ba3.partial")
     (root / "ba3.partial" / "__0_0.distcp").unlink()
-    folders.settle(root)
+    folders.finish_commit(root)
     assert folders.newest(root, nobody) is None, "not whole, whatever its mark says"
 
 
@@ -301,7 +301,7 @@ def test_another_vocabulary_than_that_of_the_weights_is_refused(checkpoint: Path
     config = FACTS["config"] | {"tokenizer": {"name": "words", "vocab_file": str(vocabulary)}}
     files = json.loads((checkpoint / "checkpoint.json").read_text())["files"]
     known = load_tokenizer("words", str(vocabulary)).fingerprint
-    folders.mark(checkpoint, FACTS | {"config": config, "files": files, "tokenizer": known})
+    folders.commit(checkpoint, FACTS | {"config": config, "files": files, "tokenizer": known})
     consolidate(checkpoint, tmp_path / "one.safetensors", torch.float32, nobody)
     for path in (checkpoint, tmp_path / "one.safetensors"):
         found = tokenizer_of(open_weights(path, nobody))
@@ -312,7 +312,7 @@ def test_another_vocabulary_than_that_of_the_weights_is_refused(checkpoint: Path
     lines[0], lines[1] = (b"%s %d" % (lines[one].split()[0], rank) for one, rank in ((1, 0), (0, 1)))
     exchanged.write_bytes(b"\n".join(lines))
     config["tokenizer"]["vocab_file"] = str(exchanged)
-    folders.mark(checkpoint, FACTS | {"config": config, "files": files, "tokenizer": known})
+    folders.commit(checkpoint, FACTS | {"config": config, "files": files, "tokenizer": known})
     (tmp_path / "one.safetensors").unlink()
     consolidate(checkpoint, tmp_path / "one.safetensors", torch.float32, nobody)
     for path in (checkpoint, tmp_path / "one.safetensors"):

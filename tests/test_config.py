@@ -56,6 +56,13 @@ def test_variables_interpolate_and_are_no_part_of_the_run(tmp_path: Path) -> Non
         ("run_name=/a", "run_name: '/a' names a folder"),
         ("run_name=''", "run_name: '' names a folder"),
         ("run_name=" + "é" * 101, "it has at most 200 bytes"),
+        ("hangs.step=1h", "unknown key hangs; it is called watchdog now"),
+        ("preemption.grace=1h", "unknown key preemption.grace; it is called grace_period now"),
+        ("bad_steps.deviations=9", "unknown key bad_steps.deviations; it is called mad_threshold now"),
+        (
+            "data.mix=[{at: 0tok, weights: {web: 1}, reach: step}]",
+            "unknown key data.mix[0].reach; it is called interpolation now",
+        ),
         ("model.d_modle=64", "unknown key model.d_modle; did you mean d_model?"),
         ("optimization.optimiser.lr=1", "unknown key optimization.optimiser; did you mean optimizer?"),
         ("data.sources.web.locl=x", "unknown key data.sources.web.locl; did you mean local?"),

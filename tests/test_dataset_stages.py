@@ -75,7 +75,7 @@ def test_a_position_amid_a_step_is_refused(corpora: Path) -> None:
 LONG = 4 * SEQ_LEN
 POINTS_THEN_LONG: list[dict[str, Any]] = [
     {"at": "0tok", "weights": {"a": 3, "b": 1}},
-    {"at": "300tok", "weights": {"a": 1, "b": 3}, "reach": "linear"},
+    {"at": "300tok", "weights": {"a": 1, "b": 3}, "interpolation": "linear"},
     {"at": "0.75dur", "weights": {"long": 1, "longer": 1}, "seq_len": LONG},
 ]
 
@@ -139,8 +139,10 @@ def test_what_does_not_fit_a_length_is_refused(with_long: Path) -> None:
     mix = MixSchedule.from_config([start, point], clock)
     with pytest.raises(ValueError, match=r"^mix: a has weight where samples have 8 tokens and where .* 32"):
         mix.sample_lengths(clock)
-    with pytest.raises(ValueError, match=r"^mix\[1\].reach: no ramp leads to samples of another length"):
-        MixSchedule.from_config([start, {**point, "weights": {"long": 1}, "reach": "linear"}], clock)
+    with pytest.raises(
+        ValueError, match=r"^mix\[1\].interpolation: no ramp leads to samples of another length"
+    ):
+        MixSchedule.from_config([start, {**point, "weights": {"long": 1}, "interpolation": "linear"}], clock)
     with pytest.raises(ValueError, match=r"^mix\[1\].seq_len: is 32, but the clock has 8 there"):
         MixSchedule.from_config([start, point], equal_steps(8))
     for points in ([MixPoint(0, {"a": 1})], [MixPoint(0, {"a": 1}), MixPoint(80, {"long": 1}, "linear")]):

@@ -16,12 +16,12 @@ SUPERVISION = Path(__file__).parents[1] / "scripts" / "supervision" / "torchrun.
 PROGRAM = """
 import os, signal, sys, time
 import torch, torch.distributed as dist
-from dbrx_train.resilience import end_together
+from dbrx_train.resilience import propagate_failures
 
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Composer does
 dist.init_process_group("gloo")
 rank, failing = dist.get_rank(), int(sys.argv[1])
-with end_together() as ending:
+with propagate_failures() as ending:
     ending.at_end = lambda code: os.write(1, f"rank {rank} tidied up\\n".encode())
     if rank == failing:
         time.sleep(1)

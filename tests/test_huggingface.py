@@ -195,7 +195,7 @@ def save_checkpoint(model: Dbrx, root: Path) -> Path:
     path = folders.step_folder(root / "checkpoints", 3)
     files = write(path, model_tensors(model), None)
     config = {"model": model.config.to_dict(), "tokenizer": {"name": "cl100k_base", "vocab_file": None}}
-    folders.mark(path, {"config": config, "data": {}, "time": {"batch": 3, "token": 96}, "files": files})
+    folders.commit(path, {"config": config, "data": {}, "time": {"batch": 3, "token": 96}, "files": files})
     return path
 
 
@@ -591,7 +591,7 @@ def test_a_run_of_another_vocabulary_is_not_read_back_as_cl100k(tmp_path: Path) 
     (tmp_path / "own.tiktoken").write_bytes(ranks)
     facts = folders.parse(path)
     facts["config"]["tokenizer"]["vocab_file"] = str(tmp_path / "own.tiktoken")
-    folders.mark(path, facts)
+    folders.commit(path, facts)
     export(path, tmp_path / "own", torch.bfloat16, nobody)
     assert open_weights(tmp_path / "own", nobody).config["tokenizer"] is None
 
@@ -602,7 +602,7 @@ def test_a_tokenizer_that_is_not_there_is_found_before_anything_is_written(
     path = save_checkpoint(Dbrx(TINY, seed=0), tmp_path)
     facts = folders.parse(path)
     facts["config"]["tokenizer"]["vocab_file"] = str(tmp_path / "gone")
-    folders.mark(path, facts)
+    folders.commit(path, facts)
     monkeypatch.setattr(huggingface, "write", nobody)
     with pytest.raises(ValueError, match="gone"):
         export(path, tmp_path / "out", torch.float32, nobody)
@@ -624,7 +624,7 @@ def test_what_lists_files_is_not_trusted(files: Any, says: str, tmp_path: Path) 
     with pytest.raises(ValueError, match=f"{MANIFEST}: {says}"):
         verify(tmp_path)
     (tmp_path / "ba1").mkdir()
-    folders.mark(tmp_path / "ba1", {"config": {}, "data": {}, "time": {}, "files": files})
+    folders.commit(tmp_path / "ba1", {"config": {}, "data": {}, "time": {}, "files": files})
     with pytest.raises(ValueError, match=f"ba1: not a whole checkpoint .*{says}"):
         folders.read(tmp_path / "ba1")
 
@@ -635,7 +635,7 @@ def test_marks_without_hashes_are_still_read(tmp_path: Path) -> None:
     facts = folders.parse(path)
     facts["files"] = {name: each["bytes"] for name, each in facts["files"].items()}
     del facts["config"]["model"]["norm"]
-    folders.mark(path, facts)
+    folders.commit(path, facts)
     assert folders.read(path).tokens == 96
     (found,) = verify(tmp_path)
     assert (found.files, found.hashed) == (2, False)
@@ -647,7 +647,7 @@ def test_a_tensor_that_is_missing_from_a_checkpoint_is_named(tmp_path: Path) -> 
     path = save_checkpoint(Dbrx(config, seed=0), tmp_path)
     facts = folders.parse(path)
     facts["config"]["model"]["n_layers"] = 3
-    folders.mark(path, facts)
+    folders.commit(path, facts)
     with pytest.raises(
         ValueError, match=r"model.transformer.blocks.2.norm_attn_norm.norm_1.weight is missing"
     ):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dbrx_train.train.tracking.goodput_ledger import Ledger
+from dbrx_train.train.tracking.goodput_ledger import GoodputLedger
 
 
 def written(folder: Path, *entries: tuple[float, int, float, float]) -> None:
@@ -24,7 +24,7 @@ def last(folder: Path) -> dict[str, Any]:
 
 
 def test_the_first_start(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path, 0, ago=20.0)
+    ledger = GoodputLedger(tmp_path, 0, ago=20.0)
     ledger.add(10, 5.0)
     ledger.add(20, 7.0)
     assert ledger.useful == 12
@@ -37,48 +37,48 @@ def test_the_first_start(tmp_path: Path) -> None:
 def test_what_a_restart_lost_is_taken_back_and_the_time_between_counts(tmp_path: Path) -> None:
     now = time.time()
     written(tmp_path, (now - 160, 10, 50, 40), (now - 130, 20, 80, 65), (now - 110, 30, 100, 80))
-    ledger = Ledger(tmp_path, 20, ago=10.0)  # started 100 s after the last line, from step 20
+    ledger = GoodputLedger(tmp_path, 20, ago=10.0)  # started 100 s after the last line, from step 20
     assert ledger.useful == 65
     assert ledger.elapsed == pytest.approx(100 + 110, abs=1)
     ledger.add(30, 20.0)
     # And once more, from before that, after which nothing of either try counts.
-    again = Ledger(tmp_path, 12, ago=0.0)
+    again = GoodputLedger(tmp_path, 12, ago=0.0)
     assert again.useful == 40
-    assert Ledger(tmp_path, 30).useful == 85
+    assert GoodputLedger(tmp_path, 30).useful == 85
 
 
 def test_a_roll_back_within_a_start(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path, 0)
+    ledger = GoodputLedger(tmp_path, 0)
     ledger.add(10, 5.0)
     ledger.add(20, 5.0)
     ledger.rewind(10)
     ledger.add(15, 1.0)
     assert ledger.useful == 6
-    assert Ledger(tmp_path, 15).useful == 6
+    assert GoodputLedger(tmp_path, 15).useful == 6
 
 
 def test_a_clock_that_jumps_back_and_a_torn_line(tmp_path: Path) -> None:
     written(tmp_path, (time.time() + 3600, 10, 50, 40))
     with (tmp_path / "time.jsonl").open("a") as file:
         file.write('{"time": 179')
-    ledger = Ledger(tmp_path, 10)
+    ledger = GoodputLedger(tmp_path, 10)
     assert 50 <= ledger.elapsed < 51
     ledger.add(20, 4.0)
-    assert Ledger(tmp_path, 20).useful == 44
+    assert GoodputLedger(tmp_path, 20).useful == 44
 
 
 def test_a_disk_that_takes_nothing_stops_no_run(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "gone", 0)
+    ledger = GoodputLedger(tmp_path / "gone", 0)
     with pytest.warns(UserWarning, match="goodput is not kept"):
         ledger.add(1, 1.0)
     assert ledger.useful == 1
 
 
 def test_work_that_is_lost_though_the_run_goes_on(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path, 0)
+    ledger = GoodputLedger(tmp_path, 0)
     ledger.add(10, 5.0)
     ledger.add(20, 5.0)
     ledger.lose(12)
     ledger.add(30, 1.0)
     assert ledger.useful == 6
-    assert Ledger(tmp_path, 30).useful == 6
+    assert GoodputLedger(tmp_path, 30).useful == 6

@@ -27,7 +27,7 @@ from dbrx_train.cli import app
 from dbrx_train.config import ConfigError, OptimizerConfig, load
 from dbrx_train.model.config import LORA_TARGETS, DbrxConfig
 from dbrx_train.model.decoder import Dbrx
-from dbrx_train.model.lora import adapt, factor_names, is_factor, narrow
+from dbrx_train.model.lora import apply_lora, factor_names, is_factor, narrow
 from dbrx_train.parallel import MeshShape, parallelize
 from dbrx_train.train.optim import build_optimizer
 from dbrx_train.train.run import run
@@ -41,7 +41,7 @@ def adapted(
     targets: tuple[str, ...] = LORA_TARGETS, config: DbrxConfig = CONFIG, trained: bool = True
 ) -> Dbrx:
     model = Dbrx(config, seed=3)
-    adapt(model, 3, 5.0, targets, seed=4)
+    apply_lora(model, 3, 5.0, targets, seed=4)
     if trained:  # B is 0 at first
         generator = torch.Generator().manual_seed(5)
         for name, parameter in model.named_parameters():
@@ -110,7 +110,7 @@ def test_factors_pass_through_torchs_grouped_product_alike(monkeypatch: pytest.M
     config = DbrxConfig.from_dict({**CONFIG.to_dict(), "ffn_hidden_size": 16})
     x, counts = torch.randn(40, 24), torch.tensor([2] * 8 + [1] * 24)
     model = Dbrx(config, seed=3)
-    adapt(model, 4, 8.0, seed=4)
+    apply_lora(model, 4, 8.0, seed=4)
     for name, parameter in model.named_parameters():
         if name.endswith("_B"):
             parameter.data.normal_()
@@ -126,7 +126,7 @@ def test_factors_pass_through_torchs_grouped_product_alike(monkeypatch: pytest.M
 def test_with_full_rank_and_orthogonal_a_the_first_step_is_that_of_the_weights() -> None:
     """B's step is -lr s G A', so the weight moves by s B A = -lr s^2 G A'A = -lr s^2 G."""
     plain, model = Dbrx(CONFIG, seed=3), Dbrx(CONFIG, seed=3)
-    adapt(model, CONFIG.d_model, 2.0 * CONFIG.d_model, seed=4)
+    apply_lora(model, CONFIG.d_model, 2.0 * CONFIG.d_model, seed=4)
     own = dict(model.named_parameters())
     for name, parameter in own.items():
         if name.endswith(("lora_A.weight", "_A")):
@@ -173,12 +173,12 @@ def test_only_factors_are_optimised_and_the_learning_rate_groups_stay() -> None:
 
 def test_what_is_no_adapter_is_refused() -> None:
     with pytest.raises(ValueError, match="rank: must be at least 1, not 0"):
-        adapt(Dbrx(CONFIG, seed=3), 0, 1.0)
+        apply_lora(Dbrx(CONFIG, seed=3), 0, 1.0)
     with pytest.raises(ValueError, match="targets: 'router' is not one of Wqkv, out_proj, w1, v1, w2"):
-        adapt(Dbrx(CONFIG, seed=3), 1, 1.0, ["router"])
+        apply_lora(Dbrx(CONFIG, seed=3), 1, 1.0, ["router"])
     with torch.device("meta"):
         model = Dbrx(CONFIG)
-    adapt(model, 3, 1.0)
+    apply_lora(model, 3, 1.0)
     with pytest.raises(ValueError, match=r"shard: 34 does not divide the 96 rows of .*lora.w1_A, .* use 32"):
         parallelize(model, MeshShape.of(34, expert=2), device_type="cpu", seed=0)
 

@@ -93,10 +93,10 @@ def test_a_trillion_token_ramp_is_answered_exactly_and_at_once() -> None:
 def test_an_edited_future_leaves_what_was_served_and_goes_on_from_there(
     old: MixSchedule, at: int, later: int, data: st.DataObject
 ) -> None:
-    points = [p for c in old._chapters for p in c.points]
+    points = [p for c in old._revisions for p in c.points]
     kept = [p for p in points if p.at < at]
     following = [p for p in points if p.at >= at]
-    if following and following[0].reach == "linear":
+    if following and following[0].interpolation == "linear":
         kept.append(MixPoint(at, old.weights_at(at, "left"), "linear"))
         later += 1
     future = data.draw(st.dictionaries(st.sampled_from((*old.sources, "new")), st.floats(0.1, 1), min_size=1))
@@ -160,7 +160,10 @@ def test_a_changed_past_is_refused_and_shown() -> None:
         ([{"at": 0, "weights": {"a": 0}}], r"^mix\[0\].weights: all are 0"),
         ([{"at": 0, "weights": {}}], r"^mix\[0\].weights: all are 0"),
         ([{"at": 0, "weights": {"c": 1}}], r"^mix\[0\].weights.c: no such source; use a, b"),
-        ([{"at": 0, "weights": {"a": 1}, "reach": "jump"}], r"^mix\[0\].reach: 'jump' is unknown"),
+        (
+            [{"at": 0, "weights": {"a": 1}, "interpolation": "jump"}],
+            r"^mix\[0\].interpolation: 'jump' is unknown",
+        ),
         ([{"at": 0, "weight": {"a": 1}}], r"^mix\[0\].weight: unknown key"),
         ([{"at": 0}], r"^mix\[0\].weights: is missing"),
         (

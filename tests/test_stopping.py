@@ -106,7 +106,7 @@ def undisturbed(ranks: Ranks) -> dict[str, torch.Tensor]:
     """The weights at the end of a run that nothing befalls."""
     # A first step, a save and an evaluation that last longer than a step may are no hangs.
     naps = [[0, moment, step, "nap"] for moment, step in SLOW]
-    assert ranks.train("undisturbed", "hangs.step=2s", ranks=2, faults=naps).codes == [0, 0]
+    assert ranks.train("undisturbed", "watchdog.step=2s", ranks=2, faults=naps).codes == [0, 0]
     return ranks.weights("undisturbed")
 
 
@@ -184,7 +184,7 @@ def test_a_second_signal_or_the_end_of_the_grace_ends_it_at_once(ranks: Ranks) -
     """The save sleeps for five minutes."""
     first = [0, "before_forward", 1, str(TERM)]
     stuck = [0, "write", 2, "sleep"]
-    late = ranks.train("late", "stopping.grace=1s", faults=[first, stuck])
+    late = ranks.train("late", "preemption.grace_period=1s", faults=[first, stuck])
     assert late.codes == [128 + TERM]
     assert "was to stop (SIGTERM) within 1 s, and did not save in time" in late.err[0]
     assert ranks.saved("late") == []
@@ -198,7 +198,7 @@ def test_a_second_signal_or_the_end_of_the_grace_ends_it_at_once(ranks: Ranks) -
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_is_named_with_its_stack(ranks: Ranks) -> None:
-    hangs = ["hangs.first_step=60s", "hangs.step=4s", "evaluation.max_samples=0"]
+    hangs = ["watchdog.first_step=60s", "watchdog.step=4s", "evaluation.max_samples=0"]
     done = ranks.train("hang", *hangs, ranks=2, faults=[[1, "after_forward", 3, "sleep"]])
     assert done.codes == [74, 74]
     said = r"sees no progress for \d+ s: rank 1 is behind, last seen at step 3, in the forward and backward "
@@ -213,25 +213,28 @@ def test_a_rank_that_hangs_is_named_with_its_stack(ranks: Ranks) -> None:
 
 @pytest.mark.slow
 def test_a_loader_that_starves_is_told_from_a_collective_that_hangs(ranks: Ranks) -> None:
-    options = ["hangs.step=3s", "data.num_workers=1", "evaluation.max_samples=0"]
+    options = ["watchdog.step=3s", "data.num_workers=1", "evaluation.max_samples=0"]
     done = ranks.train("starved", *options, ranks=2, faults=[[1, "batch", 3, "sleep"]])
     assert done.codes == [74, 74]
     assert (
         "rank 1 is behind, last seen at step 3, waiting for data; the foremost is at step 3, waiting for "
         in done.err[0]
     )
-    alone = ranks.train("starved-alone", "hangs.step=2s", *options[1:], faults=[[0, "batch", 3, "sleep"]])
+    alone = ranks.train("starved-alone", "watchdog.step=2s", *options[1:], faults=[[0, "batch", 3, "sleep"]])
     assert alone.codes == [74]
     assert "rank 0 sees no progress for 2 s: it is at step 3, waiting for data" in alone.err[0]
 
 
 def test_spans_of_time(tmp_path: Path, workplace: Path) -> None:
     path = run_yaml(workplace, tmp_path, "spans")
-    config = load(path, ["stop_after=3h50m", "stopping.grace=90s", "hangs.first_step=1d", "hangs.step=null"])
+    config = load(
+        path,
+        ["stop_after=3h50m", "preemption.grace_period=90s", "watchdog.first_step=1d", "watchdog.step=null"],
+    )
     assert config.stop_after_seconds == (3 * 60 + 50) * 60
-    assert config.stopping.seconds == 90
-    assert config.hangs.seconds == (86400, None)
+    assert config.preemption.seconds == 90
+    assert config.watchdog.seconds == (86400, None)
     for wrong in ("soon", "3", "h", "1h ago", "5m3h", "0s", "-1s", ""):
-        for key in ("stop_after", "stopping.grace", "hangs.first_step", "hangs.step"):
+        for key in ("stop_after", "preemption.grace_period", "watchdog.first_step", "watchdog.step"):
             with pytest.raises(ConfigError, match=f"{key}: '{wrong}' is not a span of time; write it like"):
                 load(path, [f"{key}='{wrong}'"])

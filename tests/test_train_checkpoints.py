@@ -181,7 +181,7 @@ def test_a_bucket_itself_may_hold_a_runs_checkpoints(bucket: str, tmp_path: Path
     (partial).mkdir()
     files = {".metadata": 3}
     (partial / ".metadata").write_bytes(b"abc")
-    folders.mark(partial, {"config": {}, "data": {}, "files": files, "time": {"batch": 0, "token": 0}})
+    folders.commit(partial, {"config": {}, "data": {}, "files": files, "time": {"batch": 0, "token": 0}})
     remote.upload(partial, [".metadata", folders.MARK])
     found = next(remote.whole(tmp_path, pytest.fail), None)
     assert found is not None

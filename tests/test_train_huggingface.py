@@ -62,7 +62,7 @@ def test_a_run_exports_beside_training_and_another_begins_from_that(
         return export(checkpoint, *rest)
 
     saved = threading.Event()
-    mark = folders.mark
+    mark = folders.commit
 
     def marked(folder: Path, facts: dict[str, Any]) -> None:
         mark(folder, facts)

@@ -51,7 +51,7 @@ data:
   mix:
     - {{at: 0tok, weights: {{web: 0.9, code: 0.1}}}}
     - {{at: 8ba, weights: {{web: 0.9, code: 0.1}}}}
-    - {{at: 14ba, weights: {{web: 0.5, code: 0.5}}, reach: linear}}
+    - {{at: 14ba, weights: {{web: 0.5, code: 0.5}}, interpolation: linear}}
     - {{at: 18ba, weights: {{long-web: 0.5, long-code: 0.5}}, seq_len: 64}}
 optimization:
   global_batch_size: 8

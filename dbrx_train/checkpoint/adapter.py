@@ -108,7 +108,7 @@ def product(A: Tensor, B: Tensor, lora: dict[str, Any], start: int, stop: int) -
     return scale * torch.cat(parts)
 
 
-def write_adapter(path: Path, out: Path, passed_over: Callable[[str], None]) -> list[str]:
+def write_adapter(path: Path, out: Path, on_skip: Callable[[str], None]) -> list[str]:
     """Write a run's adapters to a folder; returns the names of its files.
 
     Those of attention are in PEFT's format. It has none for experts of this model: transformers'
@@ -118,7 +118,7 @@ def write_adapter(path: Path, out: Path, passed_over: Callable[[str], None]) -> 
     Raises:
         ValueError: there is no such checkpoint, or ``out`` exists.
     """
-    held = folders.hold_newest(path, passed_over)
+    held = folders.hold_newest(path, on_skip)
     if held is None:
         raise ValueError(f"{path}: neither a run with checkpoints nor a checkpoint")
     found, hold = held

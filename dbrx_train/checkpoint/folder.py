@@ -34,21 +34,21 @@ __all__ = [
     "check_file",
     "check_files",
     "check_listed",
+    "commit",
     "fingerprint",
+    "finish_commit",
     "hold",
     "hold_newest",
-    "mark",
     "newest",
     "open_newest",
+    "prunable",
     "prune",
     "publish",
     "read",
     "remove",
     "remove_torn",
     "saved",
-    "settle",
     "size_of",
-    "spare",
     "step_folder",
     "step_of",
     "whole",
@@ -65,28 +65,28 @@ class Checkpoint:
     """A whole checkpoint."""
 
     folder: Path
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
     """What its mark says: plain values."""
 
     @property
     def config(self) -> dict[str, Any]:
         """The resolved configuration of the run that saved it."""
-        config: dict[str, Any] = self.facts["config"]
+        config: dict[str, Any] = self.metadata["config"]
         return config
 
     @property
     def bytes(self) -> int:
         """Size of its files."""
-        return sum(map(size_of, self.facts["files"].values()))
+        return sum(map(size_of, self.metadata["files"].values()))
 
     @property
     def step(self) -> int:
-        return int(self.facts["time"]["batch"])
+        return int(self.metadata["time"]["batch"])
 
     @property
     def tokens(self) -> int:
         """Tokens that the run had seen."""
-        return int(self.facts["time"]["token"])
+        return int(self.metadata["time"]["token"])
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -106,27 +106,27 @@ def saved(root: Path) -> list[Path]:
     return [path for _, path in sorted(steps, reverse=True)]
 
 
-def whole(root: Path, passed_over: Callable[[str], None]) -> Iterator[Checkpoint]:
-    """The checkpoints in ``root`` that are whole, newest first; ``passed_over`` hears of the others."""
+def whole(root: Path, on_skip: Callable[[str], None]) -> Iterator[Checkpoint]:
+    """The checkpoints in ``root`` that are whole, newest first; ``on_skip`` hears of the others."""
     for path in saved(root):
         try:
             checkpoint = read(path)
         except ValueError as error:
-            passed_over(f"passed over {error}")
+            on_skip(f"passed over {error}")
         else:
             yield checkpoint
 
 
-def newest(root: Path, passed_over: Callable[[str], None]) -> Checkpoint | None:
+def newest(root: Path, on_skip: Callable[[str], None]) -> Checkpoint | None:
     """The first of ``whole``."""
-    return next(whole(root, passed_over), None)
+    return next(whole(root, on_skip), None)
 
 
-def open_newest(path: Path, passed_over: Callable[[str], None]) -> Checkpoint | None:
+def open_newest(path: Path, on_skip: Callable[[str], None]) -> Checkpoint | None:
     """The checkpoint in a folder (ValueError if it is torn), or the newest whole one of the run in it."""
     if (path / MARK).exists():
         return read(path)
-    return newest(path, passed_over) or newest(path / "checkpoints", passed_over)
+    return newest(path, on_skip) or newest(path / "checkpoints", on_skip)
 
 
 def read(path: Path) -> Checkpoint:
@@ -136,7 +136,7 @@ def read(path: Path) -> Checkpoint:
         ValueError: it is none, or not whole: a file is missing or has another size than was written.
     """
     checkpoint = Checkpoint(path, parse(path))
-    for name, facts in checkpoint.facts["files"].items():
+    for name, facts in checkpoint.metadata["files"].items():
         file, size = path / name, size_of(facts)
         if not file.exists():
             raise ValueError(f"{path}: not a whole checkpoint ({name} is missing)")
@@ -211,7 +211,7 @@ def check_files(
 
     def check(name: str) -> None:
         before(name)
-        check_file(checkpoint.folder / name, checkpoint.facts["files"][name])
+        check_file(checkpoint.folder / name, checkpoint.metadata["files"][name])
 
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
         for _ in pool.map(check, names):  # raises what a file raised
@@ -232,7 +232,7 @@ def check_file(file: Path, facts: Any) -> None:
         raise ValueError(f"{file}: is damaged: its content is not what was written")
 
 
-def mark(folder: Path, facts: dict[str, Any]) -> None:
+def commit(folder: Path, facts: dict[str, Any]) -> None:
     """Make the files in ``folder`` a checkpoint, at once and for good."""
     unfinished = folder / f"{MARK}.partial"
     with naming_file(unfinished), unfinished.open("w", encoding="utf-8") as file:
@@ -262,7 +262,7 @@ def publish(partial: Path) -> Path:
     return path
 
 
-def settle(root: Path) -> None:
+def finish_commit(root: Path) -> None:
     """Finish what a kill interrupted between a checkpoint's mark and its name."""
     for partial in root.glob(f"ba*.partial/{MARK}"):
         if step_of(partial.parent.stem) is not None and _is_whole(partial.parent):
@@ -277,7 +277,7 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def spare(steps: Sequence[int], keep: int, milestone: Callable[[int], int] = lambda step: 0) -> list[int]:
+def prunable(steps: Sequence[int], keep: int, milestone: Callable[[int], int] = lambda step: 0) -> list[int]:
     """The steps of checkpoints that may go: neither one of the ``keep`` newest nor a milestone.
 
     ``milestone``: how many milestones a step lies beyond; the first checkpoint beyond each is kept for good.
@@ -319,9 +319,9 @@ def hold(folder: Path) -> BinaryIO | None:
     return None
 
 
-def hold_newest(path: Path, passed_over: Callable[[str], None]) -> tuple[Checkpoint, BinaryIO] | None:
+def hold_newest(path: Path, on_skip: Callable[[str], None]) -> tuple[Checkpoint, BinaryIO] | None:
     """What ``open_newest`` finds, held (see ``hold``); None if there is nothing."""
-    while (found := open_newest(path, passed_over)) is not None:
+    while (found := open_newest(path, on_skip)) is not None:
         if (mark := hold(found.folder)) is not None:
             return found, mark
         if found.folder == path:

@@ -48,7 +48,7 @@ def import_folder(path: Path, out: Path, max_shard_bytes: int = MAX_SHARD_BYTES)
         files = {name: folders.fingerprint(partial / name) for name in names}
         time = {"batch": 0, "token": 0}
         facts = {"config": weights.config, "data": {}, "time": time, "files": files}
-        folders.mark(partial, facts | {"tokenizer": weights.tokenizer_fingerprint})
+        folders.commit(partial, facts | {"tokenizer": weights.tokenizer_fingerprint})
     return _size(files)
 
 
@@ -56,7 +56,7 @@ def export(
     path: Path,
     out: Path,
     dtype: torch.dtype,
-    passed_over: Callable[[str], None],
+    on_skip: Callable[[str], None],
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> int:
     """Write what ``open_weights`` opens as a folder that transformers loads; returns its size in bytes.
@@ -66,7 +66,7 @@ def export(
     Raises:
         ValueError: there are no weights, transformers' class has no place for a feature, or ``out`` exists.
     """
-    with open_weights(path, passed_over) as weights:
+    with open_weights(path, on_skip) as weights:
         model = weights.model
         check_exportable(model)
         tokenizer = _tokenizer(weights)  # before hours of writing, for it may not be there

@@ -15,8 +15,8 @@ from dbrx_train.checkpoint.folder import (
     Checkpoint,
     fingerprint,
     parse,
+    prunable,
     size_of,
-    spare,
     step_folder,
     step_of,
 )
@@ -56,10 +56,10 @@ class Remote:
             self._store.upload_object(self._object(folder.stem, MARK), str(nothing))
             nothing.unlink()
 
-    def whole(self, root: Path, passed_over: Callable[[str], None]) -> Iterator[Checkpoint]:
+    def whole(self, root: Path, on_skip: Callable[[str], None]) -> Iterator[Checkpoint]:
         """The whole ones, newest first, as folders in ``root`` without tensors: ``fetch`` brings them.
 
-        ``passed_over`` hears of others between them.
+        ``on_skip`` hears of others between them.
         """
         for step in self.steps():
             folder = step_folder(root, step).with_suffix(".fetched")
@@ -67,11 +67,11 @@ class Remote:
             self._store.download_object(self._object(folder.stem, MARK), str(folder / MARK), overwrite=True)
             try:
                 checkpoint = Checkpoint(folder, parse(folder))
-                missing = checkpoint.facts["files"].keys() - self._names(folder.stem)
+                missing = checkpoint.metadata["files"].keys() - self._names(folder.stem)
                 if missing:
                     raise ValueError(f"{folder}: not a whole checkpoint ({min(missing)} is missing there)")
             except ValueError as error:
-                passed_over(f"passed over {error}")
+                on_skip(f"passed over {error}")
             else:
                 yield checkpoint
 
@@ -88,7 +88,7 @@ class Remote:
         Raises:
             ValueError: it is not what was written.
         """
-        path, facts = checkpoint.folder / name, checkpoint.facts["files"][name]
+        path, facts = checkpoint.folder / name, checkpoint.metadata["files"][name]
         if _is_there(path, facts):
             return
         with FileLock(f"{path}.lock"):
@@ -109,7 +109,7 @@ class Remote:
             partial.replace(path)
 
     def prune(self, step: int, keep: int, milestone: Callable[[int], int]) -> None:
-        """Delete what ``spare`` names of the checkpoints up to that of ``step``, which is there whole.
+        """Delete what ``prunable`` names of the checkpoints up to that of ``step``, which is there whole.
 
         And what is left of older ones that never got a mark. A mark goes first, so that what an interruption
         leaves does not count.
@@ -117,7 +117,7 @@ class Remote:
         marked = [each for each in self.steps() if each <= step]
         names = {name.split("/")[0] for name in self._names("")}
         torn = {each for each in map(step_of, names) if each is not None and each < step} - {*marked}
-        for old in [*spare(marked, keep, milestone), *torn]:
+        for old in [*prunable(marked, keep, milestone), *torn]:
             folder = step_folder(Path(), old).name
             for name in sorted(self._names(folder), key=lambda name: name != MARK):
                 self._delete(self._object(folder, name))

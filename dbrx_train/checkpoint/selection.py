@@ -21,11 +21,11 @@ _WRITTEN_BY = re.compile(r"__(\d+)_")
 def select(
     candidates: Iterator[Checkpoint],
     fetch: Callable[[Checkpoint, str], None],
-    passed_over: Callable[[str], None],
+    on_skip: Callable[[str], None],
 ) -> Checkpoint | None:
     """The first of rank 0's ``candidates`` whose files hold what its mark says; all ranks call this.
 
-    ``fetch`` brings a file to this host, if it is not there. ``passed_over`` hears of those that are damaged.
+    ``fetch`` brings a file to this host, if it is not there. ``on_skip`` hears of those that are damaged.
 
     Raises:
         ValueError: what looking for a candidate raised on rank 0.
@@ -37,13 +37,13 @@ def select(
         trouble = next(filter(None, _gather(_damage(found, fetch))), None)
         if trouble is None:
             return found
-        passed_over(f"passed over {trouble}")
+        on_skip(f"passed over {trouble}")
 
 
 def _damage(checkpoint: Checkpoint, fetch: Callable[[Checkpoint, str], None]) -> str | None:
     """What is wrong with this rank's share of the files."""
     rank, ranks = _place()
-    mine = [name for name in checkpoint.facts["files"] if _writer(name) % ranks == rank]
+    mine = [name for name in checkpoint.metadata["files"] if _writer(name) % ranks == rank]
     try:
         check_files(checkpoint, mine, lambda name: fetch(checkpoint, name))
     except ValueError as error:

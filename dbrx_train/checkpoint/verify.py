@@ -19,7 +19,7 @@ from dbrx_train.config import first_line
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.hf.files import check_finite, open_files, open_folder
 from dbrx_train.model.hf.names import identity, table
-from dbrx_train.model.lora import adapt
+from dbrx_train.model.lora import apply_lora
 
 __all__ = ["Verified", "verify"]
 
@@ -77,7 +77,7 @@ def _checkpoint(path: Path) -> Verified:
     model = meta_model(DbrxConfig.from_dict(facts["config"]["model"]))
     if is_adapter(facts["config"]):
         lora = facts["config"]["lora"]
-        adapt(model, lora["rank"], lora["alpha"], lora["targets"])
+        apply_lora(model, lora["rank"], lora["alpha"], lora["targets"])
     saved = model_tensors(model)
     shapes = {name.removeprefix("model."): tuple(tensor.shape) for name, tensor in saved.items()}
     if ".metadata" in files:

@@ -90,7 +90,7 @@ class Weights:
         return tensor
 
 
-def open_weights(path: Path, passed_over: Callable[[str], None]) -> Weights:
+def open_weights(path: Path, on_skip: Callable[[str], None]) -> Weights:
     """The weights in a run's folder, a checkpoint's, a Hugging Face folder, or a file of ``consolidate``.
 
     Of a run that trained adapters they are the merged ones.
@@ -102,16 +102,19 @@ def open_weights(path: Path, passed_over: Callable[[str], None]) -> Weights:
         return _open_file(path)
     if (path / "config.json").is_file():
         return _open_hugging_face(path)
-    held = folders.hold_newest(path, passed_over)
+    held = folders.hold_newest(path, on_skip)
     if held is None:
         raise ValueError(f"{path}: neither a run with checkpoints nor a checkpoint nor a Hugging Face folder")
     found, hold = held
-    of_checkpoint: dict[str, Any] = {"tokenizer_fingerprint": found.facts.get("tokenizer"), "holds": (hold,)}
-    if ".metadata" not in found.facts["files"]:  # imported
+    of_checkpoint: dict[str, Any] = {
+        "tokenizer_fingerprint": found.metadata.get("tokenizer"),
+        "holds": (hold,),
+    }
+    if ".metadata" not in found.metadata["files"]:  # imported
         return replace(_stored(open_folder(found.folder), found.config, identity), **of_checkpoint)
     reader = Reader(found.folder)
     if is_adapter(found.config):
-        merged = _merged(found, reader, passed_over)
+        merged = _merged(found, reader, on_skip)
         return replace(merged, **of_checkpoint | {"holds": (hold, *merged.holds)})
     stored = {name.removeprefix("model."): dtype for name, (_, dtype) in reader.shapes.items()}
 
@@ -121,9 +124,9 @@ def open_weights(path: Path, passed_over: Callable[[str], None]) -> Weights:
     return Weights(path, found.config, stored, read, **of_checkpoint)
 
 
-def _merged(found: folders.Checkpoint, reader: Reader, passed_over: Callable[[str], None]) -> Weights:
+def _merged(found: folders.Checkpoint, reader: Reader, on_skip: Callable[[str], None]) -> Weights:
     """The weights that a run trained adapters beside, with these added."""
-    base = open_weights(base_of(found), passed_over)
+    base = open_weights(base_of(found), on_skip)
     norms = {name: torch.empty(shape) for name, (shape, _) in reader.shapes.items() if is_norm(name)}
     base.read({name.removeprefix("model."): tensor for name, tensor in norms.items()})
     check_base(reader, norms, str(base.path))
@@ -298,7 +301,7 @@ def tokenizer_of(weights: Weights) -> Tokenizer | None:
     return tokenizer
 
 
-def consolidate(path: Path, out: Path, dtype: torch.dtype, passed_over: Callable[[str], None]) -> int:
+def consolidate(path: Path, out: Path, dtype: torch.dtype, on_skip: Callable[[str], None]) -> int:
     """Write the weights of a run or checkpoint to one safetensors file; returns its size in bytes.
 
     The file is mapped, not built in memory, so the model may be larger than the host's. ``dtype`` is that of
@@ -309,7 +312,7 @@ def consolidate(path: Path, out: Path, dtype: torch.dtype, passed_over: Callable
     """
     if out.exists():
         raise ValueError(f"{out}: exists already")
-    with open_weights(path, passed_over) as weights:
+    with open_weights(path, on_skip) as weights:
         model = meta_model(weights.model)
         state = model.state_dict() | {name: tensor.to(dtype) for name, tensor in model.named_parameters()}
         partial = out.with_name(f"{out.name}.partial")

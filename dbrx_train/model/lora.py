@@ -22,12 +22,14 @@ from dbrx_train.model.decoder import Block, Dbrx
 from dbrx_train.model.init import draw_rows
 from dbrx_train.model.moe.experts import GatedExperts
 
-__all__ = ["adapt", "factor_modules", "factor_names", "is_factor", "narrow"]
+__all__ = ["apply_lora", "factor_modules", "factor_names", "is_factor", "narrow"]
 
 _IN_ATTENTION = ("Wqkv", "out_proj")
 
 
-def adapt(model: Dbrx, rank: int, alpha: float, targets: Sequence[str] = LORA_TARGETS, seed: int = 0) -> None:
+def apply_lora(
+    model: Dbrx, rank: int, alpha: float, targets: Sequence[str] = LORA_TARGETS, seed: int = 0
+) -> None:
     """Freeze ``model`` and give the matrices ``targets`` of every block factors that train.
 
     Factors are drawn from ``seed``; those of a model on the meta device are not (sharding it draws them).

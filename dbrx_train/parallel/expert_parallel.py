@@ -13,12 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dbrx_train.model.moe.experts import GatedExperts
-from dbrx_train.model.moe.layer import inverse, spread
+from dbrx_train.model.moe.layer import dispatch, inverse
 
-__all__ = ["TokenExchange"]
+__all__ = ["TokenDispatcher"]
 
 
-class TokenExchange:
+class TokenDispatcher:
     """Brings each token to the rank that holds its expert, and the expert's answer back. No token is dropped.
 
     Two all-to-alls of variable splits forward and two backward. The ranks' losses are averaged in the end,
@@ -43,8 +43,8 @@ class TokenExchange:
         place_M = inverse(order_M)
 
         x_MD = _AllToAll.apply(x_ND, leaving, arriving, self.group, float(self.ranks))  # type: ignore[no-untyped-call]
-        y_MD = experts(spread(x_MD, order_M, place_M[:, None]), got_Re.sum(0))
-        y_MD = spread(y_MD, place_M, order_M[:, None])
+        y_MD = experts(dispatch(x_MD, order_M, place_M[:, None]), got_Re.sum(0))
+        y_MD = dispatch(y_MD, place_M, order_M[:, None])
         y_ND: Tensor = _AllToAll.apply(y_MD, arriving, leaving, self.group, 1 / self.ranks)  # type: ignore[no-untyped-call]
         return y_ND
 

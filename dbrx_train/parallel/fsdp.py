@@ -19,7 +19,7 @@ from dbrx_train.model.decoder import Block, Dbrx
 from dbrx_train.model.init import draw_rows, is_norm
 from dbrx_train.model.lora import ExpertFactors, factor_modules
 from dbrx_train.model.moe.experts import Experts
-from dbrx_train.parallel.expert_parallel import TokenExchange
+from dbrx_train.parallel.expert_parallel import TokenDispatcher
 from dbrx_train.parallel.mesh import Meshes, MeshShape, nearest_divisor
 from dbrx_train.parallel.torch_patches import mend_fsdp_on_cpu
 
@@ -127,7 +127,7 @@ def _spread_experts(experts: Experts, meshes: Meshes) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
             spread = distribute_tensor(parameter.data, meshes.expert, [Shard(0)])
             module.register_parameter(name, nn.Parameter(spread, parameter.requires_grad))
-    experts.exchange = TokenExchange(meshes.expert.get_group())
+    experts.token_dispatcher = TokenDispatcher(meshes.expert.get_group())
 
 
 def _prefetch(units: list[list[Any]]) -> None:

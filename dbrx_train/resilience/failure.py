@@ -26,9 +26,9 @@ import torch.distributed as dist
 
 from dbrx_train.errors import HUNG, MISTAKE, exit_code
 from dbrx_train.redact import mask
-from dbrx_train.resilience.watchdog import Hangs, Progress
+from dbrx_train.resilience.watchdog import Heartbeat, Watchdog
 
-__all__ = ["StoppedTogether", "end_together"]
+__all__ = ["StoppedTogether", "propagate_failures"]
 
 _POLL_SECONDS = 0.5
 _FIRST_SECONDS = 1.0  # for the failed rank to say what went wrong before others say that they end
@@ -94,9 +94,9 @@ class Ending:
 
 
 @contextmanager
-def end_together(
+def propagate_failures(
     show: Callable[[Exception], int] | None = None,
-    progress: Progress | None = None,
+    heartbeat: Heartbeat | None = None,
     stacks: Path | None = None,
 ) -> Iterator[Ending]:
     """Within seconds of an Exception in the body on one rank, all ranks end.
@@ -109,15 +109,15 @@ def end_together(
     error and returns ``exit_code`` of it; by default a traceback and 1. On one rank alone
     the error is raised. torch.distributed must be initialised, from the environment that a launcher sets.
 
-    With ``progress``, a hang ends them too, with code ``HUNG``: each writes the stacks of its threads into
+    With ``heartbeat``, a hang ends them too, with code ``HUNG``: each writes the stacks of its threads into
     the folder ``stacks``, and the rank that is behind shows them.
     """
     notice, over = _Notice(), threading.Event()
     ending, alone = Ending(notice), dist.get_world_size() == 1
-    hangs = None
-    if progress is not None:
-        hangs = Hangs(progress, notice.store, notice.key, dist.get_rank(), dist.get_world_size())
-    arguments = (notice, over, ending, hangs, stacks)
+    watchdog = None
+    if heartbeat is not None:
+        watchdog = Watchdog(heartbeat, notice.store, notice.key, dist.get_rank(), dist.get_world_size())
+    arguments = (notice, over, ending, watchdog, stacks)
     threading.Thread(target=_watch, args=arguments, name="failures", daemon=True).start()
     try:
         yield ending
@@ -159,12 +159,12 @@ def _traceback(error: Exception) -> int:
 
 
 def _watch(
-    notice: _Notice, over: threading.Event, ending: Ending, hangs: Hangs | None, stacks: Path | None
+    notice: _Notice, over: threading.Event, ending: Ending, watchdog: Watchdog | None, stacks: Path | None
 ) -> None:
     while not over.wait(_POLL_SECONDS):
         try:
             first = notice.read()
-            if first is None and hangs is not None and (hang := hangs.look()):
+            if first is None and watchdog is not None and (hang := watchdog.look()):
                 notice.post(hang[0], HUNG, behind=hang[1])
                 first = notice.read()
         except RuntimeError:  # the rank that holds the store has ended, as it does when all is done

@@ -17,7 +17,7 @@ import psutil
 
 from dbrx_train.errors import STOPPED
 
-__all__ = ["TIME_LIMIT", "Stop", "cause", "code_when_saved"]
+__all__ = ["TIME_LIMIT", "PreemptionHandler", "cause", "code_when_saved"]
 
 TIME_LIMIT = 1000
 """Reason to stop, beside the numbers of signals."""
@@ -40,7 +40,7 @@ def code_when_saved(number: int) -> int:
     return 128 + signal.SIGINT if number == signal.SIGINT else STOPPED
 
 
-class Stop:
+class PreemptionHandler:
     """Hears SIGTERM, SIGUSR1 and Ctrl-C, and the time limit, for as long as it is entered.
 
     Before training begins, a signal raises SystemExit with ``code_when_saved``. After that it is only noted:
@@ -64,7 +64,7 @@ class Stop:
         self._deadline = None if after is None else time.monotonic() + after - age
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> Stop:
+    def __enter__(self) -> PreemptionHandler:
         global _listening
         if threading.current_thread() is threading.main_thread():  # others may handle no signals
             self._wakes, self._hears = socket.socketpair()

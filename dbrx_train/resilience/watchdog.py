@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from math import inf
 from typing import Any, NamedTuple
 
-__all__ = ["Hangs", "Place", "Progress"]
+__all__ = ["Heartbeat", "Position", "Watchdog"]
 
 _TELL_SECONDS = 10.0  # between two signs of life
 _STAY_SECONDS = 1.0  # at a place before it is told of
 _TURN_SECONDS = 15.0  # for a rank to judge before the next one does
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """Where a rank is in the run."""
 
     moves: int
@@ -33,18 +33,18 @@ class Place(NamedTuple):
         return f"at step {self.step}, {self.phase}"
 
 
-class Progress:
+class Heartbeat:
     """Where this rank is; moved on by the thread that trains, and read by another."""
 
     def __init__(self) -> None:
-        self.place = Place(0, 0, "starting", None)
+        self.place = Position(0, 0, "starting", None)
 
     def move(self, step: int, phase: str, limit: float | None) -> None:
         """To be called at the same moments on every rank."""
-        self.place = Place(self.place.moves + 1, step, phase, limit)
+        self.place = Position(self.place.moves + 1, step, phase, limit)
 
 
-class Hangs:
+class Watchdog:
     """Tells other ranks of this rank's progress, and judges whether all of them have stopped.
 
     Args:
@@ -52,10 +52,10 @@ class Hangs:
         store: one that all ranks share, of torch.distributed; ``prefix`` begins the names used in it.
     """
 
-    def __init__(self, progress: Progress, store: Any, prefix: str, rank: int, ranks: int) -> None:
+    def __init__(self, progress: Heartbeat, store: Any, prefix: str, rank: int, ranks: int) -> None:
         self._progress, self._store, self._rank = progress, store, rank
         self._keys = [f"{prefix}/{i}" for i in range(ranks)]
-        self._seen = self._told = Place(-1, 0, "", None)
+        self._seen = self._told = Position(-1, 0, "", None)
         self._looked = self._told_at = time.monotonic()
         self._judged_at = -inf
         self._stayed = 0.0
@@ -78,10 +78,10 @@ class Hangs:
         self._judged_at = now
         return self._judge([self._read(key) for key in self._keys])
 
-    def _read(self, key: str) -> Place | None:
-        return Place(*json.loads(self._store.get(key))) if self._store.check([key]) else None
+    def _read(self, key: str) -> Position | None:
+        return Position(*json.loads(self._store.get(key))) if self._store.check([key]) else None
 
-    def _judge(self, places: Sequence[Place | None]) -> tuple[str, int] | None:
+    def _judge(self, places: Sequence[Position | None]) -> tuple[str, int] | None:
         counts = [place.moves if place else -1 for place in places]
         behind = counts.index(min(counts))
         slow, ahead = places[behind], places[counts.index(max(counts))]

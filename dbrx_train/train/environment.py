@@ -32,7 +32,7 @@ def join_ranks(device: str, timeout: float) -> None:
     dist.initialize_dist(get_device(device), timeout)
 
 
-def say(text: str) -> None:
+def print_rank0(text: str) -> None:
     """Print a line, once for all ranks."""
     if dist.get_global_rank() == 0:
         print(mask(text), flush=True)

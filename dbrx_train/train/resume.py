@@ -24,9 +24,9 @@ from dbrx_train.config import RECORD, ConfigError, RunConfig, first_line, flatte
 from dbrx_train.data.tokenizer import load_tokenizer
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.train.data import train_dataset
-from dbrx_train.train.environment import say
+from dbrx_train.train.environment import print_rank0
 
-__all__ = ["check_beginning", "check_folder", "checkpoint_folder", "newest", "open_remote", "same_tokenizer"]
+__all__ = ["check_folder", "check_start", "checkpoint_folder", "newest", "open_remote", "same_tokenizer"]
 
 # What the weights' shapes depend on, and the optimizer's state beside them.
 _FIXED_WEIGHTS = (
@@ -73,7 +73,7 @@ def check_folder(config: RunConfig) -> None:
                 )
 
 
-def check_beginning(config: RunConfig, found: Checkpoint | None) -> Weights | None:
+def check_start(config: RunConfig, found: Checkpoint | None) -> Weights | None:
     """What the run begins with, before anything is touched; returns weights that it is to begin with, if any.
 
     Raises:
@@ -89,7 +89,7 @@ def check_beginning(config: RunConfig, found: Checkpoint | None) -> Weights | No
         )
     if config.init_from.path is not None and (found is None or config.lora.rank is not None):
         with naming("init_from.path: "):
-            weights = open_weights(Path(config.init_from.path), say)
+            weights = open_weights(Path(config.init_from.path), print_rank0)
         weights = _fitting(config, weights)
     _check_mix(config, found)
     checkpoint_folder(config).mkdir(parents=True, exist_ok=True)
@@ -147,22 +147,24 @@ def newest(config: RunConfig, remote: Remote | None, last: float = inf) -> Check
     """
     root = checkpoint_folder(config)
     if dist.get_global_rank() == 0:
-        folders.settle(root)
+        folders.finish_commit(root)
 
     def there() -> Iterator[Checkpoint]:
         if remote is not None:
             with _store_errors(config.checkpoints.remote):
-                yield from remote.whole(root, say)
+                yield from remote.whole(root, print_rank0)
 
     def fetch(checkpoint: Checkpoint, name: str) -> None:
         if remote is not None:
             remote.fetch(checkpoint, name)
 
-    newest_first = heapq.merge(folders.whole(root, say), there(), key=lambda found: -found.step)
+    newest_first = heapq.merge(folders.whole(root, print_rank0), there(), key=lambda found: -found.step)
     begin = time.monotonic()
-    found = select((each for each in newest_first if each.step <= last), fetch, say)
+    found = select((each for each in newest_first if each.step <= last), fetch, print_rank0)
     if found is not None:
-        say(f"{found.folder}: {found.bytes:,} bytes are as written, read in {time.monotonic() - begin:.1f} s")
+        print_rank0(
+            f"{found.folder}: {found.bytes:,} bytes are as written, read in {time.monotonic() - begin:.1f} s"
+        )
     return found
 
 
@@ -208,5 +210,5 @@ def _check_mix(config: RunConfig, saved: Checkpoint | None) -> None:
     """
     dataset = train_dataset(config)
     if saved:
-        dataset.load_state_dict(saved.facts["data"])
+        dataset.load_state_dict(saved.metadata["data"])
     config.check_repetition(dataset.schedule, dataset.sizes)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from dbrx_train.checkpoint.folder import Checkpoint
 from dbrx_train.train.callbacks.bad_steps import BadSteps, RollBack
 from dbrx_train.train.callbacks.checkpoints import Checkpoints
-from dbrx_train.train.callbacks.goodput import Wall
+from dbrx_train.train.callbacks.goodput import Goodput
 from dbrx_train.train.tracking import events
 from dbrx_train.train.train_state import callback_of, metadata
 
@@ -64,24 +64,24 @@ def _go_back(
     checkpoint: Checkpoint,
     resume: Callable[[Checkpoint], None],
 ) -> None:
-    now, pass_over, row = metadata(trainer.state), guard.config.pass_over, guard.judge.row
+    now, skip_data, row = metadata(trainer.state), guard.config.skip_data, guard.judge.row
     step, tokens = now["time"]["batch"], now["time"]["token"]
-    kept = None if pass_over else checkpoint.facts.get(guard.key)
+    kept = None if skip_data else checkpoint.metadata.get(guard.key)
     judge = guard.judge.roll_back(step, kept)
-    if pass_over:  # as if the checkpoint's weights had been saved now
+    if skip_data:  # as if the checkpoint's weights had been saved now
         back = now
     else:
         spent = {key: value for key, value in now["time"].items() if key.endswith("_wct")}
-        back = {"time": checkpoint.facts["time"] | spent}
-    resume(replace(checkpoint, facts=checkpoint.facts | back | {guard.key: judge}))
-    if pass_over:
-        callback_of(trainer.state, Wall).lose(checkpoint.step)
+        back = {"time": checkpoint.metadata["time"] | spent}
+    resume(replace(checkpoint, metadata=checkpoint.metadata | back | {guard.key: judge}))
+    if skip_data:
+        callback_of(trainer.state, Goodput).lose(checkpoint.step)
     for callback in trainer.state.callbacks:
         if isinstance(callback, SpeedMonitor):  # measures over its latest steps, as if they were in a row
             for name in ("samples", "tokens", "wct", "flops"):
                 getattr(callback, f"history_{name}").clear()
     if dist.get_global_rank() == 0:
-        on = f"; data goes on at step {step}" if pass_over else ""
+        on = f"; data goes on at step {step}" if skip_data else ""
         tqdm.write(f"{row} bad steps in a row: back from step {step} to {checkpoint.folder}{on}")
     events.record(
         folder,
@@ -91,6 +91,6 @@ def _go_back(
         row=row,
         to_step=checkpoint.step,
         to=str(checkpoint.folder),
-        passed_over=step - checkpoint.step if pass_over else 0,
+        skipped=step - checkpoint.step if skip_data else 0,
         rollbacks=judge["rollbacks"],
     )

@@ -31,18 +31,18 @@ from dbrx_train.errors import STOPPED, exit_code, show
 from dbrx_train.files import atomic_write
 from dbrx_train.jsonl import EVENTS
 from dbrx_train.lease import Lease
-from dbrx_train.resilience import Progress, StoppedTogether, end_together
-from dbrx_train.resilience.preemption import Stop, cause
+from dbrx_train.resilience import Heartbeat, StoppedTogether, propagate_failures
+from dbrx_train.resilience.preemption import PreemptionHandler, cause
 from dbrx_train.train import environment, rollback
 from dbrx_train.train.allocator import keep_freed_memory
 from dbrx_train.train.callbacks.checkpoints import Checkpoints
-from dbrx_train.train.callbacks.heartbeat import Phases
+from dbrx_train.train.callbacks.heartbeat import HeartbeatCallback
 from dbrx_train.train.callbacks.order import Supervision
-from dbrx_train.train.callbacks.preemption import Stopping
+from dbrx_train.train.callbacks.preemption import Preemption
 from dbrx_train.train.data import check_sources
-from dbrx_train.train.environment import say
+from dbrx_train.train.environment import print_rank0
 from dbrx_train.train.reference import set_reference
-from dbrx_train.train.resume import check_beginning, check_folder, checkpoint_folder, newest, open_remote
+from dbrx_train.train.resume import check_folder, check_start, checkpoint_folder, newest, open_remote
 from dbrx_train.train.startup_summary import summary
 from dbrx_train.train.throughput import peak_flops
 from dbrx_train.train.tracking import events, picture
@@ -60,14 +60,14 @@ def run(config: RunConfig) -> None:
     device = _device(config)
     if device == "cpu":
         keep_freed_memory()
-    with Stop(config.stopping.seconds, config.stop_after_seconds) as stop:
+    with PreemptionHandler(config.preemption.seconds, config.stop_after_seconds) as stop:
         environment.join_ranks(device, config.parallelism.timeout)
         _train(config, device, stop)
 
 
-def _train(config: RunConfig, device: str, stop: Stop) -> None:
-    progress, stacks = Progress(), Path(config.folder) / "stacks"
-    with ExitStack() as afterwards, end_together(show, progress, stacks) as ending:
+def _train(config: RunConfig, device: str, stop: PreemptionHandler) -> None:
+    heartbeat, stacks = Heartbeat(), Path(config.folder) / "stacks"
+    with ExitStack() as afterwards, propagate_failures(show, heartbeat, stacks) as ending:
         afterwards.push(lambda _, error, __: _say_how_to_go_on(config, stop, error))
         stop.tell = ending.tell
         check_world(config, dist.get_world_size())
@@ -76,21 +76,21 @@ def _train(config: RunConfig, device: str, stop: Stop) -> None:
         check_folder(config)
         lease = None
         if dist.get_global_rank() == 0:
-            lease = Lease(Path(config.folder), lost=lambda what: ending.tell(what, 1), say=say)
+            lease = Lease(Path(config.folder), lost=lambda what: ending.tell(what, 1), say=print_rank0)
             afterwards.enter_context(lease)
         remote = open_remote(config)
         found = newest(config, remote)
-        weights = check_beginning(config, found)
+        weights = check_start(config, found)
         if found and found.tokens >= config.clock.total_tokens:
             end = f"{found.folder} holds its end"
-            say(f"{config.run_name} is done: {end}. A larger max_duration= continues it.")
+            print_rank0(f"{config.run_name} is done: {end}. A larger max_duration= continues it.")
             return
         store = _open_store(config, resume=found is not None)
         ending.at_end = store.end
         peak, origin = peak_flops(device, config.precision, config.logging.peak_flops)
-        supervision = Supervision(Phases(progress, *config.hangs.seconds), stop, lease)
+        supervision = Supervision(HeartbeatCallback(heartbeat, *config.watchdog.seconds), stop, lease)
         trainer = build_trainer(config, tokenizer, device, store, peak, remote, supervision)
-        stopping = callback_of(trainer.state, Stopping)
+        stopping = callback_of(trainer.state, Preemption)
         afterwards.push(lambda kind, *_: stopping.meet() if kind is StoppedTogether else None)
         # Trainer.close waits for all ranks, of which some may have failed.
         afterwards.push(lambda kind, *_: trainer.close() if kind is None else trainer.engine.close())
@@ -102,13 +102,13 @@ def _train(config: RunConfig, device: str, stop: Stop) -> None:
                 with naming("init_from.path: "):
                     read_together(weights, model_of(trainer.state))
             if found:
-                say(f"{config.run_name} goes on from {found.folder}, after {found.tokens:,} tokens")
+                print_rank0(f"{config.run_name} goes on from {found.folder}, after {found.tokens:,} tokens")
                 events.record(Path(config.folder), "resumed", step=found.step, tokens=found.tokens)
                 resume(trainer, found, remote, base)
             if config.preferences.beta is not None:
                 set_reference(config, trainer, tokenizer, made=found is not None)
             _record(config, store, f"{peak:.4g} FLOP/s, {origin}")
-            say(summary(config, device, dist.get_world_size()))
+            print_rank0(summary(config, device, dist.get_world_size()))
             if config.evaluation.at_start and found is None and trainer.state.evaluators:
                 trainer.eval()
             rollback.fit(
@@ -124,13 +124,13 @@ def _train(config: RunConfig, device: str, stop: Stop) -> None:
             raise
 
 
-def _say_how_to_go_on(config: RunConfig, stop: Stop, error: BaseException | None) -> None:
+def _say_how_to_go_on(config: RunConfig, stop: PreemptionHandler, error: BaseException | None) -> None:
     """The last line of a run that was stopped."""
     if exit_code(error) in (STOPPED, 128 + signal.SIGINT):
         saved = next(iter(folders.saved(checkpoint_folder(config))), None)
         why = f" ({cause(stop.asked())})" if stop.asked() else ""
         where = saved or "the beginning: nothing was saved yet"
-        say(f"stopped{why}; the same command goes on from {where}")
+        print_rank0(f"stopped{why}; the same command goes on from {where}")
 
 
 def resume(
@@ -212,16 +212,18 @@ def _report(config: RunConfig, store: MLflowStore, batch: int) -> None:
         for source, points in picture.held_out_losses(store).items():
             (begin, first), (step, last) = points[0], points[-1]
             before = f"{first:.3f} after {_tokens(config, begin)}, " if len(points) > 1 else ""
-            say(f"held-out {source}: loss {before}{last:.3f} after {_tokens(config, step)}")
+            print_rank0(f"held-out {source}: loss {before}{last:.3f} after {_tokens(config, step)}")
     except STORE_ERRORS as error:
-        say(f"no picture of the run, or its last figures: {first_line(error)}")
-    say(f"checkpoint: {checkpoint_folder(config)}/ba{batch}")
+        print_rank0(f"no picture of the run, or its last figures: {first_line(error)}")
+    print_rank0(f"checkpoint: {checkpoint_folder(config)}/ba{batch}")
     uri = config.logging.mlflow_uri
     page = f"#/experiments/{store.experiment_id}/runs/{store.run_id}"
     if uri.startswith(("http://", "https://")):
-        say(f"run {store.run_id}: {uri.rstrip('/')}/{page}")
+        print_rank0(f"run {store.run_id}: {uri.rstrip('/')}/{page}")
     else:
-        say(f"run {store.run_id}: mlflow ui --backend-store-uri {uri}, then http://127.0.0.1:5000/{page}")
+        print_rank0(
+            f"run {store.run_id}: mlflow ui --backend-store-uri {uri}, then http://127.0.0.1:5000/{page}"
+        )
 
 
 def _keep_events(config: RunConfig, store: MLflowStore) -> None:

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from dbrx_train.config import ConfigError, RunConfig
 from dbrx_train.model.compiling import compile_dense
 from dbrx_train.model.decoder import Dbrx
-from dbrx_train.model.lora import adapt, narrow
+from dbrx_train.model.lora import apply_lora, narrow
 from dbrx_train.parallel import BatchLoad, MeshShape, checkpoint_activations, parallelize
 from dbrx_train.train.composer_model import ComposerDbrx
 from dbrx_train.train.preferences import Batch
@@ -55,7 +55,7 @@ def build_model(config: RunConfig, device: str) -> Dbrx:
     with torch.device("meta" if sharded else "cpu"):
         model = Dbrx(config.model, seed=config.seed)
     if config.lora.rank is not None:
-        adapt(model, config.lora.rank, config.lora.alpha, config.lora.targets, config.seed)
+        apply_lora(model, config.lora.rank, config.lora.alpha, config.lora.targets, config.seed)
         if config.precision == "amp_bf16":
             narrow(model, torch.bfloat16)
     checkpoint_activations(model, parallelism.activation_checkpointing)

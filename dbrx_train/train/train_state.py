@@ -137,18 +137,18 @@ def restore(trainer: Trainer, checkpoint: Checkpoint, reader: Reader) -> None:
     state, model = trainer.state, model_of(trainer.state)
     found = model_tensors(model) | optimizer_tensors(model, state.optimizers[0])
     name = f"random.{dist.get_global_rank()}"
-    same_world = checkpoint.facts["ranks"] == dist.get_world_size()
+    same_world = checkpoint.metadata["ranks"] == dist.get_world_size()
     drawn = torch.empty(reader.shapes[name][0], dtype=torch.uint8) if same_world else None
     reader.read(found if drawn is None else found | {name: drawn})
-    times = checkpoint.facts["time"]
+    times = checkpoint.metadata["time"]
     spans = {key: datetime.timedelta(seconds=value) for key, value in times.items() if key.endswith("_wct")}
     state.load_state_dict(
-        {"timestamp": {"Timestamp": times | spans}, "dataset_state": {"train": checkpoint.facts["data"]}},
+        {"timestamp": {"Timestamp": times | spans}, "dataset_state": {"train": checkpoint.metadata["data"]}},
         trainer.logger,
     )
     for callback in _stateful(state):
-        if callback.key in checkpoint.facts:  # not in older ones
-            callback.load_state_dict(checkpoint.facts[callback.key])
+        if callback.key in checkpoint.metadata:  # not in older ones
+            callback.load_state_dict(checkpoint.metadata[callback.key])
     callback_of(state, TrainState).rng_state = drawn
 
 

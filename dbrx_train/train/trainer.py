@@ -40,7 +40,7 @@ def build_trainer(
         cpu_autocast=on_cpu and config.precision == "amp_bf16",
         beta=config.preferences.beta,
     )
-    arrived = supervision.phases.batch_arrived if supervision else lambda: None
+    arrived = supervision.heartbeat.batch_arrived if supervision else lambda: None
     data = train_data(config, tokenizer, arrived)
     clock, optimization = config.clock, config.optimization
     most = max(stage.tokens_per_batch for stage in clock.stages)

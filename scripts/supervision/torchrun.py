@@ -4,8 +4,8 @@ python scripts/supervision/torchrun.py TORCHRUN-ARGUMENT... -m dbrx_train train 
 
 torchrun itself exits with 1 whatever its ranks exit with, and at a SIGTERM leaves them 30 seconds before it
 kills them. Here SIGTERM and SIGUSR1 are passed to the ranks as SIGUSR1, and Ctrl-C as what it is; they end
-in their own time: give them as much as `stopping.grace`. Leave `--max-restarts` at 0, since torchrun would
-start again a run that has stopped as it was asked to: restart.sh restarts by the exit code.
+in their own time: give them as much as `preemption.grace_period`. Leave `--max-restarts` at 0, since torchrun
+would start again a run that has stopped as it was asked to: restart.sh restarts by the exit code.
 """
 
 from __future__ import annotations

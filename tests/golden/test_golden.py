@@ -80,7 +80,7 @@ evaluation: {{max_samples: 0}}
 """
 RAMP = (
     "data.mix=[{at: 0tok, weights: {web: 0.9, code: 0.1}}, {at: 1ba, weights: {web: 0.9, code: 0.1}}, "
-    "{at: 5ba, weights: {web: 0.2, code: 0.8}, reach: linear}, "
+    "{at: 5ba, weights: {web: 0.2, code: 0.8}, interpolation: linear}, "
     "{at: 6ba, weights: {long-web: 0.5, long-code: 0.5}, seq_len: 32}]"
 )
 RUNS = {

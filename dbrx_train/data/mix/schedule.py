@@ -29,7 +29,7 @@ from dbrx_train.schedule import Clock
 
 __all__ = ["MixPoint", "MixSchedule"]
 
-Reach: TypeAlias = Literal["step", "linear"]
+Interpolation: TypeAlias = Literal["step", "linear"]
 Side: TypeAlias = Literal["left", "right"]
 
 _MOST_TICKS: Final = 2**63 // DENOMINATOR - 1
@@ -43,18 +43,18 @@ GENTLE_EPOCHS: Final = 4
 class MixPoint:
     """From tick ``at`` on, sources are drawn in proportion to ``weights`` (a source left out has weight 0).
 
-    ``reach`` says how the weights come there from the previous point: at once (``step``) or along a straight
-    line of the normalised weights (``linear``).
+    ``interpolation`` says how the weights come there from the previous point: at once (``step``) or along a
+    straight line of the normalised weights (``linear``).
     """
 
     at: int
     weights: Mapping[str, float]
-    reach: Reach = "step"
+    interpolation: Interpolation = "step"
 
     def __post_init__(self) -> None:
         """Refuse what is no mix: ValueError that begins with the field."""
-        if self.reach not in get_args(Reach):
-            raise ValueError(f"reach: {self.reach!r} is unknown; use step or linear")
+        if self.interpolation not in get_args(Interpolation):
+            raise ValueError(f"interpolation: {self.interpolation!r} is unknown; use step or linear")
         for name, weight in self.weights.items():
             if not 0 <= weight < float("inf"):
                 raise ValueError(f"weights.{name}: {weight} is not a weight; use a number of at least 0")
@@ -69,7 +69,7 @@ class MixPoint:
 
 
 @dataclass(frozen=True)
-class _Chapter:
+class _Revision:
     """One version of the schedule's points, in force from tick ``begin``. An edited run has more than one."""
 
     begin: int
@@ -82,7 +82,7 @@ class _Chapter:
         after = int(np.searchsorted(times, tick, side))
         before = self.points[max(after - 1, 0)]
         here = before.shares(self.sources)
-        if after == len(self.points) or self.points[after].reach == "step" or after == 0:
+        if after == len(self.points) or self.points[after].interpolation == "step" or after == 0:
             return here
         target = self.points[after]
         fraction = (tick - before.at) / (target.at - before.at)
@@ -100,7 +100,7 @@ class _Chapter:
         """
         times, shares = [np.zeros(1, np.int64)], [self.points[0].shares(self.sources)[None]]
         for before, point in itertools.pairwise(self.points):
-            if point.reach == "linear":
+            if point.interpolation == "linear":
                 length = point.at - before.at
                 edges = np.arange(before.at, point.at, max(1, math.isqrt(length) // 4))
                 middles = (edges + np.append(edges[1:], point.at) - 2 * before.at) / (2 * length)
@@ -149,28 +149,28 @@ class MixSchedule:
                     raise ValueError(f"mix[{i}].weights.{name}: no such source; use {', '.join(names)}")
         if canonical_nodes < 1:
             raise ValueError(f"canonical_nodes: {canonical_nodes} is too few; use at least 1")
-        self._set([_Chapter(0, names, tuple(points))], canonical_nodes)
+        self._set([_Revision(0, names, tuple(points))], canonical_nodes)
 
     @classmethod
-    def _of(cls, chapters: Sequence[_Chapter], canonical_nodes: int) -> MixSchedule:
+    def _of(cls, revisions: Sequence[_Revision], canonical_nodes: int) -> MixSchedule:
         schedule = object.__new__(cls)
-        schedule._set(chapters, canonical_nodes)
+        schedule._set(revisions, canonical_nodes)
         return schedule
 
-    def _set(self, chapters: Sequence[_Chapter], canonical_nodes: int) -> None:
-        """Chapters are in order, and each one's sources begin with those of the chapter before."""
-        self.sources, self.canonical_nodes = chapters[-1].sources, canonical_nodes
-        self._chapters = tuple(chapters)
+    def _set(self, revisions: Sequence[_Revision], canonical_nodes: int) -> None:
+        """Revisions are in order, and each one's sources begin with those of the revision before."""
+        self.sources, self.canonical_nodes = revisions[-1].sources, canonical_nodes
+        self._revisions = tuple(revisions)
         self._parts: list[Apportionment] = []
         nodes = np.arange(canonical_nodes)
         integral, counts = np.zeros(0, np.int64), np.zeros((canonical_nodes, 0), np.int64)
-        for chapter in self._chapters:
+        for revision in self._revisions:
             if self._parts:
-                begin = np.full_like(nodes, chapter.begin)
+                begin = np.full_like(nodes, revision.begin)
                 integral, counts = self._parts[-1].integral(begin[0]), self._parts[-1].counts(begin, nodes)
-            new = len(chapter.sources) - len(integral)
+            new = len(revision.sources) - len(integral)
             integral, counts = np.pad(integral, (0, new)), np.pad(counts, ((0, 0), (0, new)))
-            self._parts.append(Apportionment(*chapter.pieces(), integral, counts, chapter.corners()))
+            self._parts.append(Apportionment(*revision.pieces(), integral, counts, revision.corners()))
 
     @classmethod
     def from_config(
@@ -181,7 +181,7 @@ class MixSchedule:
         sources: Sequence[str] | None = None,
         canonical_nodes: int = 1,
     ) -> MixSchedule:
-        """Resolve points ``{at, weights, reach, seq_len}``, whose ``at`` are as in ``dbrx_train.schedule``.
+        """Resolve points ``{at, weights, interpolation, seq_len}``; ``at`` is as in ``dbrx_train.schedule``.
 
         Times are rounded to whole ticks. A point with a ``seq_len`` begins with the clock's step of that
         length, which has to be there (``Clock.with_seq_len``).
@@ -194,23 +194,29 @@ class MixSchedule:
         resolved = []
         for i, point in enumerate(points):
             field = f"mix[{i}]"
-            if unknown := set(point) - {"at", "weights", "reach", "seq_len"}:
-                raise ValueError(f"{field}.{min(unknown)}: unknown key; a point has at, weights and reach")
+            if unknown := set(point) - {"at", "weights", "interpolation", "seq_len"}:
+                raise ValueError(
+                    f"{field}.{min(unknown)}: unknown key; a point has at, weights, interpolation and seq_len"
+                )
             if missing := {"at", "weights"} - set(point):
                 raise ValueError(f"{field}.{min(missing)}: is missing")
-            samples, reach = clock.samples(point["at"], f"{field}.at"), point.get("reach", "step")
+            samples, interpolation = (
+                clock.samples(point["at"], f"{field}.at"),
+                point.get("interpolation", "step"),
+            )
             if (seq_len := point.get("seq_len")) is not None:
                 step = clock.first_step(point["at"])
                 samples = Fraction(step.sample)
                 if step.seq_len != seq_len:
                     raise ValueError(f"{field}.seq_len: is {seq_len}, but the clock has {step.seq_len} there")
-                if reach == "linear" and clock.stage(max(0, step.batch - 1), "ba").seq_len != seq_len:
+                if interpolation == "linear" and clock.stage(max(0, step.batch - 1), "ba").seq_len != seq_len:
                     raise ValueError(
-                        f"{field}.reach: no ramp leads to samples of another length (seq_len); use step"
+                        f"{field}.interpolation: no ramp leads to samples of another length (seq_len); "
+                        f"use step"
                     )
             try:
                 weights = {str(name): float(weight) for name, weight in point["weights"].items()}
-                resolved.append(MixPoint(round(samples / canonical_nodes), weights, reach))
+                resolved.append(MixPoint(round(samples / canonical_nodes), weights, interpolation))
             except ValueError as error:
                 raise ValueError(f"{field}.{error}") from None
         return cls(resolved, sources=sources, canonical_nodes=canonical_nodes)
@@ -221,10 +227,10 @@ class MixSchedule:
         Raises ValueError naming a source that has weight at two lengths, or a change of length at which no
         point of the mix stands.
         """
-        points = {point.at: point for point in self._chapters[-1].points}
+        points = {point.at: point for point in self._revisions[-1].points}
         for before, stage in itertools.pairwise(clock.stages):
             point = points.get(stage.sample // self.canonical_nodes)
-            if before.seq_len != stage.seq_len and (point is None or point.reach != "step"):
+            if before.seq_len != stage.seq_len and (point is None or point.interpolation != "step"):
                 raise ValueError(
                     f"mix: samples have {stage.seq_len} tokens after {stage.token:,}, but no point steps to "
                     f"sources of that length there"
@@ -243,7 +249,7 @@ class MixSchedule:
     @property
     def moments(self) -> list[int]:
         """The ticks of its points."""
-        return [point.at for point in self._chapters[-1].points]
+        return [point.at for point in self._revisions[-1].points]
 
     @property
     def max_deviation(self) -> float:
@@ -266,7 +272,7 @@ class MixSchedule:
         for i, part in enumerate(self._parts):
             mine = version == i
             if mine.any():
-                result[mine, : len(self._chapters[i].sources)] = part.counts(ticks[mine], nodes[mine])
+                result[mine, : len(self._revisions[i].sources)] = part.counts(ticks[mine], nodes[mine])
         return result
 
     def totals(self, tick: ArrayLike) -> Ints:
@@ -293,14 +299,14 @@ class MixSchedule:
         for i, part in enumerate(self._parts):
             mine = version == i
             if mine.any():
-                result[mine, : len(self._chapters[i].sources)] = part.integral(ticks[mine]) / DENOMINATOR
+                result[mine, : len(self._revisions[i].sources)] = part.integral(ticks[mine]) / DENOMINATOR
         return result
 
     def weights_at(self, tick: float, side: Side = "right") -> dict[str, float]:
         """The weights asked for at ``tick`` (or just before it, from the left), scaled to sum to 1."""
-        chapter = self._chapters[int(self._version(np.array(tick), side))]
+        revision = self._revisions[int(self._version(np.array(tick), side))]
         weights = dict.fromkeys(self.sources, 0.0)
-        return weights | dict(zip(chapter.sources, chapter.shares(tick, side).tolist(), strict=True))
+        return weights | dict(zip(revision.sources, revision.shares(tick, side).tolist(), strict=True))
 
     def repetition(
         self, sizes: Mapping[str, int], stop: int, max_epochs: Mapping[str, float] | None = None
@@ -343,8 +349,8 @@ class MixSchedule:
         if self._difference(old, at, None, 0.0) is None:
             return old
         sources = tuple(dict.fromkeys(old.sources + self.sources))
-        past = [chapter for chapter in old._chapters if chapter.begin < at]
-        future = _Chapter(at, sources, self._chapters[-1].points)
+        past = [revision for revision in old._revisions if revision.begin < at]
+        future = _Revision(at, sources, self._revisions[-1].points)
         return self._of([*past, future], self.canonical_nodes)
 
     def check_edit(self, old: MixSchedule, at: int) -> None:
@@ -370,8 +376,8 @@ class MixSchedule:
         self, old: MixSchedule, begin: int, end: int | None, tolerance: float
     ) -> tuple[int, Side] | None:
         """Where in [begin, end) the weights first differ; they are straight between the points of both."""
-        known = {point.at for mix in (self, old) for chapter in mix._chapters for point in chapter.points}
-        known |= {chapter.begin for chapter in old._chapters}
+        known = {point.at for mix in (self, old) for revision in mix._revisions for point in revision.points}
+        known |= {revision.begin for revision in old._revisions}
         inside = [begin, *sorted(t for t in known if begin < t and (end is None or t < end))]
         edges: list[tuple[int, Side]] = [(begin, "right")]
         edges += [(t, side) for t in inside[1:] for side in get_args(Side)]
@@ -383,32 +389,33 @@ class MixSchedule:
         return None
 
     def _version(self, tick: NDArray[Any], side: Side) -> NDArray[np.intp]:
-        """Index of the chapter a tick belongs to; ``left`` gives a chapter's first tick to the one before."""
-        begins = np.array([chapter.begin for chapter in self._chapters[1:]], np.int64)
+        """Index of the revision a tick belongs to; ``left`` gives its first tick to the one before."""
+        begins = np.array([revision.begin for revision in self._revisions[1:]], np.int64)
         return np.asarray(np.searchsorted(begins, tick, side))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain scalars, lists and dicts from which ``from_dict`` makes an equal schedule."""
-        chapters = [
+        revisions = [
             {
-                "begin": chapter.begin,
-                "sources": list(chapter.sources),
+                "begin": revision.begin,
+                "sources": list(revision.sources),
                 "points": [
-                    {"at": p.at, "weights": dict(p.weights), "reach": p.reach} for p in chapter.points
+                    {"at": p.at, "weights": dict(p.weights), "interpolation": p.interpolation}
+                    for p in revision.points
                 ],
             }
-            for chapter in self._chapters
+            for revision in self._revisions
         ]
-        return {"canonical_nodes": self.canonical_nodes, "chapters": chapters}
+        return {"canonical_nodes": self.canonical_nodes, "revisions": revisions}
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> MixSchedule:
         """The schedule that ``to_dict`` described."""
-        chapters = [
-            _Chapter(c["begin"], tuple(c["sources"]), tuple(MixPoint(**point) for point in c["points"]))
-            for c in state["chapters"]
+        revisions = [
+            _Revision(c["begin"], tuple(c["sources"]), tuple(MixPoint(**point) for point in c["points"]))
+            for c in state["revisions"]
         ]
-        return cls._of(chapters, state["canonical_nodes"])
+        return cls._of(revisions, state["canonical_nodes"])
 
 
 def _show(weights: Mapping[str, float]) -> str:

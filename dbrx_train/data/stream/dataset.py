@@ -216,7 +216,7 @@ class ScheduledDataset(IterableDataset[list[Sample]]):
         tokens = self._tokens_after(samples)
         sources = {}
         for name, order in self._orders.items():
-            ends = order.generations
+            ends = order.appends
             prints = [self._stores[name].fingerprint(a, b) for a, b in itertools.pairwise([0, *ends])]
             sources[name] = order.to_dict() | {"fingerprints": prints}
         return {
@@ -278,7 +278,7 @@ class ScheduledDataset(IterableDataset[list[Sample]]):
         return int(self.clock.convert(samples, "sp", "tok"))
 
     def _check_data(self, name: str, saved: Mapping[str, Any]) -> None:
-        store, ends = self._stores[name], saved["generations"]
+        store, ends = self._stores[name], saved["appends"]
         if (have := len(store.samples_per_shard)) < ends[-1]:
             found = f"has {have} shards, and the run began with {ends[-1]}"
             raise ValueError(f"sources.{name}: {found}; restore them")

@@ -76,18 +76,18 @@ class GatedExperts(nn.Module):
 class Experts(nn.Module):
     """Holds `mlp`, where the released checkpoint has it.
 
-    `exchange`, if set, brings tokens to experts that other ranks hold, and their outputs back.
+    `token_dispatcher`, if set, brings tokens to experts that other ranks hold, and their outputs back.
     """
 
     def __init__(self, config: DbrxConfig) -> None:
         super().__init__()
         self.mlp = GatedExperts(config)
-        self.exchange: Callable[[GatedExperts, Tensor, Tensor], Tensor] | None = None
+        self.token_dispatcher: Callable[[GatedExperts, Tensor, Tensor], Tensor] | None = None
 
     def forward(self, x_ND: Tensor, tokens_per_expert: Tensor, weight_N: Tensor | None = None) -> Tensor:
         """See GatedExperts."""
-        if self.exchange is not None:
-            y = self.exchange(self.mlp, x_ND, tokens_per_expert)
+        if self.token_dispatcher is not None:
+            y = self.token_dispatcher(self.mlp, x_ND, tokens_per_expert)
             return y if weight_N is None else y * weight_N[:, None]
         answer: Tensor = self.mlp(x_ND, tokens_per_expert, weight_N)
         return answer

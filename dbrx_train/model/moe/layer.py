@@ -51,10 +51,10 @@ class MoE(nn.Module):
             else count_tokens(routing.expert_ids, self.num_experts)
         )
 
-        sorted_ND = spread(x_TD.to(compute_dtype(x)), order_N // self.top_k, place_N.view(-1, self.top_k))
+        sorted_ND = dispatch(x_TD.to(compute_dtype(x)), order_N // self.top_k, place_N.view(-1, self.top_k))
         weight_N = routing.weights.flatten()[order_N].to(sorted_ND.dtype)
         y_ND = self.experts(sorted_ND, tokens_per_expert, weight_N)
-        y_TD = collect(y_ND, place_N.view(-1, self.top_k), order_N // self.top_k)
+        y_TD = combine(y_ND, place_N.view(-1, self.top_k), order_N // self.top_k)
         return y_TD.view(x.shape), routing
 
 
@@ -65,17 +65,17 @@ def inverse(order_N: Tensor) -> Tensor:
     return place_N
 
 
-def spread(rows: Tensor, source_N: Tensor, places_Tk: Tensor) -> Tensor:
+def dispatch(rows: Tensor, source_N: Tensor, places_Tk: Tensor) -> Tensor:
     """rows [T, D] -> rows[source], [N, D]; places [T, k] lists where the copies of each row then lie.
 
-    Its backward is `collect`: unlike index_add it is deterministic and needs no atomics.
+    Its backward is `combine`: unlike index_add it is deterministic and needs no atomics.
     """
     out: Tensor = _Spread.apply(rows, source_N, places_Tk)  # type: ignore[no-untyped-call]
     return out
 
 
-def collect(rows: Tensor, places_Tk: Tensor, source_N: Tensor) -> Tensor:
-    """rows [N, D] -> the sum of rows[places], [T, D]; the transpose of `spread`, and its backward."""
+def combine(rows: Tensor, places_Tk: Tensor, source_N: Tensor) -> Tensor:
+    """rows [N, D] -> the sum of rows[places], [T, D]; the transpose of `dispatch`, and its backward."""
     out: Tensor = _Collect.apply(rows, places_Tk, source_N)  # type: ignore[no-untyped-call]
     return out
 

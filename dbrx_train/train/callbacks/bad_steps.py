@@ -45,7 +45,7 @@ class BadSteps(StatefulCallback):
 
     def __init__(self, config: BadStepsConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
-        self.judge = SpikeDetector(config.window, config.warmup, config.deviations)
+        self.judge = SpikeDetector(config.window, config.warmup, config.mad_threshold)
         self.losses: list[Tensor] = []
         """Each microbatch's share of this rank's loss."""
         self.samples: list[tuple[Tensor, Tensor]] = []
@@ -125,7 +125,7 @@ class BadSteps(StatefulCallback):
         if after is None or row < after:
             return
         ends = state.timestamp >= state.max_duration
-        if self.config.pass_over and ends:
+        if self.config.skip_data and ends:
             return  # no data is left to go on with, and the weights are those from before
         if self.judge.rollbacks >= self.config.max_rollbacks:
             self.give_up(state, f"{self.judge.rollbacks} roll-backs did not help")

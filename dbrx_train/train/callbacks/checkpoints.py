@@ -231,13 +231,13 @@ class Checkpoints(Callback):  # type: ignore[misc]
         """Make what was written a checkpoint, and prune older ones."""
         if self.lease is not None:
             self.lease.check()
-        folders.mark(partial, mark)
+        folders.commit(partial, mark)
         path = folders.publish(partial)
         # Folders that claim to be newer are damaged ones, passed over on resuming: they do not count as kept.
         found = folders.saved(self.root)
         steps = [folders.step_of(each.name) or 0 for each in found[found.index(path) :]]
         needed = self.exports.reading if self.exports is not None else ()
-        for step in folders.spare(steps, self.keep, self.milestone):
+        for step in folders.prunable(steps, self.keep, self.milestone):
             old = folders.step_folder(self.root, step)
             if old not in needed:
                 folders.prune(old)

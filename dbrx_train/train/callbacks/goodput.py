@@ -13,13 +13,13 @@ from composer.utils import dist
 from composer.utils.misc import create_interval_scheduler
 
 from dbrx_train.train.intervals import every
-from dbrx_train.train.tracking.goodput_ledger import Ledger
+from dbrx_train.train.tracking.goodput_ledger import GoodputLedger
 from dbrx_train.train.train_state import outcome_of
 
 _log = logging.getLogger(__name__)
 
 
-class Wall(Callback):  # type: ignore[misc]
+class Goodput(Callback):  # type: ignore[misc]
     """Splits the wall clock, and logs every ``interval``, in seconds since the last time,
 
     - ``wall/data_wait``, ``wall/checkpoint``, ``wall/evaluation``: what training stood still for, on the
@@ -29,7 +29,7 @@ class Wall(Callback):  # type: ignore[misc]
       whose work is in the weights.
 
     Args:
-        folder: the run's, where rank 0 keeps what has to outlive a restart (see ``Ledger``).
+        folder: the run's, where rank 0 keeps what has to outlive a restart (see ``GoodputLedger``).
         saves: the intervals of checkpoints, at which that has to be exact.
 
     To be called ahead of what saves checkpoints.
@@ -39,7 +39,7 @@ class Wall(Callback):  # type: ignore[misc]
         self.folder = folder
         self.due = every(interval)
         self.saving = [create_interval_scheduler(each) for each in saves]
-        self.ledger: Ledger | None = None
+        self.ledger: GoodputLedger | None = None
         self.phase: str | None = None  # before the first step
         self.spent = {"checkpoint": 0.0, "evaluation": 0.0}
         self.entered = self.marked = self.stepped = time.monotonic()
@@ -53,7 +53,7 @@ class Wall(Callback):  # type: ignore[misc]
             self.ledger.rewind(self.step)
         elif dist.get_global_rank() == 0:
             ago = max(0.0, time.time() - psutil.Process().create_time())
-            self.ledger = Ledger(self.folder, self.step, ago)
+            self.ledger = GoodputLedger(self.folder, self.step, ago)
 
     def _enter(self, phase: str) -> None:
         now = time.monotonic()
@@ -134,6 +134,6 @@ class Wall(Callback):  # type: ignore[misc]
         if self.ledger is not None:
             logger.log_metrics({"wall/goodput": self.ledger.goodput})
 
-    def _keep(self, ledger: Ledger, compute: float) -> None:
+    def _keep(self, ledger: GoodputLedger, compute: float) -> None:
         """Of so many seconds, those of steps whose work was neither skipped nor lost."""
         ledger.add(self.step, compute * self.kept / max(1, self.steps))

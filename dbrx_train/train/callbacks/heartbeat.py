@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from composer import Callback, Event, Logger, State
 
-from dbrx_train.resilience import Progress
+from dbrx_train.resilience import Heartbeat
 
 _PHASES = {
     Event.FIT_START: "starting",
@@ -19,8 +19,8 @@ _PHASES = {
 _UNLIMITED = ("saving", "ending")  # their own waits give up in time
 
 
-class Phases(Callback):  # type: ignore[misc]
-    """Moves ``progress`` on at every event. Comes before the other callbacks.
+class HeartbeatCallback(Callback):  # type: ignore[misc]
+    """Moves ``heartbeat`` on at every event. Comes before the other callbacks.
 
     Args:
         first_step: seconds without an event at which a run hangs until its first step is done, and while it
@@ -28,8 +28,8 @@ class Phases(Callback):  # type: ignore[misc]
         step: the same for all other steps. None: never.
     """
 
-    def __init__(self, progress: Progress, first_step: float | None, step: float | None) -> None:
-        self.progress, self.first_step, self.step = progress, first_step, step
+    def __init__(self, heartbeat: Heartbeat, first_step: float | None, step: float | None) -> None:
+        self.heartbeat, self.first_step, self.step = heartbeat, first_step, step
         self.phase, self.stepped = "starting", False
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
@@ -40,8 +40,8 @@ class Phases(Callback):  # type: ignore[misc]
     def batch_arrived(self) -> None:
         """This rank's loader has a batch: what it waits for from here on is other ranks' data."""
         self.phase = "waiting for other ranks' data"
-        self._move(self.progress.place.step)
+        self._move(self.heartbeat.place.step)
 
     def _move(self, step: int) -> None:
         limit = self.step if self.stepped and self.phase != "evaluating" else self.first_step
-        self.progress.move(step, self.phase, None if self.phase in _UNLIMITED else limit)
+        self.heartbeat.move(step, self.phase, None if self.phase in _UNLIMITED else limit)

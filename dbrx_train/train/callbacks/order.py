@@ -15,21 +15,21 @@ from dbrx_train.checkpoint.remote import Remote
 from dbrx_train.config import RunConfig, naming
 from dbrx_train.data.tokenizer import Tokenizer
 from dbrx_train.lease import Lease
-from dbrx_train.resilience.preemption import Stop
+from dbrx_train.resilience.preemption import PreemptionHandler
 from dbrx_train.train.callbacks.activations import Activations
 from dbrx_train.train.callbacks.bad_steps import BadSteps
 from dbrx_train.train.callbacks.balancing import ExpertBalancing
 from dbrx_train.train.callbacks.by_source import BySource
 from dbrx_train.train.callbacks.checkpoints import Checkpoints
 from dbrx_train.train.callbacks.expert_load import ExpertLoad
-from dbrx_train.train.callbacks.goodput import Wall
+from dbrx_train.train.callbacks.goodput import Goodput
 from dbrx_train.train.callbacks.gradients import GradientNorm
-from dbrx_train.train.callbacks.heartbeat import Phases
+from dbrx_train.train.callbacks.heartbeat import HeartbeatCallback
 from dbrx_train.train.callbacks.learning_rate import LearningRate
 from dbrx_train.train.callbacks.memory import PeakMemory
 from dbrx_train.train.callbacks.mix import MixServed
 from dbrx_train.train.callbacks.norms import GroupNorms
-from dbrx_train.train.callbacks.preemption import Stopping
+from dbrx_train.train.callbacks.preemption import Preemption
 from dbrx_train.train.callbacks.profiler import Profiler
 from dbrx_train.train.callbacks.progress import Progress
 from dbrx_train.train.exports import Exports
@@ -39,7 +39,7 @@ from dbrx_train.train.train_state import TrainState
 
 __all__ = ["METRICS", "Supervision", "callbacks"]
 
-METRICS = (GroupNorms, BySource, Wall, Activations, Profiler, ExpertLoad, MixServed, SpeedMonitor)
+METRICS = (GroupNorms, BySource, Goodput, Activations, Profiler, ExpertLoad, MixServed, SpeedMonitor)
 """Those that only look: a run without them has the same weights."""
 
 
@@ -47,8 +47,8 @@ METRICS = (GroupNorms, BySource, Wall, Activations, Profiler, ExpertLoad, MixSer
 class Supervision:
     """What watches over this process while it trains."""
 
-    phases: Phases
-    stop: Stop
+    heartbeat: HeartbeatCallback
+    stop: PreemptionHandler
     lease: Lease | None
     """Of the run's folder, on the rank that holds it."""
 
@@ -73,7 +73,7 @@ def callbacks(
     bad_steps = BadSteps(config.bad_steps, folder) if config.bad_steps.skip else None
     found: list[Callback | None] = [
         # First, so that it knows where the run is when any other one hangs.
-        supervision.phases if supervision else None,
+        supervision.heartbeat if supervision else None,
         # Ahead of all that draw numbers at a step's beginning or ask for the outcome at its end.
         TrainState(),
         LearningRate(optimization.learning_rate, clock),
@@ -84,7 +84,7 @@ def callbacks(
         GroupNorms(often, clock),
         BySource(often),
         # Ahead of Checkpoints: keeps what was useful up to a save, and times the save from here.
-        Wall(folder, often, _saves(config)),
+        Goodput(folder, often, _saves(config)),
         Activations(often, clock) if config.logging.activations else None,
         _profiler(config),
         # Ahead of Checkpoints: a roll-back leaves before the step is saved.
@@ -160,7 +160,7 @@ def _exports(config: RunConfig) -> Exports | None:
 
 def _stopping(
     config: RunConfig, checkpoints: Checkpoints, supervision: Supervision | None
-) -> Stopping | None:
+) -> Preemption | None:
     if supervision is None:
         return None
-    return Stopping(supervision.stop, checkpoints, Path(config.folder), config.parallelism.timeout)
+    return Preemption(supervision.stop, checkpoints, Path(config.folder), config.parallelism.timeout)

@@ -11,19 +11,19 @@ from composer.utils import dist
 from torch.distributed import ProcessGroup, ReduceOp, Work, all_reduce, barrier, new_group
 
 from dbrx_train.resilience import StoppedTogether
-from dbrx_train.resilience.preemption import Stop, cause, code_when_saved
+from dbrx_train.resilience.preemption import PreemptionHandler, cause, code_when_saved
 from dbrx_train.train.callbacks.checkpoints import Checkpoints
 from dbrx_train.train.tracking.events import record
 
 
-class Stopping(Callback):  # type: ignore[misc]
+class Preemption(Callback):  # type: ignore[misc]
     """Once any rank is asked to stop, all save and raise StoppedTogether. Comes after the other callbacks.
 
     The ranks agree by a reduction between CPUs, begun after the backward pass and read when the step is over:
     no device waits for it. During an evaluation they agree at every batch, and give up the rest of it.
     """
 
-    def __init__(self, stop: Stop, saver: Checkpoints, folder: Path, timeout: float) -> None:
+    def __init__(self, stop: PreemptionHandler, saver: Checkpoints, folder: Path, timeout: float) -> None:
         self.stop, self.saver, self.folder = stop, saver, folder
         self.timeout = timedelta(seconds=timeout)
         self.group: ProcessGroup | None = None

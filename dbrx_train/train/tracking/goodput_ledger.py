@@ -9,10 +9,10 @@ from pathlib import Path
 from dbrx_train import jsonl
 from dbrx_train.config import first_line
 
-__all__ = ["Ledger"]
+__all__ = ["GoodputLedger"]
 
 
-class Ledger:
+class GoodputLedger:
     """Time since a run was first started, and how much of it went into steps that count.
 
     Time between a run's starts counts by the wall clock, and within one by a clock that does not jump. What
