@@ -9,21 +9,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dbrx_train.data.mix import MixSchedule
-    from dbrx_train.duration import Clock
+    from dbrx_train.data.mix.schedule import MixSchedule
     from dbrx_train.model.config import DbrxConfig
     from dbrx_train.model.decoder import Dbrx
-    from dbrx_train.model.moe import MoE
+    from dbrx_train.model.moe.layer import MoE
+    from dbrx_train.schedule import Clock
 
 __version__ = "0.1.0"
 __all__ = ["Clock", "Dbrx", "DbrxConfig", "MixSchedule", "MoE"]
 
 _HOME = {
-    "Clock": "dbrx_train.duration",
+    "Clock": "dbrx_train.schedule",
     "Dbrx": "dbrx_train.model.decoder",
     "DbrxConfig": "dbrx_train.model.config",
-    "MixSchedule": "dbrx_train.data.mix",
-    "MoE": "dbrx_train.model.moe",
+    "MixSchedule": "dbrx_train.data.mix.schedule",
+    "MoE": "dbrx_train.model.moe.layer",
 }
 
 

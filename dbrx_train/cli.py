@@ -121,7 +121,7 @@ def data_prepare(
     vocab_file: Annotated[str | None, typer.Option(help="A .tiktoken vocabulary to use instead.")] = None,
 ) -> None:
     """Tokenize SOURCES into shards; interrupted, the same command goes on."""
-    from dbrx_train.data.prepare import TEXT_SUFFIXES, prepare
+    from dbrx_train.data.prepare.pipeline import TEXT_SUFFIXES, prepare
 
     summary = prepare(
         sources,
@@ -151,8 +151,8 @@ def data_prepare_chat(
     vocab_file: Annotated[str | None, typer.Option(help="A .tiktoken vocabulary to use instead.")] = None,
 ) -> None:
     """Turn conversations in SOURCES into shards: ChatML, whole within samples, with a loss mask."""
-    from dbrx_train.data.chat import ChatFormat
-    from dbrx_train.data.prepare import prepare
+    from dbrx_train.data.prepare.conversations import ChatFormat
+    from dbrx_train.data.prepare.pipeline import prepare
 
     summary = prepare(
         sources,
@@ -187,8 +187,8 @@ def data_mix(
 ) -> None:
     """Show the data mix of CONFIG over the run, with epochs per source, as a table and a picture."""
     from dbrx_train.config import load
-    from dbrx_train.data import timeline
     from dbrx_train.data.manifest import read_manifest
+    from dbrx_train.data.mix import picture as pictures
 
     run = load(config, overrides or [])
     mix, sizes = run.mix_schedule(), dict[str, int]()
@@ -198,9 +198,9 @@ def data_mix(
         manifest.check_length(source.local, lengths.get(name))
         sizes[name] = manifest.splits["train"].samples
     run.check_repetition(mix, sizes)
-    print(timeline.table(mix, sizes, run.clock))
+    print(pictures.table(mix, sizes, run.clock))
     with atomic_write(picture) as partial:
-        timeline.draw(mix, sizes, run.clock, partial)
+        pictures.draw(mix, sizes, run.clock, partial)
     off = f"{mix.max_deviation:.2f} samples per canonical node"
     print(f"a source is never further than {off} from its weight's integral; picture: {picture}")
 
@@ -211,7 +211,7 @@ def data_quickstart(
     seq_len: Annotated[int, typer.Option(help="Tokens per sample.")] = 512,
 ) -> None:
     """Prepare the quickstart's corpus: the code and the texts of this machine's Python."""
-    from dbrx_train.data.quickstart import prepare_quickstart
+    from dbrx_train.data.prepare.quickstart import prepare_quickstart
 
     for summary in prepare_quickstart(out, seq_len=seq_len).values():
         print(summary)
@@ -227,7 +227,7 @@ def train(
 
     logs.outlive_readers()
     loaded = load(config, overrides or [])
-    from dbrx_train.train.builder import run
+    from dbrx_train.train.run import run
 
     run(loaded)
 
@@ -281,7 +281,7 @@ def report(
     ] = None,
 ) -> None:
     """Write what RUN was and how it went to one HTML file, which opens without a network."""
-    from dbrx_train.train.page import read, render
+    from dbrx_train.report import read, render
 
     page, content = out or run / "report.html", render(read(run, tracking_uri))
     with atomic_write(page) as partial:

@@ -20,10 +20,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dbrx_train.data.mix import MixSchedule
-from dbrx_train.duration import Clock, parse_span
+from dbrx_train.data.mix.schedule import MixSchedule
 from dbrx_train.model.config import ACTIVATION_CHECKPOINTING, LORA_TARGETS, DbrxConfig
 from dbrx_train.redact import mask_tree
+from dbrx_train.schedule import Clock, parse_span
 
 
 class ConfigError(ValueError):

@@ -1,13 +1,17 @@
-"""Files that users name: what goes wrong with one says which."""
+"""Files: written whole or not at all, errors that say which one, and a hash of what a JSON file says."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-__all__ = ["atomic_write", "naming_file"]
+import xxhash
+
+__all__ = ["atomic_write", "naming_file", "seal"]
 
 
 @contextmanager
@@ -38,3 +42,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.filename == str(partial):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def seal(values: Mapping[str, Any]) -> str:
+    """The XXH3 of plain values, whatever the order of their keys."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dbrx_train import Dbrx, DbrxConfig, MoE
 from dbrx_train.model.loss import LMHead
-from dbrx_train.model.router import Router
+from dbrx_train.model.moe.router import Router
 from dbrx_train.parallel import checkpoint_activations
 
 AS_RUN = "ours"

@@ -34,8 +34,8 @@ from typing import Any
 import torch
 
 from dbrx_train.model.config import DbrxConfig
-from dbrx_train.model.families import table
-from dbrx_train.model.pretrained import Stored, outline, write, write_json
+from dbrx_train.model.hf.files import Stored, outline, write, write_json
+from dbrx_train.model.hf.names import table
 
 BLOCK, MIB = 2**24, 2**20
 

@@ -45,10 +45,10 @@ from streaming import Stream, StreamingDataset
 from torch.utils.data import DataLoader
 
 from dbrx_train import Clock, MixSchedule
-from dbrx_train.data.collate import build_loader, collate
-from dbrx_train.data.dataset import ScheduledDataset
 from dbrx_train.data.mds import ShardWriter, write_index
-from dbrx_train.data.shards import Source
+from dbrx_train.data.stream.dataset import ScheduledDataset
+from dbrx_train.data.stream.loader import build_loader, collate
+from dbrx_train.data.stream.shards import Source
 
 SHARES = {"web": 0.75, "code": 0.25}
 BATCH, WORDS, EOS = 32, 100352, 100257

@@ -50,7 +50,7 @@ def floor(texts: Path, _out: Path) -> Callable[[], int]:
 
 def ours(texts: Path, out: Path) -> Callable[[], int]:
     from dbrx_train.data.manifest import read_manifest
-    from dbrx_train.data.prepare import prepare
+    from dbrx_train.data.prepare.pipeline import prepare
 
     def work() -> int:
         prepare([str(texts)], str(out), seq_len=SEQ_LEN, suffixes=[".py"], val_fraction=0.0, processes=1)

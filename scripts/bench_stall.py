@@ -31,10 +31,10 @@ def train(arguments: list[str], synthetic: bool, steps: int) -> None:
     from composer import Logger, State
 
     from dbrx_train import cli
-    from dbrx_train.data.collate import TimedLoader
-    from dbrx_train.train import builder
+    from dbrx_train.data.stream.loader import TimedLoader
+    from dbrx_train.train.callbacks import order
 
-    class Clock(builder.PeakMemory):
+    class Clock(order.PeakMemory):
         def batch_start(self, state: State, logger: Logger) -> None:
             step, waited = state.timestamp.batch.value, state.train_dataloader.waited
             now = time.perf_counter()
@@ -54,7 +54,7 @@ def train(arguments: list[str], synthetic: bool, steps: int) -> None:
             loader.arrived()
             yield batch
 
-    builder.PeakMemory = Clock  # type: ignore[misc]
+    order.PeakMemory = Clock  # type: ignore[misc]
     if synthetic:
         TimedLoader.__iter__ = again_and_again  # type: ignore[method-assign]
     sys.argv = ["dbrx-train", "train", *arguments]

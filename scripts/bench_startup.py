@@ -26,7 +26,8 @@ import sys, time
 begin = time.perf_counter()
 from dbrx_train import cli
 marks = [("command line", time.perf_counter())]
-from dbrx_train.train import builder, environment
+from dbrx_train.train import environment, run
+from dbrx_train.train.callbacks import order
 marks.append(("imports", time.perf_counter()))
 
 def timed(place, name):
@@ -37,9 +38,9 @@ def timed(place, name):
     setattr(place, name, wrapped)
 
 for name in {names}:
-    timed(environment if name == "join_ranks" else builder, name)
+    timed(environment if name == "join_ranks" else run, name)
 
-class First(builder.PeakMemory):
+class First(order.PeakMemory):
     def fit_start(self, state, logger):
         marks.append(("fit", time.perf_counter()))
     def batch_start(self, state, logger):
@@ -54,7 +55,7 @@ class First(builder.PeakMemory):
         import os
         os._exit(0)
 
-builder.PeakMemory = First
+order.PeakMemory = First
 sys.argv = ["dbrx-train", "train", *sys.argv[1:]]
 cli.main()
 """

@@ -8,7 +8,7 @@ import torch
 
 from dbrx_train.config import RunConfig, load
 from dbrx_train.parallel import MeshShape
-from dbrx_train.parallel.costs import memory, traffic
+from dbrx_train.plan.estimates import memory, traffic
 
 ROOT = Path(__file__).parent.parent
 TARGET = ROOT / "docs" / "parallelism.md"

@@ -22,8 +22,8 @@ from parallel_ranks import tell
 from torch.distributed.tensor import DTensor
 
 from dbrx_train.config import RunConfig, load
-from dbrx_train.train import builder, environment
-from dbrx_train.train.state import model_of, tensors
+from dbrx_train.train import environment, run
+from dbrx_train.train.train_state import model_of, tensors
 
 Fault = dict[str, Any]
 """{"step", "in": loss or gradient, "factor", and where: "rank", "microbatch", "times"; by default everywhere,
@@ -100,18 +100,18 @@ class Faults(Callback):  # type: ignore[misc]
 @contextmanager
 def faulty(*faults: Fault, favourite: int | None = None) -> Iterator[Faults]:
     """Within, whatever run is started has these faults; ``favourite``: an expert that gets every token."""
-    noted, build = Faults(faults, favourite), builder.build_trainer
+    noted, build = Faults(faults, favourite), run.build_trainer
 
     def with_faults(*arguments: Any) -> Trainer:
         trainer = build(*arguments)
         trainer.state.callbacks.append(noted)
         return trainer
 
-    builder.build_trainer = with_faults
+    run.build_trainer = with_faults
     try:
         yield noted
     finally:
-        builder.build_trainer = build
+        run.build_trainer = build
 
 
 def events(config: RunConfig) -> list[dict[str, Any]]:
@@ -121,7 +121,7 @@ def events(config: RunConfig) -> list[dict[str, Any]]:
 def job(path: str, name: str, faults: list[Fault], options: list[str], favourite: int | None) -> Any:
     config = load(path, [f"run_name={name}", f"folder={Path(path).parent}/{name}", *options])
     with faulty(*faults, favourite=favourite) as noted:
-        builder.run(config)
+        run.run(config)
     steps, ends = (dist.all_gather_object(mine) for mine in (noted.steps, noted.after))
     same = all(torch.equal(tensor, noted.after[name]) for end in ends for name, tensor in end.items())
     return {"steps": noted.steps, "alike": all(each == noted.steps for each in steps), "same weights": same}

@@ -23,8 +23,8 @@ from dbrx_train.checkpoint.tensors import Reader, model_tensors, optimizer_tenso
 from dbrx_train.config import OptimizerConfig
 from dbrx_train.model.decoder import Dbrx
 from dbrx_train.parallel import MeshShape, parallelize
-from dbrx_train.parallel.sharding import local_rows
-from dbrx_train.train.optimizers import build_optimizer
+from dbrx_train.parallel.fsdp import local_rows
+from dbrx_train.train.optim import build_optimizer
 
 CONFIG.loss_free_bias_rate = 0.01
 

@@ -80,7 +80,7 @@ def write_corpus(folder: Path, seed: int, documents: int = 60) -> Path:
 
 def prepare_sources(root: Path, seeds: dict[str, int], seq_len: int, documents: int = 60) -> None:
     """Sources of random sentences in ``root``, by name, each from its seed."""
-    from dbrx_train.data.prepare import prepare
+    from dbrx_train.data.prepare.pipeline import prepare
 
     for name, seed in seeds.items():
         text = write_corpus(root / "text" / name, seed, documents)
@@ -89,8 +89,8 @@ def prepare_sources(root: Path, seeds: dict[str, int], seq_len: int, documents: 
 
 def prepare_pairs(root: Path) -> Path:
     """``root``/pairs: prepared preferences for one word over another."""
-    from dbrx_train.data.chat import ChatFormat
-    from dbrx_train.data.prepare import prepare
+    from dbrx_train.data.prepare.conversations import ChatFormat
+    from dbrx_train.data.prepare.pipeline import prepare
 
     pick = random.Random(0)
     words = ["the", "model", "reads", "a", "token"]

@@ -190,9 +190,9 @@ def warm_up() -> None:
     import matplotlib.backends.backend_agg  # noqa: F401
     import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
 
-    from dbrx_train.data import prepare  # noqa: F401
+    from dbrx_train.data.prepare import pipeline  # noqa: F401
     from dbrx_train.data.tokenizer import load_tokenizer
-    from dbrx_train.train import builder  # noqa: F401
+    from dbrx_train.train import run as training  # noqa: F401
 
     load_tokenizer()
     machine = cpuinfo.get_cpu_info()  # for which Composer starts a process of a second

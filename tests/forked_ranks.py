@@ -32,10 +32,10 @@ from composer.utils import collect_env
 from ranks import free_port, places
 
 from dbrx_train.cli import main
-from dbrx_train.data.dataset import ScheduledDataset
+from dbrx_train.data.stream.dataset import ScheduledDataset
 from dbrx_train.data.tokenizer import load_tokenizer
 from dbrx_train.errors import exit_code
-from dbrx_train.train import builder
+from dbrx_train.train import run as runs
 from dbrx_train.train.callbacks import checkpoints
 
 
@@ -88,14 +88,14 @@ def befall(moment: str, step: int, deed: str) -> None:
 
         ScheduledDataset.__iter__ = starving  # type: ignore[method-assign]
     else:
-        build = builder.build_trainer
+        build = runs.build_trainer
 
         def with_fault(*arguments: Any, **options: Any) -> Any:
             trainer = build(*arguments, **options)
-            trainer.state.callbacks.append(Fault(moment, step, deed))
+            trainer.state.callbacks.insert(-1, Fault(moment, step, deed))  # ahead of Stopping
             return trainer
 
-        builder.build_trainer = with_fault
+        runs.build_trainer = with_fault
 
 
 def train(faults: list[Any], arguments: list[str]) -> None:

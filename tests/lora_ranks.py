@@ -21,7 +21,7 @@ from dbrx_train.config import OptimizerConfig
 from dbrx_train.model.decoder import Dbrx
 from dbrx_train.model.lora import adapt, is_factor, narrow
 from dbrx_train.parallel import MeshShape, checkpoint_activations, parallelize
-from dbrx_train.train.optimizers import build_optimizer
+from dbrx_train.train.optim import build_optimizer
 
 
 def compare(mesh: list[int], dtype: torch.dtype | None) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from dbrx_train.config import OptimizerConfig
 from dbrx_train.model.config import ACTIVATION_CHECKPOINTING, DbrxConfig
 from dbrx_train.model.decoder import Dbrx
 from dbrx_train.parallel import BatchLoad, MeshShape, checkpoint_activations, clip_grad_norm, parallelize
-from dbrx_train.parallel.norms import group_norms
-from dbrx_train.train.optimizers import build_optimizer
+from dbrx_train.parallel.grad_norm import group_norms
+from dbrx_train.train.optim import build_optimizer
 
 # Sizes that no number of ranks divides, and more experts than the few tokens visit.
 CONFIG = DbrxConfig(

@@ -19,7 +19,8 @@ from composer.utils import dist
 from dbrx_train.checkpoint import folder
 from dbrx_train.config import load
 from dbrx_train.data.tokenizer import load_tokenizer
-from dbrx_train.train import builder, environment
+from dbrx_train.train import environment, run
+from dbrx_train.train.trainer import build_trainer
 
 
 class Recorder(Callback):  # type: ignore[misc]
@@ -39,12 +40,12 @@ class Recorder(Callback):  # type: ignore[misc]
 
 def record(path: str, out: Path, name: str, resume: str | None, options: list[str]) -> None:
     config = load(path, [f"run_name={name}", f"folder={out}/{name}", *options])
-    builder.checkpoint_folder(config).mkdir(parents=True, exist_ok=True)
-    store = builder._open_store(config, resume=False)
+    run.checkpoint_folder(config).mkdir(parents=True, exist_ok=True)
+    store = run._open_store(config, resume=False)
     tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.vocab_file)
-    trainer = builder.build_trainer(config, tokenizer, "cpu", store, 1e12)
+    trainer = build_trainer(config, tokenizer, "cpu", store, 1e12)
     if resume is not None:
-        builder.resume(trainer, folder.read(Path(resume)))
+        run.resume(trainer, folder.read(Path(resume)))
     recorder = Recorder()
     trainer.state.callbacks.append(recorder)
     trainer.fit()

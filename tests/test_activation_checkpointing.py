@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dbrx_train.model.config import ACTIVATION_CHECKPOINTING, DbrxConfig
 from dbrx_train.model.decoder import Dbrx
 from dbrx_train.parallel import checkpoint_activations
-from dbrx_train.parallel.costs import _activations
+from dbrx_train.plan.estimates import _activations
 
 CONFIG = DbrxConfig(
     d_model=32,

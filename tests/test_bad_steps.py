@@ -16,9 +16,9 @@ from conftest import run_yaml, saved_tensors
 from warm import Warm
 
 from dbrx_train.checkpoint import folder as folders
-from dbrx_train.config import BadStepsConfig, ConfigError, RunConfig, load
-from dbrx_train.train.builder import run
-from dbrx_train.train.step_judge import StepJudge, Usual
+from dbrx_train.config import ConfigError, RunConfig, load
+from dbrx_train.resilience.spike_detector import RollingStats, SpikeDetector
+from dbrx_train.train.run import run
 
 PROGRAM = str(Path(__file__).with_name("bad_step_ranks.py"))
 QUICK = ["evaluation.max_samples=0", "data.mix=[{at: 0tok, weights: {web: 1, code: 1}}]"]
@@ -37,12 +37,12 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def judged(judge: StepJudge, step: int, loss: float, norm: float = 1.0) -> str | None:
+def judged(judge: SpikeDetector, step: int, loss: float, norm: float = 1.0) -> str | None:
     return judge.judge(step, {"loss": loss, "gradient norm": norm})
 
 
 def test_a_bound_follows_good_values_alone() -> None:
-    judge = StepJudge(BadStepsConfig(window=8, warmup=4, deviations=20))
+    judge = SpikeDetector(8, 4, 20.0)
     for step in range(4):
         assert judged(judge, step, 1e6 if step == 1 else 3.0, 1.0) is None, "a grace"
     assert judged(judge, 4, math.nan) == "loss is nan"
@@ -59,21 +59,21 @@ def test_a_bound_follows_good_values_alone() -> None:
 
 
 def test_a_bound_is_of_logarithms() -> None:
-    usual = Usual(9, [1, 2, 4, 8, 16])
+    usual = RollingStats(9, [1, 2, 4, 8, 16])
     assert usual.limit(3) == pytest.approx(4 * 2**3)  # the deviations are 2, 1, 0, 1, 2 octaves
     usual.add(0.0)
     assert len(usual.values) == 5
-    assert Usual(9, [1.0]).limit(20) == pytest.approx(math.e)
-    assert math.isfinite(Usual(9, [1.0, 1e300]).limit(1e9))
+    assert RollingStats(9, [1.0]).limit(20) == pytest.approx(math.e)
+    assert math.isfinite(RollingStats(9, [1.0, 1e300]).limit(1e9))
 
 
 def test_what_is_judged_after_resuming_is_what_would_have_been() -> None:
-    config = BadStepsConfig(window=5, warmup=3)
+    config = (5, 3, 20.0)
     values = [1.0, 1.1, 0.9, math.nan, 1.2, 1.0, 50.0, 1.3, math.inf, 1.0]
-    whole = StepJudge(config)
+    whole = SpikeDetector(*config)
     said = [judged(whole, step, value) for step, value in enumerate(values)]
     for stop in range(len(values)):
-        before, after = StepJudge(config), StepJudge(config)
+        before, after = SpikeDetector(*config), SpikeDetector(*config)
         again = [judged(before, step, value) for step, value in enumerate(values[:stop])]
         after.load_state_dict(json.loads(json.dumps(before.state_dict())))
         again += [judged(after, step, value) for step, value in enumerate(values[stop:], stop)]
@@ -82,7 +82,7 @@ def test_what_is_judged_after_resuming_is_what_would_have_been() -> None:
 
 
 def test_a_level_that_is_there_to_stay_is_learned_after_one_roll_back() -> None:
-    judge = StepJudge(BadStepsConfig(window=8, warmup=4))
+    judge = SpikeDetector(8, 4, 20.0)
     kept = judge.state_dict()
     for step in range(10):
         judged(judge, step, 1.0)
@@ -94,7 +94,7 @@ def test_a_level_that_is_there_to_stay_is_learned_after_one_roll_back() -> None:
 
 
 def test_roll_backs_over_one_trouble_are_counted() -> None:
-    judge = StepJudge(BadStepsConfig(window=8, warmup=4))
+    judge = SpikeDetector(8, 4, 20.0)
     for step in range(20):
         judged(judge, step, 1.0)
     kept = judge.state_dict()
@@ -357,3 +357,24 @@ def test_all_ranks_skip_what_one_of_them_finds(workplace: Path, tmp_path: Path, 
         assert logged.data.metrics[f"experts/layer{layer:02d}/expert02"] == 1.0
     weights = saved_tensors(tmp_path / "favourite" / "checkpoints" / "ba8")
     assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*events.jsonl")
+def test_skipped_steps_are_not_useful_though_no_event_can_be_kept(workplace: Path, tmp_path: Path) -> None:
+    """What a step did is told by the train state, not by a file."""
+    six = ["max_duration=6ba", "logging.interval=6ba", "checkpoints.interval=6ba"]
+    config = configured(workplace, tmp_path, "unheard", *six, "bad_steps.rollback_after=null")
+    unwritable = Path(config.folder) / "events.jsonl"
+    unwritable.mkdir(parents=True)
+    with faulty(*({"step": step, "in": "loss", "factor": "nan"} for step in (1, 2, 3, 4))) as noted:
+        run(config)
+    assert [changed for _, changed in noted.steps] == [True, False, False, False, False, True]
+    entries = [json.loads(line) for line in (Path(config.folder) / "time.jsonl").read_text().splitlines()]
+    client = mlflow.MlflowClient(config.logging.mlflow_uri)
+    experiment = client.get_experiment_by_name(config.logging.experiment)
+    assert experiment is not None
+    (found,) = client.search_runs([experiment.experiment_id], "tags.run_name = 'unheard'")
+    compute = found.data.metrics["wall/compute"]
+    assert entries[0]["step"] == 6
+    assert entries[0]["useful"] == pytest.approx(compute * 2 / 6, abs=2e-3)

@@ -14,14 +14,15 @@ import torch
 from typer.testing import CliRunner
 
 from dbrx_train.cli import app
-from dbrx_train.data import chat, sources
-from dbrx_train.data.chat import ChatFormat
-from dbrx_train.data.collate import collate
-from dbrx_train.data.dataset import EvalDataset
 from dbrx_train.data.inspect import MASKED, inspect
 from dbrx_train.data.manifest import read_manifest
 from dbrx_train.data.mds import read_shard
-from dbrx_train.data.prepare import Summary, prepare
+from dbrx_train.data.prepare import conversations as chat
+from dbrx_train.data.prepare import sources
+from dbrx_train.data.prepare.conversations import ChatFormat
+from dbrx_train.data.prepare.pipeline import Summary, prepare
+from dbrx_train.data.stream.dataset import EvalDataset
+from dbrx_train.data.stream.loader import collate
 from dbrx_train.data.tokenizer import load_tokenizer
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.decoder import Dbrx

@@ -28,7 +28,7 @@ from dbrx_train.data.tokenizer import load_tokenizer
 from dbrx_train.evaluate.held_out import check_tokenizer
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.decoder import Dbrx
-from dbrx_train.train.optimizers import build_optimizer
+from dbrx_train.train.optim import build_optimizer
 
 PROGRAM = str(Path(__file__).with_name("checkpoint_ranks.py"))
 MESHES = {

@@ -18,12 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from streaming import MDSWriter
 
-from dbrx_train.data.collate import build_loader, collate, document_ids
-from dbrx_train.data.dataset import EvalDataset, ScheduledDataset
-from dbrx_train.data.mix import MixPoint, MixSchedule
-from dbrx_train.data.shards import Source
-from dbrx_train.data.shuffle import SourceOrder
-from dbrx_train.duration import Clock
+from dbrx_train.data.mix.schedule import MixPoint, MixSchedule
+from dbrx_train.data.stream.dataset import EvalDataset, ScheduledDataset
+from dbrx_train.data.stream.loader import build_loader, collate, document_ids
+from dbrx_train.data.stream.shards import Source
+from dbrx_train.data.stream.shuffle import SourceOrder
+from dbrx_train.schedule import Clock
 
 SEQ_LEN = 8
 POINTS = [

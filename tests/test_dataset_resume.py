@@ -15,9 +15,9 @@ import pytest
 from conftest import free_port
 from test_dataset import POINTS, SEQ_LEN, all_ranks, corpora, dataset, equal_steps, steps, write_source
 
-from dbrx_train.data.dataset import ScheduledDataset
-from dbrx_train.data.mix import MixPoint, MixSchedule
-from dbrx_train.data.shards import Source
+from dbrx_train.data.mix.schedule import MixPoint, MixSchedule
+from dbrx_train.data.stream.dataset import ScheduledDataset
+from dbrx_train.data.stream.shards import Source
 
 __all__ = ["corpora"]
 STEP_EDGES = [1, 3, 7, 10, 13, 24]  # mid-stage, mid-ramp, the ramp's end, an epoch's last batch
@@ -198,10 +198,10 @@ KILLED = """
 import sys
 sys.path.insert(0, {tests!r})
 from test_dataset import POINTS, equal_steps
-from dbrx_train.data.collate import build_loader
-from dbrx_train.data.dataset import ScheduledDataset
-from dbrx_train.data.mix import MixSchedule
-from dbrx_train.data.shards import Source
+from dbrx_train.data.stream.loader import build_loader
+from dbrx_train.data.stream.dataset import ScheduledDataset
+from dbrx_train.data.mix.schedule import MixSchedule
+from dbrx_train.data.stream.shards import Source
 cache, remote = sys.argv[1:]
 sources = {{n: Source(f"{{cache}}/{{n}}", remote=f"{{remote}}/{{n}}") for n in "abc"}}
 data = ScheduledDataset(sources, MixSchedule(POINTS, canonical_nodes=2), equal_steps())

@@ -13,11 +13,11 @@ import pytest
 from streaming import MDSWriter
 from test_dataset import SEQ_LEN, all_ranks, corpora, dataset, equal_steps
 
-from dbrx_train.data.collate import build_loader
-from dbrx_train.data.dataset import ScheduledDataset
-from dbrx_train.data.mix import MixPoint, MixSchedule
-from dbrx_train.data.shards import Source
-from dbrx_train.duration import Clock
+from dbrx_train.data.mix.schedule import MixPoint, MixSchedule
+from dbrx_train.data.stream.dataset import ScheduledDataset
+from dbrx_train.data.stream.loader import build_loader
+from dbrx_train.data.stream.shards import Source
+from dbrx_train.schedule import Clock
 
 __all__ = ["corpora"]
 

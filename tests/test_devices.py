@@ -10,9 +10,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.decoder import Dbrx, DbrxOutput
-from dbrx_train.model.experts import EXPERT_FNS
 from dbrx_train.model.generation import generate
-from dbrx_train.model.grouped_glu import check_available
+from dbrx_train.model.moe.experts import EXPERT_FNS
+from dbrx_train.model.moe.grouped_glu import check_available
 from dbrx_train.parallel import clip_grad_norm
 
 CUDA = pytest.param(

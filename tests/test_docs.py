@@ -66,7 +66,7 @@ def test_the_custom_trainer_of_the_docs_runs_without_composer(tmp_path: Path) ->
 
 
 def test_the_data_mix_of_the_docs_is_read_in_ones_own_loop(tmp_path: Path) -> None:
-    from dbrx_train.data.prepare import prepare
+    from dbrx_train.data.prepare.pipeline import prepare
 
     for seed, name in enumerate(("prose", "code")):
         text = write_corpus(tmp_path / "text" / name, seed, documents=150)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dbrx_train.duration import Clock, Unit, parse_time
+from dbrx_train.schedule import Clock, Unit, parse_time
 
 CLOCK = Clock.of("100ba", seq_len=5, global_batch_size=2)
 

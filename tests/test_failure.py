@@ -16,7 +16,7 @@ SUPERVISION = Path(__file__).parents[1] / "scripts" / "supervision" / "torchrun.
 PROGRAM = """
 import os, signal, sys, time
 import torch, torch.distributed as dist
-from dbrx_train.parallel import end_together
+from dbrx_train.resilience import end_together
 
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Composer does
 dist.init_process_group("gloo")

@@ -15,8 +15,8 @@ from streaming import MDSWriter
 from streaming.base.format import reader_from_json
 from warm import Runs, Warm, equal, flip, truncate
 
-from dbrx_train.data.dataset import EvalDataset
 from dbrx_train.data.manifest import check_dataset
+from dbrx_train.data.stream.dataset import EvalDataset
 
 
 def contents(folder: Path) -> dict[str, bytes]:

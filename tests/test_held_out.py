@@ -18,12 +18,12 @@ from warm import Warm
 
 from dbrx_train.checkpoint.weights import load_model, open_weights
 from dbrx_train.config import load
-from dbrx_train.data.chat import ChatFormat
-from dbrx_train.data.prepare import prepare
+from dbrx_train.data.prepare.conversations import ChatFormat
+from dbrx_train.data.prepare.pipeline import prepare
 from dbrx_train.evaluate.held_out import held_out
-from dbrx_train.train.builder import run
 from dbrx_train.train.metrics import CrossEntropy, PairMean, Perplexity
 from dbrx_train.train.preferences import TERMS
+from dbrx_train.train.run import run
 
 
 @pytest.mark.slow

@@ -26,8 +26,8 @@ from dbrx_train.checkpoint.tensors import model_tensors, write
 from dbrx_train.checkpoint.verify import verify
 from dbrx_train.checkpoint.weights import consolidate, load_model, open_weights, read_together, upcycled
 from dbrx_train.data.tokenizer import load_tokenizer
-from dbrx_train.model.families import table
-from dbrx_train.model.pretrained import open_tensors
+from dbrx_train.model.hf.files import open_tensors
+from dbrx_train.model.hf.names import table
 
 transformers = pytest.importorskip("transformers")
 

@@ -18,7 +18,7 @@ from test_failure import PROGRAM
 
 from dbrx_train.config import load
 from dbrx_train.train import environment
-from dbrx_train.train.builder import run
+from dbrx_train.train.run import run
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 

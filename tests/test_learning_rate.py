@@ -5,8 +5,8 @@ import math
 import pytest
 
 from dbrx_train.config import LearningRateConfig
-from dbrx_train.duration import Clock
-from dbrx_train.train.schedulers import learning_rate_factor
+from dbrx_train.schedule import Clock
+from dbrx_train.train.lr_schedule import learning_rate_factor
 
 CLOCK = Clock.of("100ba", seq_len=5, global_batch_size=2)
 

@@ -196,7 +196,7 @@ def test_a_run_that_is_started_twice_goes_on_alone(workplace: Path, tmp_path: Pa
 STORE = """
 import sys, time
 from pathlib import Path
-from dbrx_train.train.mlflow_store import MLflowStore
+from dbrx_train.train.tracking.mlflow import MLflowStore
 
 Path(sys.argv[2] + ".ready").touch()
 while not Path("go").exists():

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dbrx_train.train.ledger import Ledger
+from dbrx_train.train.tracking.goodput_ledger import Ledger
 
 
 def written(folder: Path, *entries: tuple[float, int, float, float]) -> None:

@@ -29,8 +29,8 @@ from dbrx_train.model.config import LORA_TARGETS, DbrxConfig
 from dbrx_train.model.decoder import Dbrx
 from dbrx_train.model.lora import adapt, factor_names, is_factor, narrow
 from dbrx_train.parallel import MeshShape, parallelize
-from dbrx_train.train.builder import run
-from dbrx_train.train.optimizers import build_optimizer
+from dbrx_train.train.optim import build_optimizer
+from dbrx_train.train.run import run
 
 CONFIG = replace(SIZES, balance_loss_weight=0.05)
 TOKENS = torch.randint(101, (3, 9), generator=torch.Generator().manual_seed(0))

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dbrx_train import Dbrx, DbrxConfig
-from dbrx_train.model import decoder, pretrained
+from dbrx_train.model import decoder
 from dbrx_train.model.decoder import document_positions
 from dbrx_train.model.generation import KVCache, generate, sample
+from dbrx_train.model.hf import files
 from dbrx_train.model.init import ROWS_PER_BLOCK, draw_rows, init_weights
 
 VOCAB = 97
@@ -362,8 +363,8 @@ def test_init_weights_restores_everything() -> None:
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 20_000])
 def test_folder_round_trip(tmp_path: Path, max_shard_bytes: int) -> None:
     model = Dbrx(config_of(), seed=0)
-    pretrained.save(model, tmp_path, max_shard_bytes)
-    sharded = (tmp_path / pretrained.INDEX_FILE).exists()
+    files.save(model, tmp_path, max_shard_bytes)
+    sharded = (tmp_path / files.INDEX_FILE).exists()
     assert sharded == (max_shard_bytes < 10**9)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == sharded
     loaded = Dbrx.from_pretrained(tmp_path)
@@ -383,11 +384,11 @@ def test_folder_dtype_is_kept_or_cast(tmp_path: Path) -> None:
 
 
 def test_a_second_save_leaves_nothing_of_the_first(tmp_path: Path) -> None:
-    pretrained.save(Dbrx(config_of(), seed=0), tmp_path, 20_000)
+    files.save(Dbrx(config_of(), seed=0), tmp_path, 20_000)
     second = Dbrx(config_of(), seed=1)
     second.save_pretrained(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
-    pretrained.save(second, tmp_path, 20_000)
+    files.save(second, tmp_path, 20_000)
     assert not (tmp_path / "model.safetensors").exists()
     assert torch.equal(Dbrx.from_pretrained(tmp_path).lm_head.weight, second.lm_head.weight)
 
@@ -407,7 +408,7 @@ def test_every_tensor_that_does_not_fit_is_named(tmp_path: Path) -> None:
 
 
 def test_a_damaged_folder_is_named(tmp_path: Path) -> None:
-    pretrained.save(Dbrx(config_of(), seed=0), tmp_path, 20_000)
+    files.save(Dbrx(config_of(), seed=0), tmp_path, 20_000)
     shard = sorted(tmp_path.glob("*.safetensors"))[1]
     content = shard.read_bytes()
     shard.write_bytes(content[: len(content) // 2])
@@ -416,7 +417,7 @@ def test_a_damaged_folder_is_named(tmp_path: Path) -> None:
     shard.unlink()
     with pytest.raises(ValueError, match=rf"{shard.name}: is missing"):
         Dbrx.from_pretrained(tmp_path)
-    (tmp_path / pretrained.INDEX_FILE).unlink()
+    (tmp_path / files.INDEX_FILE).unlink()
     with pytest.raises(ValueError, match=r"holds no weights"):
         Dbrx.from_pretrained(tmp_path)
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dbrx_train import DbrxConfig, MoE
-from dbrx_train.model import balance, experts
 from dbrx_train.model.config import EXPERT_IMPLS
-from dbrx_train.model.router import Router, Routing, count_tokens
+from dbrx_train.model.moe import experts, load_balancing
+from dbrx_train.model.moe.router import Router, Routing, count_tokens
 
 
 def config_of(**changes: Any) -> DbrxConfig:
@@ -236,15 +236,15 @@ def test_jitter_is_for_training_only() -> None:
 def test_balance_loss_at_perfect_balance(convention: str, expected: float) -> None:
     ids = torch.tensor([[0, 1], [2, 3], [1, 2], [3, 0]])
     layer = routing_of(torch.full((4, 4), 0.25), ids)
-    assert balance.balance_loss([layer, layer, layer], convention) == expected
+    assert load_balancing.balance_loss([layer, layer, layer], convention) == expected
 
 
 def test_balance_loss_of_collapsed_layers() -> None:
     """One expert takes all: E for megablocks; opposite collapses cancel in Hugging Face's convention."""
     one, other = torch.eye(2)[[0, 0, 0]], torch.eye(2)[[1, 1, 1]]
     layers = [routing_of(p, p.argmax(-1, keepdim=True)) for p in (one, other)]
-    assert balance.balance_loss(layers, "megablocks") == 2.0
-    assert balance.balance_loss(layers, "huggingface") == 1.0
+    assert load_balancing.balance_loss(layers, "megablocks") == 2.0
+    assert load_balancing.balance_loss(layers, "huggingface") == 1.0
 
 
 def test_balance_loss_is_megablocks_formula() -> None:
@@ -252,7 +252,7 @@ def test_balance_loss_is_megablocks_formula() -> None:
     counts = torch.stack([F.one_hot(r.expert_ids, 4).sum((0, 1)) for r in layers]).float()
     scores = torch.stack([r.probs.mean(0) for r in layers])
     expected = 4 / (3 * 7 * 2) * (counts * scores).sum()
-    torch.testing.assert_close(balance.balance_loss(layers, "megablocks"), expected)
+    torch.testing.assert_close(load_balancing.balance_loss(layers, "megablocks"), expected)
 
 
 @pytest.mark.parametrize("convention", ["megablocks", "huggingface"])
@@ -261,27 +261,33 @@ def test_padding_counts_nowhere(convention: str) -> None:
     mask = torch.tensor([True] * 6 + [False] * 3)
     padded = [routing_of(p, p.topk(2).indices, mask) for p in probs]
     bare = [routing_of(p[:6], p[:6].topk(2).indices) for p in probs]
-    for fn in (lambda r, m: balance.balance_loss(r, convention, m), balance.router_z_loss):
+    for fn in (lambda r, m: load_balancing.balance_loss(r, convention, m), load_balancing.router_z_loss):
         torch.testing.assert_close(fn(padded, mask), fn(bare, None))
-    for got, expected in zip(balance.routing_stats(padded, mask), balance.routing_stats(bare), strict=True):
+    for got, expected in zip(
+        load_balancing.routing_stats(padded, mask), load_balancing.routing_stats(bare), strict=True
+    ):
         torch.testing.assert_close(got, expected)
     nothing = torch.zeros(9, dtype=torch.bool)
     empty = [routing_of(p, p.topk(2).indices, nothing) for p in probs]
-    assert balance.balance_loss(empty, convention, nothing) == 0
-    assert balance.router_z_loss(empty, nothing) == 0
+    assert load_balancing.balance_loss(empty, convention, nothing) == 0
+    assert load_balancing.router_z_loss(empty, nothing) == 0
 
 
 def test_router_z_loss() -> None:
     logits = torch.randn(5, 4)
     layer = Routing(logits, logits.softmax(-1), *[torch.empty(0)] * 3)
-    torch.testing.assert_close(balance.router_z_loss([layer]), (logits.exp().sum(-1).log() ** 2).mean())
+    torch.testing.assert_close(
+        load_balancing.router_z_loss([layer]), (logits.exp().sum(-1).log() ** 2).mean()
+    )
 
 
 def test_statistics_of_the_routers() -> None:
     logits = [torch.tensor([[1.0, 1.0, 1.0, 1.0], [5.0, 0.0, 0.0, 0.0]]), torch.zeros(2, 4)]
     counts = torch.ones(4, dtype=torch.int64)
     ids = torch.zeros(2, 1, dtype=torch.int64)
-    found = balance.routing_stats([Routing(x, x.softmax(-1), ids.float(), ids, counts) for x in logits])
+    found = load_balancing.routing_stats(
+        [Routing(x, x.softmax(-1), ids.float(), ids, counts) for x in logits]
+    )
     sure = torch.distributions.Categorical(logits=logits[0][1]).entropy() / math.log(4)
     torch.testing.assert_close(found.token_entropy, torch.stack(((1 + sure) / 2, torch.tensor(1.0))))
     z = (logits[0].logsumexp(-1).square().mean(), torch.tensor(math.log(4) ** 2))
@@ -292,7 +298,7 @@ def test_statistics_of_the_routers() -> None:
 
 def test_load_entropy() -> None:
     loads = torch.tensor([[5, 5, 5, 5], [20, 0, 0, 0], [10, 10, 0, 0], [0, 0, 0, 0]])
-    torch.testing.assert_close(balance.load_entropy(loads), torch.tensor([1.0, 0.0, 0.5, 0.0]))
+    torch.testing.assert_close(load_balancing.load_entropy(loads), torch.tensor([1.0, 0.0, 0.5, 0.0]))
 
 
 def test_loss_free_bias_moves_the_choice_and_not_the_weights() -> None:
@@ -313,10 +319,10 @@ def test_loss_free_bias_balances_a_skewed_router() -> None:
     torch.manual_seed(0)
     router = Router(config_of(loss_free_bias_rate=0.02, top_k=1))
     x = torch.randn(400, 16) + 4 * router.layer.weight[0].detach()
-    entropy = balance.load_entropy(router(x).tokens_per_expert)
+    entropy = load_balancing.load_entropy(router(x).tokens_per_expert)
     for _ in range(200):
         router.update_bias(router(x).tokens_per_expert)
-    assert entropy < 0.9 < 0.97 < balance.load_entropy(router(x).tokens_per_expert)
+    assert entropy < 0.9 < 0.97 < load_balancing.load_entropy(router(x).tokens_per_expert)
 
 
 def test_the_bias_is_in_the_state_dict_only_where_used() -> None:
@@ -331,7 +337,7 @@ def test_routing_survives_activation_checkpointing() -> None:
         y, routing = (
             torch.utils.checkpoint.checkpoint(moe, x, use_reentrant=False) if checkpointed else moe(x)
         )
-        loss = y.square().sum() + balance.balance_loss([routing], "megablocks")
+        loss = y.square().sum() + load_balancing.balance_loss([routing], "megablocks")
         return list(torch.autograd.grad(loss, [x, *moe.parameters()]))
 
     for got, expected in zip(gradients(True), gradients(False), strict=True):

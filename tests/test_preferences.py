@@ -21,9 +21,9 @@ from dbrx_train.config import ConfigError, load
 from dbrx_train.model.decoder import Dbrx
 from dbrx_train.model.loss import chunked_log_probs
 from dbrx_train.train import reference
-from dbrx_train.train.builder import run
 from dbrx_train.train.composer_model import ComposerDbrx
 from dbrx_train.train.preferences import TERMS, document_log_probs
+from dbrx_train.train.run import run
 
 CONFIG = replace(SIZES, num_experts=4, balance_loss_weight=0.05, loss_chunk_size=7)
 

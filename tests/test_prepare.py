@@ -25,11 +25,12 @@ import pytest
 import zstd
 
 from dbrx_train.cli import data_prepare
-from dbrx_train.data import documents, mds, sources, workers
+from dbrx_train.data import mds
 from dbrx_train.data.inspect import BOUNDARY, inspect
-from dbrx_train.data.longline import string_chunks
 from dbrx_train.data.manifest import check_dataset, read_manifest
-from dbrx_train.data.prepare import Summary, prepare
+from dbrx_train.data.prepare import documents, long_lines, sources, workers
+from dbrx_train.data.prepare.long_lines import string_chunks
+from dbrx_train.data.prepare.pipeline import Summary, prepare
 from dbrx_train.data.tokenizer import load_tokenizer
 
 SEQ = 32
@@ -251,8 +252,8 @@ def test_a_stopped_run_is_taken_up_again(tmp_path: Path, monkeypatch: pytest.Mon
 
 KILLED = """
     import sys, time
-    from dbrx_train.data import sources, tokenize, workers
-    from dbrx_train.data.prepare import prepare
+    from dbrx_train.data.prepare import sources, tokenize, workers
+    from dbrx_train.data.prepare.pipeline import prepare
     sources.MIN_PART_BYTES = 4000
 
     def slow(job, index, part, meter):
@@ -314,7 +315,7 @@ def _die(*_: object) -> None:
 
 
 def test_two_at_once_wait_or_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dbrx_train.data import prepare as module
+    from dbrx_train.data.prepare import pipeline as module
 
     file, out = write_jsonl(tmp_path / "a.jsonl", [story(i) for i in range(60)]), tmp_path / "out"
     started, release = threading.Event(), threading.Event()
@@ -456,13 +457,12 @@ def test_lines_too_long_for_memory_are_read_in_pieces(
 
 
 def test_string_pieces_of_a_long_line_are_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dbrx_train.data import longline
 
     text = 'plain é 😀 字\\"\n\t\u2028' * 9
     for ascii_only in (True, False):
         line = json.dumps({"a": {"text": 1}, "text": text, "b": 2}, ensure_ascii=ascii_only).encode()
         for size in range(13, 40):
-            monkeypatch.setattr(longline, "CHUNK", size)
+            monkeypatch.setattr(long_lines, "CHUNK", size)
             pieces = list(string_chunks(line, "text", "f:1"))  # type: ignore[arg-type]
             assert "".join(pieces) == text
             assert len(pieces) > 3
@@ -579,7 +579,7 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
     code = """
         import sys
         from pathlib import Path
-        from dbrx_train.data import prepare, tokenize
+        from dbrx_train.data.prepare import pipeline, tokenize
         from dbrx_train.data.tokenizer import Tokenizer
         Tokenizer.encode_array = lambda self, text: tokenize.np.zeros(len(text) // 100, "u4")  # for speed
         prepare.prepare([sys.argv[1]], sys.argv[2], val_fraction=0, processes=1)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dbrx_train.data import quickstart
 from dbrx_train.data.manifest import check_dataset
-from dbrx_train.data.quickstart import prepare_quickstart
+from dbrx_train.data.prepare import quickstart
+from dbrx_train.data.prepare.quickstart import prepare_quickstart
 
 
 def files(folder: Path) -> dict[str, bytes]:

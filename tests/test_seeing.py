@@ -25,11 +25,11 @@ from conftest import free_port, run_yaml
 
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.config import RunConfig, load
-from dbrx_train.duration import Clock
-from dbrx_train.train import builder
+from dbrx_train.report import read, render
+from dbrx_train.schedule import Clock
+from dbrx_train.train import run as runs
 from dbrx_train.train.intervals import every, upcoming
-from dbrx_train.train.page import read, render
-from dbrx_train.train.state import model_of
+from dbrx_train.train.train_state import model_of
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 POINTS = ("0tok, weights: {web: 1}", "2ba, weights: {code: 1}", "4ba, weights: {web: 1, code: 1}")
@@ -82,7 +82,7 @@ def watched(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     """A run of eight steps, started again for two more after it lost its last checkpoint; what it printed."""
     folder = tmp_path_factory.mktemp("watched")
     path, outputs = run_yaml(workplace, folder, "watched"), Outputs()
-    build = builder.build_trainer
+    build = runs.build_trainer
 
     def with_outputs(*args: Any, **kwargs: Any) -> Any:
         trainer = build(*args, **kwargs)
@@ -91,9 +91,9 @@ def watched(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builder, "build_trainer", with_outputs)
+        patch.setattr(runs, "build_trainer", with_outputs)
         patch.setattr("builtins.print", lambda *args, **_: said.append(" ".join(map(str, args))))
-        builder.run(load(path, [*OPTIONS, mix(*POINTS)]))
+        runs.run(load(path, [*OPTIONS, mix(*POINTS)]))
         folders.remove(Path(folder) / "watched" / "checkpoints" / "ba8")
         web, code = (f"{name}: {{local: {workplace}/{name}}}" for name in ("web", "code"))
         text = path.read_text()
@@ -101,7 +101,7 @@ def watched(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         path.write_text(text.replace(f"{web}, {code}", f"{code}, {web}"))  # a run's sources keep their order
         longer = [mix(*POINTS, "8ba, weights: {web: 1}"), "max_duration=10ba", "profile.at=null"]
         config = load(path, [*OPTIONS, *longer])
-        builder.run(config)
+        runs.run(config)
     return config, outputs, "\n".join(said)
 
 

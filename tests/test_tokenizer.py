@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dbrx_train.data import tokenizer as module
-from dbrx_train.data.documents import cut
+from dbrx_train.data.prepare.documents import cut
 from dbrx_train.data.tokenizer import CL100K_FINGERPRINT, Tokenizer, load_tokenizer
 
 TEXTS = [

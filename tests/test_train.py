@@ -21,7 +21,7 @@ from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.huggingface import export
 from dbrx_train.checkpoint.verify import verify
 from dbrx_train.config import ConfigError, load
-from dbrx_train.train.builder import run
+from dbrx_train.train.run import run
 
 DBRX_TRAIN = str(Path(sys.executable).parent / "dbrx-train")
 
@@ -370,7 +370,7 @@ def test_the_mix_can_be_looked_at_before_training(workplace: Path, in_tmp: Path)
 
 
 def test_global_batch_and_ranks(workplace: Path, in_tmp: Path) -> None:
-    from dbrx_train.train.builder import check_world
+    from dbrx_train.train.trainer import check_world
 
     path = run_yaml(workplace, in_tmp, "world")
     config = load(path, ["optimization.microbatch_size=1"])
@@ -388,7 +388,7 @@ def test_global_batch_and_ranks(workplace: Path, in_tmp: Path) -> None:
 
 
 def test_microbatches_keep_their_tokens_when_samples_grow_longer() -> None:
-    from dbrx_train.train.loaders import split_batch
+    from dbrx_train.train.data import split_batch
 
     def sizes(samples: int, length: int) -> list[int]:
         batch = {"input_ids": torch.arange(samples * length).view(samples, length)}

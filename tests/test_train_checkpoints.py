@@ -27,10 +27,10 @@ from warm import Warm
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.remote import Remote
 from dbrx_train.config import ConfigError, load
-from dbrx_train.train.beginning import open_remote
-from dbrx_train.train.builder import run
 from dbrx_train.train.callbacks import checkpoints
 from dbrx_train.train.callbacks.checkpoints import Checkpoints
+from dbrx_train.train.resume import open_remote
+from dbrx_train.train.run import run
 
 # Nothing in these depends on how long the run is to be.
 QUICK = ["evaluation.max_samples=0", "data.mix=[{at: 0tok, weights: {web: 1, code: 1}}]"]

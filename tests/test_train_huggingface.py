@@ -20,8 +20,8 @@ from dbrx_train.checkpoint.weights import load_model, open_weights
 from dbrx_train.config import ConfigError, load
 from dbrx_train.data.tokenizer import load_tokenizer
 from dbrx_train.train import exports
-from dbrx_train.train.beginning import same_tokenizer
-from dbrx_train.train.builder import run
+from dbrx_train.train.resume import same_tokenizer
+from dbrx_train.train.run import run
 
 transformers = pytest.importorskip("transformers")
 

@@ -19,9 +19,9 @@ from warm import Warm
 
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.config import RunConfig, load
-from dbrx_train.train.builder import run
 from dbrx_train.train.composer_model import ComposerDbrx
-from dbrx_train.train.loaders import train_dataset
+from dbrx_train.train.data import train_dataset
+from dbrx_train.train.run import run
 
 PROGRAM = str(Path(__file__).with_name("recorded_run.py"))
 STEPS = 22

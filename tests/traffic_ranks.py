@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dbrx_train.model.decoder import Dbrx
 from dbrx_train.parallel import MeshShape, checkpoint_activations, parallelize
-from dbrx_train.parallel.costs import traffic
+from dbrx_train.plan.estimates import traffic
 
 MICROBATCHES, BATCH, LENGTH = 2, 2, 8
 

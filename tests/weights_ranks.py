@@ -21,8 +21,8 @@ from torch import Tensor
 from dbrx_train.checkpoint.weights import open_weights, read_together, upcycled
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.decoder import Dbrx
-from dbrx_train.model.families import Part
-from dbrx_train.model.pretrained import Stored
+from dbrx_train.model.hf.files import Stored
+from dbrx_train.model.hf.names import Part
 from dbrx_train.parallel import MeshShape, parallelize
 
 read_bytes = [0]

@@ -19,7 +19,7 @@ from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.tensors import Reader
 from dbrx_train.model.init import is_norm
 from dbrx_train.model.lora import factor_names, is_factor
-from dbrx_train.parallel.sharding import local_rows
+from dbrx_train.parallel.fsdp import local_rows
 
 __all__ = ["base_of", "check_base", "is_adapter", "read_merged", "write_adapter"]
 

@@ -24,8 +24,8 @@ from typing import Any, BinaryIO
 import xxhash
 
 from dbrx_train.config import first_line
-from dbrx_train.model.pretrained import check_names
-from dbrx_train.seal import seal
+from dbrx_train.files import seal
+from dbrx_train.model.hf.files import check_names
 
 __all__ = [
     "MARK",

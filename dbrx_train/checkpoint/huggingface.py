@@ -14,9 +14,9 @@ from dbrx_train import __version__
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.weights import MANIFEST, Weights, meta_model, open_weights, tokenizer_of
 from dbrx_train.model.config import DbrxConfig
-from dbrx_train.model.families import identity, table
 from dbrx_train.model.generation import STOP_IDS
-from dbrx_train.model.pretrained import MAX_SHARD_BYTES, outline, sync, write, write_json
+from dbrx_train.model.hf.files import MAX_SHARD_BYTES, outline, sync, write, write_json
+from dbrx_train.model.hf.names import identity, table
 
 if TYPE_CHECKING:
     from dbrx_train.data.tokenizer import Tokenizer

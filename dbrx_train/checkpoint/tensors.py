@@ -28,8 +28,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from dbrx_train.checkpoint.folder import fingerprint
 from dbrx_train.config import first_line
+from dbrx_train.model.hf.files import check_names
 from dbrx_train.model.init import is_norm
-from dbrx_train.model.pretrained import check_names
 
 __all__ = ["Reader", "model_tensors", "optimizer_tensors", "staged", "write"]
 

@@ -17,9 +17,9 @@ from dbrx_train.checkpoint.tensors import Reader, model_tensors
 from dbrx_train.checkpoint.weights import meta_model, open_weights
 from dbrx_train.config import first_line
 from dbrx_train.model.config import DbrxConfig
-from dbrx_train.model.families import identity, table
+from dbrx_train.model.hf.files import check_finite, open_files, open_folder
+from dbrx_train.model.hf.names import identity, table
 from dbrx_train.model.lora import adapt
-from dbrx_train.model.pretrained import check_finite, open_files, open_folder
 
 __all__ = ["Verified", "verify"]
 

@@ -20,11 +20,11 @@ from dbrx_train.checkpoint.tensors import Reader
 from dbrx_train.config import first_line
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.decoder import Dbrx
-from dbrx_train.model.families import Table, identity, table
+from dbrx_train.model.hf.files import Stored, check_finite, map_file, open_files, open_folder, sync
+from dbrx_train.model.hf.names import Table, identity, table
 from dbrx_train.model.init import is_norm
 from dbrx_train.model.lora import is_factor
-from dbrx_train.model.pretrained import Stored, check_finite, map_file, open_files, open_folder, sync
-from dbrx_train.parallel.sharding import local_rows
+from dbrx_train.parallel.fsdp import local_rows
 
 if TYPE_CHECKING:
     from dbrx_train.data.tokenizer import Tokenizer

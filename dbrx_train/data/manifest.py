@@ -22,7 +22,7 @@ from typing import Any
 import xxhash
 
 from dbrx_train.data.untrusted import check_shard
-from dbrx_train.seal import seal
+from dbrx_train.files import seal
 
 __all__ = [
     "MANIFEST",

@@ -9,10 +9,10 @@ from math import nan
 import torch
 
 from dbrx_train.checkpoint.weights import Weights
-from dbrx_train.config import ConfigError, RunConfig
-from dbrx_train.data.collate import collate, samples_of
-from dbrx_train.data.dataset import EvalDataset
-from dbrx_train.data.manifest import check_dataset
+from dbrx_train.config import ConfigError, RunConfig, naming
+from dbrx_train.data.stream.dataset import EvalDataset
+from dbrx_train.data.stream.held_out import held_out_samples
+from dbrx_train.data.stream.loader import collate, samples_of
 from dbrx_train.data.tokenizer import load_tokenizer
 from dbrx_train.model.decoder import Dbrx
 
@@ -39,24 +39,18 @@ def batches(config: RunConfig) -> Iterator[tuple[str, Iterator[Batch]]]:
     Sources of which nothing is held out are left out.
 
     Raises:
-        ConfigError: a source is not there, or not prepared for this model and tokenizer.
+        ConfigError: a source is not there, damaged, or not prepared for this model and tokenizer.
     """
     tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.vocab_file)
-    lengths = config.sample_lengths
-    for name, source in config.data.sources.items():
-        words = config.model.vocab_size
-        try:
-            manifest = check_dataset(
-                source.local, lengths.get(name), tokenizer.fingerprint, words, remote=source.remote
-            )
-        except ValueError as error:
-            raise ConfigError(f"data.sources.{name}: {error}") from None
-        if "val" not in manifest.splits:
-            continue
-        data = EvalDataset(source.local, seq_len=manifest.seq_len, name=name, remote=source.remote)
-        numbers = range(min(len(data), config.evaluation.max_samples))
-        size = samples_of(config.evaluation.batch_size, config.data.seq_len, manifest.seq_len)
-        yield name, _batches(data, numbers, size, tokenizer.eos_id)
+    most = config.evaluation.max_samples
+    with naming(""):
+        for part in held_out_samples(
+            config.data.sources, config.sample_lengths, tokenizer, config.model.vocab_size, most
+        ):
+            if part.dataset is None:
+                continue
+            size = samples_of(config.evaluation.batch_size, config.data.seq_len, part.dataset.seq_len)
+            yield part.source, _batches(part.dataset, range(part.samples), size, tokenizer.eos_id)
 
 
 def _batches(data: EvalDataset, numbers: range, size: int, eos_id: int) -> Iterator[Batch]:

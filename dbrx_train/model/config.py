@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
-from dbrx_train.model.families import config_json, config_values
-
 BALANCE_LOSSES = ("megablocks", "huggingface", "none")
 EXPERT_IMPLS = ("auto", "loop", "grouped", "grouped_mm", "grouped_gemm")
 INIT_METHODS = ("normal", "trunc_normal", "kaiming_normal")
@@ -205,14 +203,16 @@ class DbrxConfig:
 
     @classmethod
     def from_hf(cls, source: str | os.PathLike[str] | Mapping[str, Any]) -> Self:
-        """Read a Hugging Face config of one of `families.FAMILIES`, as transformers 4.38 and later write it.
+        """Read a Hugging Face config of one of `hf.names.FAMILIES`, as transformers 4.38 and later write it.
 
         `source` is a model folder, a config.json or its parsed content. Keys left out take the Hugging
         Face class's defaults. DBRX's balance loss is in the megablocks convention, with which it was
         trained. Raises ValueError for anything that this package cannot compute.
         """
+        from dbrx_train.model.hf import names
+
         if isinstance(source, Mapping):
-            return cls(**config_values(source))
+            return cls(**names.config_values(source))
         path = Path(source) / "config.json" if Path(source).is_dir() else Path(source)
         content = _read_json(path)
         try:
@@ -225,7 +225,9 @@ class DbrxConfig:
 
         Raises ValueError for what the Hugging Face class cannot express.
         """
-        return config_json(self)
+        from dbrx_train.model.hf import names
+
+        return names.config_json(self)
 
 
 def _require(condition: bool, name: str, message: str) -> None:

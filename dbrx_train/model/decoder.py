@@ -13,7 +13,6 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from dbrx_train.model import balance, pretrained
 from dbrx_train.model.attention import (
     GroupedQueryAttention,
     KVCache,
@@ -22,13 +21,14 @@ from dbrx_train.model.attention import (
     additive_mask,
     document_lengths,
 )
-from dbrx_train.model.balance import RoutingStats
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.init import init_weights
 from dbrx_train.model.loss import IGNORE_INDEX, HeadLoss, LMHead
-from dbrx_train.model.moe import MoE
+from dbrx_train.model.moe import load_balancing
+from dbrx_train.model.moe.layer import MoE
+from dbrx_train.model.moe.load_balancing import RoutingStats
+from dbrx_train.model.moe.router import Routing
 from dbrx_train.model.precision import compute_dtype
-from dbrx_train.model.router import Routing
 
 # A mask of S x S entries is quick while it is small; in longer samples each document is attended to apart.
 LONGEST_MASK = 8192
@@ -198,7 +198,7 @@ class Dbrx(nn.Module):
         token_mask = None if document_ids is None else (document_ids >= 0).flatten()
         output = DbrxOutput()
         if routings:
-            output.routing = balance.routing_stats(routings, token_mask)
+            output.routing = load_balancing.routing_stats(routings, token_mask)
         if labels is None or return_logits:
             output.logits = self.lm_head(hidden_BSD)
         if labels is not None:
@@ -232,11 +232,11 @@ class Dbrx(nn.Module):
             load = output.routing.tokens_per_expert
             if self.batch_load is not None and self.training:
                 load = self.batch_load(load)
-            raw = balance.balance_loss(routings, config.balance_loss, token_mask, load)
+            raw = load_balancing.balance_loss(routings, config.balance_loss, token_mask, load)
             output.losses["balance"] = raw.detach()
             output.loss = output.loss + config.balance_loss_weight * raw
         if routings and config.router_z_loss_weight > 0:
-            raw = balance.router_z_loss(routings, token_mask)
+            raw = load_balancing.router_z_loss(routings, token_mask)
             output.losses["router_z"] = raw.detach()
             output.loss = output.loss + config.router_z_loss_weight * raw
 
@@ -266,12 +266,16 @@ class Dbrx(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> Dbrx:
-        """Load a Hugging Face DBRX folder; see `dbrx_train.model.pretrained.load`."""
-        return pretrained.load(cls, folder, dtype)
+        """Load a Hugging Face DBRX folder; see `dbrx_train.model.hf.files.load`."""
+        from dbrx_train.model.hf import files
+
+        return files.load(cls, folder, dtype)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write a Hugging Face DBRX folder; see `dbrx_train.model.pretrained.save`."""
-        pretrained.save(self, folder)
+        """Write a Hugging Face DBRX folder; see `dbrx_train.model.hf.files.save`."""
+        from dbrx_train.model.hf import files
+
+        files.save(self, folder)
 
 
 def document_mask(document_ids: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from dbrx_train.model.config import LORA_TARGETS, DbrxConfig
 from dbrx_train.model.decoder import Block, Dbrx
-from dbrx_train.model.experts import GatedExperts
 from dbrx_train.model.init import draw_rows
+from dbrx_train.model.moe.experts import GatedExperts
 
 __all__ = ["adapt", "factor_modules", "factor_names", "is_factor", "narrow"]
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from dbrx_train.model.decoder import Dbrx
-from dbrx_train.model.experts import GatedExperts
-from dbrx_train.model.router import Router
+from dbrx_train.model.moe.experts import GatedExperts
+from dbrx_train.model.moe.router import Router
 
 __all__ = ["quantize"]
 

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dbrx_train.model.experts import GatedExperts
-from dbrx_train.model.moe import inverse, spread
+from dbrx_train.model.moe.experts import GatedExperts
+from dbrx_train.model.moe.layer import inverse, spread
 
 __all__ = ["TokenExchange"]
 

@@ -15,7 +15,7 @@ from dbrx_train.train.preferences import TERMS, Batch, pairs_present, preference
 
 
 class ComposerDbrx(ComposerModel):  # type: ignore[misc]
-    """Wraps ``Dbrx``; batches are those of ``dbrx_train.data.collate``.
+    """Wraps ``Dbrx``; batches are those of ``dbrx_train.data.stream.loader``.
 
     Args:
         model: the decoder, sharded or not.

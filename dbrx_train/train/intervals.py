@@ -8,7 +8,7 @@ from typing import cast
 from composer import Event, State
 from composer.utils.misc import create_interval_scheduler
 
-from dbrx_train.duration import Clock, Unit, parse_time
+from dbrx_train.schedule import Clock, Unit, parse_time
 
 
 def every(interval: str) -> Callable[[State], bool]:

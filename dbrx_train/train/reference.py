@@ -15,8 +15,8 @@ from composer.utils import dist
 from numpy.typing import NDArray
 
 from dbrx_train.config import ConfigError, RunConfig
-from dbrx_train.data.collate import collate, samples_of
-from dbrx_train.data.dataset import EvalDataset
+from dbrx_train.data.stream.dataset import EvalDataset
+from dbrx_train.data.stream.loader import collate, samples_of
 from dbrx_train.data.tokenizer import Tokenizer
 from dbrx_train.train.preferences import document_log_probs
 

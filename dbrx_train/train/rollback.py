@@ -13,10 +13,11 @@ from composer.utils import dist
 from tqdm import tqdm
 
 from dbrx_train.checkpoint.folder import Checkpoint
-from dbrx_train.train import events
 from dbrx_train.train.callbacks.bad_steps import BadSteps, RollBack
 from dbrx_train.train.callbacks.checkpoints import Checkpoints
-from dbrx_train.train.state import callback_of, facts
+from dbrx_train.train.callbacks.goodput import Wall
+from dbrx_train.train.tracking import events
+from dbrx_train.train.train_state import callback_of, metadata
 
 __all__ = ["fit"]
 
@@ -63,7 +64,7 @@ def _go_back(
     checkpoint: Checkpoint,
     resume: Callable[[Checkpoint], None],
 ) -> None:
-    now, pass_over, row = facts(trainer.state), guard.config.pass_over, guard.judge.row
+    now, pass_over, row = metadata(trainer.state), guard.config.pass_over, guard.judge.row
     step, tokens = now["time"]["batch"], now["time"]["token"]
     kept = None if pass_over else checkpoint.facts.get(guard.key)
     judge = guard.judge.roll_back(step, kept)
@@ -73,6 +74,8 @@ def _go_back(
         spent = {key: value for key, value in now["time"].items() if key.endswith("_wct")}
         back = {"time": checkpoint.facts["time"] | spent}
     resume(replace(checkpoint, facts=checkpoint.facts | back | {guard.key: judge}))
+    if pass_over:
+        callback_of(trainer.state, Wall).lose(checkpoint.step)
     for callback in trainer.state.callbacks:
         if isinstance(callback, SpeedMonitor):  # measures over its latest steps, as if they were in a row
             for name in ("samples", "tokens", "wct", "flops"):

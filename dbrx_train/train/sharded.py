@@ -23,7 +23,7 @@ from dbrx_train.model.lora import adapt, narrow
 from dbrx_train.parallel import BatchLoad, MeshShape, checkpoint_activations, parallelize
 from dbrx_train.train.composer_model import ComposerDbrx
 from dbrx_train.train.preferences import Batch
-from dbrx_train.train.state import model_of
+from dbrx_train.train.train_state import model_of
 
 __all__ = ["ReduceOnce", "build_model", "check_left_alone", "mesh_shape"]
 

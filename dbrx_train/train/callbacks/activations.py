@@ -10,9 +10,9 @@ from composer import Callback, Logger, State
 from composer.utils import dist
 from torch import Tensor, nn
 
-from dbrx_train.duration import Clock
+from dbrx_train.schedule import Clock
 from dbrx_train.train.intervals import upcoming
-from dbrx_train.train.state import model_of
+from dbrx_train.train.train_state import model_of
 
 
 class Activations(Callback):  # type: ignore[misc]

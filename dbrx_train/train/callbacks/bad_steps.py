@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from dbrx_train.config import BadStepsConfig
 from dbrx_train.errors import Stopped
-from dbrx_train.train import events
-from dbrx_train.train.lines import EVENTS
-from dbrx_train.train.state import Kept
-from dbrx_train.train.step_judge import StepJudge
+from dbrx_train.jsonl import EVENTS
+from dbrx_train.resilience.spike_detector import SpikeDetector
+from dbrx_train.train.tracking import events
+from dbrx_train.train.train_state import StatefulCallback, StepOutcome
 
 Samples = dict[str, list[int]]
 
@@ -31,7 +31,7 @@ class RollBack(Exception):
         self.before = before
 
 
-class BadSteps(Kept):
+class BadSteps(StatefulCallback):
     """Judges every step by its loss and gradient norm over all ranks, before the optimizer takes it.
 
     Of a bad one the gradients are dropped, so that the optimizer has nothing to do: no parameter, moment or
@@ -45,7 +45,7 @@ class BadSteps(Kept):
 
     def __init__(self, config: BadStepsConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
-        self.judge = StepJudge(config)
+        self.judge = SpikeDetector(config.window, config.warmup, config.deviations)
         self.losses: list[Tensor] = []
         """Each microbatch's share of this rank's loss."""
         self.samples: list[tuple[Tensor, Tensor]] = []
@@ -67,8 +67,8 @@ class BadSteps(Kept):
         self.losses.append(state.loss["total"].detach())
         self.samples.append((state.batch["source"], state.batch["sample_id"]))
 
-    def check(self, state: State, logger: Logger, norm: Tensor) -> float:
-        """Drop the gradients if the step is bad; returns their ``norm``, the same on every rank."""
+    def judge_step(self, state: State, logger: Logger, norm: Tensor) -> StepOutcome:
+        """Drop the gradients, of this ``norm``, if the step is bad."""
         loss = torch.stack(self.losses).sum()
         found = torch.stack((loss.double(), norm.to(loss.device).double()))
         dist.all_reduce(found)
@@ -81,7 +81,7 @@ class BadSteps(Kept):
                 optimizer.zero_grad(set_to_none=True)
             self._record(state, *values)
             logger.log_metrics({"bad_steps/skipped": self.judge.skipped})
-        return float(values[1])
+        return StepOutcome(step, norm=values[1], loss=values[0], cause=cause)
 
     def _record(self, state: State, loss: float, norm: float) -> None:
         step, (every, suspect) = state.timestamp.batch.value, self._samples(state)

@@ -12,7 +12,7 @@ from torch import Tensor
 from dbrx_train.model.decoder import shift_labels
 from dbrx_train.model.loss import IGNORE_INDEX
 from dbrx_train.train.intervals import every
-from dbrx_train.train.state import model_of, step_skipped
+from dbrx_train.train.train_state import model_of, outcome_of
 
 
 class BySource(Callback):  # type: ignore[misc]
@@ -51,7 +51,7 @@ class BySource(Callback):  # type: ignore[misc]
         if self.batch is None:
             return
         batch, self.batch = self.batch, None
-        if not step_skipped(state):  # else its loss may be no number
+        if outcome_of(state).taken:  # else its loss may be no number
             self.sums = batch if self.sums is None else self.sums + batch
         if not self.due(state) or self.sums is None:
             return

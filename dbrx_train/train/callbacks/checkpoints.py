@@ -24,7 +24,7 @@ from dbrx_train.checkpoint.tensors import staged, write
 from dbrx_train.config import first_line
 from dbrx_train.lease import Lease
 from dbrx_train.train.exports import Exports
-from dbrx_train.train.state import facts, restore_random, tensors
+from dbrx_train.train.train_state import metadata, tensors
 
 
 class Checkpoints(Callback):  # type: ignore[misc]
@@ -34,7 +34,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
         root: where to; made if need be.
         interval: between saves, a Composer time string; the end of the run is saved too.
         keep: how many stay in ``root``, the newest.
-        facts: kept inside each checkpoint; ``config`` among them, so that it is enough to rebuild the model.
+        provenance: kept inside each checkpoint; its ``config`` is enough to rebuild the model.
         milestone: how many milestones a step lies beyond; the first checkpoint beyond each stays too.
         asynchronous: go on training while a copy in the host's memory is written.
         remote: where every checkpoint is copied to as well.
@@ -49,7 +49,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
         root: Path,
         interval: str,
         keep: int,
-        facts: dict[str, Any],
+        provenance: dict[str, Any],
         *,
         milestone: Callable[[int], int] = lambda step: 0,
         asynchronous: bool = False,
@@ -59,7 +59,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
         exports: Exports | None = None,
         lease: Lease | None = None,
     ) -> None:
-        self.root, self.keep, self.milestone, self.facts = root, keep, milestone, facts
+        self.root, self.keep, self.milestone, self.provenance = root, keep, milestone, provenance
         self.remote, self.prune_remote = remote, prune_remote
         self.not_copied = 0
         """Checkpoints that ``remote`` did not take."""
@@ -73,8 +73,6 @@ class Checkpoints(Callback):  # type: ignore[misc]
         """Of the state that was saved last."""
         self.shared = True
         """All hosts see the same ``root``."""
-        self.drawn: Tensor | None = None
-        """This rank's random states, if the run is resumed."""
 
     def fit_start(self, state: State, logger: Logger) -> None:
         warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # torch's own use of it in saving
@@ -107,12 +105,6 @@ class Checkpoints(Callback):  # type: ignore[misc]
         if first:
             probe.unlink()
         return all(seen)
-
-    def batch_start(self, state: State, logger: Logger) -> None:
-        # Not earlier: making the loader's iterator draws a number.
-        if self.drawn is not None:
-            restore_random(self.drawn)
-            self.drawn = None
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         if self.pending is not None and self.pending.done():
@@ -163,7 +155,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
     def save(self, state: State, exported: bool = False) -> None:
         self.wait()
         self.saved = state.timestamp
-        mark = facts(state) | self.facts
+        mark = metadata(state) | self.provenance
         partial = folders.step_folder(self.root, state.timestamp.batch.value).with_suffix(".partial")
         if self.writer is None:
             self._write(partial, tensors(state), mark, exported)

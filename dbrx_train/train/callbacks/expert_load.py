@@ -7,10 +7,9 @@ from composer import Callback, Logger, State
 from composer.utils import dist
 from torch import Tensor
 
-from dbrx_train.model.balance import RoutingStats, load_entropy
-from dbrx_train.parallel import BatchLoad
+from dbrx_train.model.moe.load_balancing import RoutingStats, load_entropy
 from dbrx_train.train.intervals import every
-from dbrx_train.train.state import model_of, step_skipped
+from dbrx_train.train.train_state import outcome_of
 
 
 class ExpertLoad(Callback):  # type: ignore[misc]
@@ -23,9 +22,7 @@ class ExpertLoad(Callback):  # type: ignore[misc]
       variation of the load;
     - of the router, a token's mean entropy, the mean of logsumexp^2, and the largest logit.
 
-    After each batch it moves the loss-free balancing biases, where the model has them, and before each it
-    begins the count of the batch's load, where the balance loss goes by it. A batch whose step was skipped
-    moves nothing, and does not count.
+    A batch whose step was skipped does not count.
     """
 
     def __init__(self, interval: str) -> None:
@@ -34,11 +31,6 @@ class ExpertLoad(Callback):  # type: ignore[misc]
         self.window_counts: Tensor | None = None
         self.batch_routers: list[RoutingStats] = []
         self.routers = _Routers()
-
-    def batch_start(self, state: State, logger: Logger) -> None:
-        load = model_of(state).batch_load
-        if isinstance(load, BatchLoad):
-            load.begin()
 
     def after_forward(self, state: State, logger: Logger) -> None:
         routing = state.outputs.routing
@@ -50,15 +42,10 @@ class ExpertLoad(Callback):  # type: ignore[misc]
     def batch_end(self, state: State, logger: Logger) -> None:
         if self.batch_counts is None:
             return
-        model = model_of(state)
         counts, self.batch_counts = self.batch_counts, None
         routers, self.batch_routers = self.batch_routers, []
-        if step_skipped(state):
+        if not outcome_of(state).taken:
             return
-        if model.config.loss_free_bias_rate > 0:
-            dist.all_reduce(counts)
-            model.update_expert_bias(counts)
-            counts = counts / dist.get_world_size()
         for routing in routers:
             self.routers.add(routing)
         self.window_counts = counts if self.window_counts is None else self.window_counts + counts

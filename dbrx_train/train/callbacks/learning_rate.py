@@ -5,8 +5,8 @@ from __future__ import annotations
 from composer import Callback, Logger, State
 
 from dbrx_train.config import LearningRateConfig
-from dbrx_train.duration import Clock
-from dbrx_train.train.schedulers import learning_rate_factor
+from dbrx_train.schedule import Clock
+from dbrx_train.train.lr_schedule import learning_rate_factor
 
 
 class LearningRate(Callback):  # type: ignore[misc]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from composer import Callback, Logger, State
 from torch import Tensor
 
-from dbrx_train.duration import Clock
 from dbrx_train.model.init import is_norm
 from dbrx_train.model.lora import is_factor
-from dbrx_train.parallel.norms import group_norms
+from dbrx_train.parallel.grad_norm import group_norms
+from dbrx_train.schedule import Clock
 from dbrx_train.train.intervals import upcoming
-from dbrx_train.train.state import model_of
+from dbrx_train.train.train_state import model_of
 
 _PARTS = {
     "wte": "embedding",

@@ -9,7 +9,7 @@ from composer import Callback, Logger, State
 from composer.utils import dist
 from torch.profiler import ProfilerActivity, profile
 
-from dbrx_train.duration import Clock
+from dbrx_train.schedule import Clock
 
 
 class Profiler(Callback):  # type: ignore[misc]

@@ -8,7 +8,7 @@ from composer import Callback, Logger, State
 from composer.utils import dist
 from tqdm import tqdm
 
-from dbrx_train.duration import Clock
+from dbrx_train.schedule import Clock
 
 
 class Progress(Callback):  # type: ignore[misc]

@@ -1,0 +1,1 @@
+"""The data mix over a run."""

@@ -1,0 +1,1 @@
+"""From text, JSON lines, Parquet and conversations to MDS shards."""

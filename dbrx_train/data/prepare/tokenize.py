@@ -1,0 +1,183 @@
+"""One part of the input, from text to shards: what each worker process does."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from dbrx_train.data.manifest import write_json
+from dbrx_train.data.mds import COLUMNS, MASKED_COLUMNS, ShardWriter
+from dbrx_train.data.prepare.conversations import ChatFormat, Conversation, conversations
+from dbrx_train.data.prepare.documents import Place, cut, documents
+from dbrx_train.data.prepare.packing import Packer, WholePacker
+from dbrx_train.data.prepare.sources import Part
+from dbrx_train.data.tokenizer import Tokenizer
+
+__all__ = ["EXAMPLES", "SPLITS", "Job", "Meter", "has_marks", "read_mark", "run_part"]
+
+SPLITS = ("train", "val")
+EXAMPLES = 5
+"""Places named for each kind of problem."""
+
+_HASHED_CHARACTERS = 1 << 16
+
+
+class Meter(Protocol):
+    """Hears how far a worker is; raises to make it stop."""
+
+    def add(self, *, size: int = 0, tokens: int = 0) -> None:
+        """``size`` more bytes read, ``tokens`` more made."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is the same for every part."""
+
+    out: Path
+    work: Path
+    tokenizer: Tokenizer
+    seq_len: int
+    text_field: str
+    val_fraction: float
+    chat: ChatFormat | None = None
+    """How lines are read as conversations; None for text."""
+
+    def packer(self, folder: Path) -> Packer | WholePacker:
+        """Packs samples into shards in ``folder``."""
+        if self.chat is None:
+            return Packer(ShardWriter(folder, self.seq_len, COLUMNS), self.seq_len)
+        pad_id = self.tokenizer.pad_id
+        return WholePacker(ShardWriter(folder, self.seq_len, MASKED_COLUMNS), self.seq_len, pad_id)
+
+
+@dataclass
+class _Split:
+    """What a part gives to one split."""
+
+    packer: Packer | WholePacker
+    documents: int = 0
+    text_bytes: int = 0
+    lengths: list[int] = field(default_factory=lambda: [0] * 48)
+
+    def end_document(self, tokens: int) -> None:
+        self.documents += 1
+        self.lengths[int(math.log2(tokens))] += 1
+
+    def close(self) -> dict[str, Any]:
+        rest = self.packer.close()
+        return {
+            "documents": self.documents,
+            "tokens": self.packer.tokens,
+            "text_bytes": self.text_bytes,
+            "lengths": self.lengths,
+            "rest": rest,
+            "shards": self.packer.shards,
+        }
+
+
+class _Log:
+    """The readers' listener: passes progress on, counts problems and keeps the first few places."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+        self.problems: dict[str, dict[str, Any]] = {}
+
+    def advance(self, size: int) -> None:
+        self._meter.add(size=size)
+
+    def problem(self, kind: str, where: Place) -> None:
+        entry = self.problems.setdefault(kind, {"count": 0, "examples": []})
+        entry["count"] += 1
+        if len(entry["examples"]) < EXAMPLES:
+            entry["examples"].append(where())
+
+
+def _mark(work: Path, index: int) -> Path:
+    """The file that says that a part is done, and what it gave."""
+    return work / f"part-{index:05}.json"
+
+
+def read_mark(job: Job, index: int) -> dict[str, Any] | None:
+    """What a finished part gave, or None for an unfinished one."""
+    path = _mark(job.work, index)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def has_marks(work: Path) -> bool:
+    """Whether any part is done."""
+    return any(work.glob("part-*.json"))
+
+
+def run_part(job: Job, index: int, part: Part, meter: Meter) -> None:
+    """Tokenize a part into ``OUT/SPLIT/INDEX/`` and mark it done, last.
+
+    What an earlier, interrupted try left there is removed first. Tokens that do not fill a sample are
+    kept in the mark, for the samples packed from what all parts leave.
+    """
+    splits: dict[str, _Split] = {}
+    for name in SPLITS:
+        folder = job.out / name / f"{index:05}"
+        shutil.rmtree(folder, ignore_errors=True)
+        splits[name] = _Split(job.packer(folder))
+    log = _Log(meter)
+    for span in part:
+        if job.chat is not None:
+            for conversation in conversations(span, job.chat, job.tokenizer, job.seq_len, log):
+                _add_conversation(job, splits, conversation, meter)
+            continue
+        for where, chunks in documents(span, job.text_field, log):
+            if not _add_document(job, splits, chunks, meter):
+                log.problem("empty", where)
+    results = {name: split.close() for name, split in splits.items()}
+    for result in results.values():
+        for shard in result["shards"]:
+            for form in ("raw_data", "zip_data"):
+                shard[form]["basename"] = f"{index:05}/{shard[form]['basename']}"
+    write_json(_mark(job.work, index), {"splits": results, "problems": log.problems})
+
+
+def _add_document(job: Job, splits: dict[str, _Split], chunks: Iterator[str], meter: Meter) -> bool:
+    """Tokenize one document into its split; False if there is nothing but blanks in it."""
+    split, tokens = None, 0
+    for piece in cut(chunks):
+        if split is None:
+            if not piece.strip():
+                continue
+            split = splits["val" if _draw(piece) < job.val_fraction else "train"]
+            packer = split.packer
+        assert isinstance(packer, Packer)
+        ids = job.tokenizer.encode_array(piece)
+        packer.add(ids)
+        split.text_bytes += len(piece) if piece.isascii() else len(piece.encode())
+        tokens += len(ids)
+        meter.add(tokens=len(ids))
+    if split is None:
+        return False
+    assert isinstance(packer, Packer)
+    packer.add(np.array([job.tokenizer.eos_id], dtype=np.uint32))
+    split.end_document(tokens + 1)
+    meter.add(tokens=1)
+    return True
+
+
+def _add_conversation(job: Job, splits: dict[str, _Split], conversation: Conversation, meter: Meter) -> None:
+    split = splits["val" if _draw(conversation.question) < job.val_fraction else "train"]
+    assert isinstance(split.packer, WholePacker)
+    split.packer.add(conversation.tokens, conversation.loss)
+    split.text_bytes += conversation.text_bytes
+    split.end_document(len(conversation.tokens))
+    meter.add(tokens=len(conversation.tokens))
+
+
+def _draw(text: str) -> float:
+    """A number in [0, 1) that the document's beginning decides, whatever else is in the corpus."""
+    digest = blake2b(text[:_HASHED_CHARACTERS].encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64

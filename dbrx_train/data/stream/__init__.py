@@ -1,0 +1,1 @@
+"""Samples of the mix as a data set, read from shards."""

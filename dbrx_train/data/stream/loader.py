@@ -1,0 +1,103 @@
+"""From samples to a batch of tensors."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dbrx_train.data.stream.dataset import ScheduledDataset
+from dbrx_train.data.stream.worker_signals import heed_parent_alone
+from dbrx_train.data.tokenizer import Tokenizer
+from dbrx_train.model.loss import IGNORE_INDEX
+
+__all__ = ["TimedLoader", "build_loader", "collate", "document_ids"]
+
+
+def document_ids(tokens: Tensor, eos_id: int) -> Tensor:
+    """Number the documents within each sample from 0; an eos token belongs to the document that it ends.
+
+    ``tokens`` is [..., sequence]; the result is int64 and alike.
+    """
+    ends = (tokens == eos_id).long()
+    return ends.cumsum(-1) - ends
+
+
+def collate(samples: Sequence[dict[str, Any]], *, eos_id: int) -> dict[str, Tensor]:
+    """Batch samples: ``input_ids``, ``labels`` and ``document_ids``, int64 [batch, sequence].
+
+    ``source`` and ``sample_id`` [batch] say where each is from. The labels are the inputs: the loss
+    shifts them. In samples that come with a ``loss`` mask, labels are -100 where it is False, and padding
+    belongs to document -1. What samples have as ``reference`` is stacked.
+    """
+    tokens = torch.stack([torch.as_tensor(sample["tokens"]) for sample in samples])
+    labels, documents = tokens.clone(), document_ids(tokens, eos_id)
+    for row, sample in enumerate(samples):
+        if "loss" in sample:
+            labels[row, ~torch.as_tensor(sample["loss"])] = IGNORE_INDEX
+            documents[row, tokens[row] == Tokenizer.pad_id] = -1
+    references = [torch.as_tensor(sample["reference"]) for sample in samples if "reference" in sample]
+    return {
+        "input_ids": tokens,
+        "labels": labels,
+        "document_ids": documents,
+        "source": torch.tensor([sample["source"] for sample in samples]),
+        "sample_id": torch.tensor([sample["sample_id"] for sample in samples]),
+        **({"reference": torch.stack(references)} if references else {}),
+    }
+
+
+def samples_of(batch_size: int, base: int, seq_len: int) -> int:
+    """Samples of ``seq_len`` tokens with the tokens of ``batch_size`` samples of ``base``; at least one."""
+    return max(1, batch_size * base // seq_len)
+
+
+class TimedLoader(DataLoader[list[dict[str, Any]]]):
+    """A DataLoader that knows for how long it was waited for, and calls ``arrived`` when it has a batch."""
+
+    waited = 0.0
+    """Seconds, of all batches so far."""
+
+    def __init__(self, dataset: ScheduledDataset, arrived: Callable[[], None], **options: Any) -> None:
+        super().__init__(dataset, **options)
+        self.arrived = arrived
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        batches = super().__iter__()
+        while True:
+            begin = time.monotonic()
+            batch = next(batches, None)
+            self.waited += time.monotonic() - begin
+            if batch is None:
+                return
+            self.arrived()
+            yield batch
+
+
+def build_loader(
+    dataset: ScheduledDataset,
+    *,
+    eos_id: int,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    arrived: Callable[[], None] = lambda: None,
+) -> TimedLoader:
+    """A DataLoader of this rank's batches; the dataset makes them, as they need not be of one size.
+
+    ``arrived`` is called for each batch, once it is there.
+    """
+    return TimedLoader(
+        dataset,
+        arrived,
+        batch_size=None,
+        num_workers=num_workers,
+        collate_fn=partial(collate, eos_id=eos_id),
+        pin_memory=pin_memory,
+        prefetch_factor=4 if num_workers else None,
+        worker_init_fn=heed_parent_alone,
+    )

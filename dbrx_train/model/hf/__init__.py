@@ -1,0 +1,1 @@
+"""Hugging Face: what its classes call our tensors, and its files."""

@@ -1,0 +1,166 @@
+"""The callbacks of a run, all of them, in the order in which Composer calls them at every event."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from composer import Callback, DataSpec
+from composer.callbacks import MemoryMonitor, SpeedMonitor
+
+from dbrx_train.checkpoint.huggingface import check_exportable
+from dbrx_train.checkpoint.remote import Remote
+from dbrx_train.config import RunConfig, naming
+from dbrx_train.data.tokenizer import Tokenizer
+from dbrx_train.lease import Lease
+from dbrx_train.resilience.preemption import Stop
+from dbrx_train.train.callbacks.activations import Activations
+from dbrx_train.train.callbacks.bad_steps import BadSteps
+from dbrx_train.train.callbacks.balancing import ExpertBalancing
+from dbrx_train.train.callbacks.by_source import BySource
+from dbrx_train.train.callbacks.checkpoints import Checkpoints
+from dbrx_train.train.callbacks.expert_load import ExpertLoad
+from dbrx_train.train.callbacks.goodput import Wall
+from dbrx_train.train.callbacks.gradients import GradientNorm
+from dbrx_train.train.callbacks.heartbeat import Phases
+from dbrx_train.train.callbacks.learning_rate import LearningRate
+from dbrx_train.train.callbacks.memory import PeakMemory
+from dbrx_train.train.callbacks.mix import MixServed
+from dbrx_train.train.callbacks.norms import GroupNorms
+from dbrx_train.train.callbacks.preemption import Stopping
+from dbrx_train.train.callbacks.profiler import Profiler
+from dbrx_train.train.callbacks.progress import Progress
+from dbrx_train.train.exports import Exports
+from dbrx_train.train.sharded import ReduceOnce
+from dbrx_train.train.tracking.provenance import provenance
+from dbrx_train.train.train_state import TrainState
+
+__all__ = ["METRICS", "Supervision", "callbacks"]
+
+METRICS = (GroupNorms, BySource, Wall, Activations, Profiler, ExpertLoad, MixServed, SpeedMonitor)
+"""Those that only look: a run without them has the same weights."""
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """What watches over this process while it trains."""
+
+    phases: Phases
+    stop: Stop
+    lease: Lease | None
+    """Of the run's folder, on the rank that holds it."""
+
+
+def callbacks(
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    data: DataSpec,
+    device: str,
+    peak_flops: float,
+    remote: Remote | None,
+    supervision: Supervision | None,
+) -> list[Callback]:
+    """What a Trainer of ``config`` is given. ``data``: of training; ``peak_flops``: of one device, for MFU.
+
+    Raises:
+        ConfigError: the model cannot be exported as asked for.
+    """
+    clock, folder, optimization = config.clock, Path(config.folder), config.optimization
+    often = clock.interval(config.logging.interval)
+    checkpoints = _checkpoints(config, tokenizer, remote, supervision.lease if supervision else None)
+    bad_steps = BadSteps(config.bad_steps, folder) if config.bad_steps.skip else None
+    found: list[Callback | None] = [
+        # First, so that it knows where the run is when any other one hangs.
+        supervision.phases if supervision else None,
+        # Ahead of all that draw numbers at a step's beginning or ask for the outcome at its end.
+        TrainState(),
+        LearningRate(optimization.learning_rate, clock),
+        # Ahead of the forward passes' own: says which backward pass reduces between replicas.
+        ReduceOnce(data.split_batch),
+        ExpertBalancing(),
+        # Gradients before they are clipped, or dropped.
+        GroupNorms(often, clock),
+        BySource(often),
+        # Ahead of Checkpoints: keeps what was useful up to a save, and times the save from here.
+        Wall(folder, often, _saves(config)),
+        Activations(often, clock) if config.logging.activations else None,
+        _profiler(config),
+        # Ahead of Checkpoints: a roll-back leaves before the step is saved.
+        bad_steps,
+        # Clips, then has the step judged by the norm before: the one writer of the step's outcome.
+        GradientNorm(optimization.clip_grad_norm, bad_steps),
+        ExpertLoad(often),
+        MixServed(often),
+        SpeedMonitor(
+            window_size=max(1, clock.first_step(config.logging.interval).batch),
+            gpu_flops_available=peak_flops,
+        ),
+        PeakMemory(often) if device == "cpu" else MemoryMonitor(),
+        Progress(clock, enabled=config.logging.progress),
+        # After all whose state it saves.
+        checkpoints,
+        # Last: asks whether this step has just been saved.
+        _stopping(config, checkpoints, supervision),
+    ]
+    return [callback for callback in found if callback is not None]
+
+
+def _saves(config: RunConfig) -> list[str]:
+    intervals = (config.checkpoints.interval, config.checkpoints.export.interval)
+    return [config.clock.interval(each) for each in intervals if each is not None]
+
+
+def _profiler(config: RunConfig) -> Profiler | None:
+    asked = config.profile
+    if asked.at is None:
+        return None
+    where = Path(config.folder) / "profile"
+    return Profiler(where, asked.at, asked.steps, memory=asked.memory, clock=config.clock)
+
+
+def _checkpoints(
+    config: RunConfig, tokenizer: Tokenizer, remote: Remote | None, lease: Lease | None
+) -> Checkpoints:
+    options = config.checkpoints
+    return Checkpoints(
+        Path(config.folder) / "checkpoints",
+        config.clock.interval(options.interval),
+        options.keep,
+        provenance(config, tokenizer),
+        milestone=_milestones(config),
+        asynchronous=options.asynchronous,
+        remote=remote,
+        prune_remote=options.prune_remote,
+        timeout=config.parallelism.timeout,
+        exports=_exports(config),
+        lease=lease,
+    )
+
+
+def _milestones(config: RunConfig) -> Callable[[int], int]:
+    """How many multiples of ``checkpoints.keep_every`` a step lies beyond."""
+    every, clock = config.checkpoints.keep_every, config.clock
+    if every is None:
+        return lambda step: 0
+    tokens = clock.tokens(every)
+    return lambda step: int(clock.convert(step, "ba", "tok")) // tokens
+
+
+def _exports(config: RunConfig) -> Exports | None:
+    options = config.checkpoints.export
+    if options.interval is None:
+        return None
+    with naming("checkpoints.export: "):
+        check_exportable(config.model)
+    interval = config.clock.interval(options.interval)
+    return Exports(Path(config.folder) / "exports", interval, getattr(torch, options.dtype))
+
+
+def _stopping(
+    config: RunConfig, checkpoints: Checkpoints, supervision: Supervision | None
+) -> Stopping | None:
+    if supervision is None:
+        return None
+    return Stopping(supervision.stop, checkpoints, Path(config.folder), config.parallelism.timeout)

@@ -1,0 +1,88 @@
+"""Stops the run on all ranks after the same step."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from composer import Callback, Logger, State
+from composer.utils import dist
+from torch.distributed import ProcessGroup, ReduceOp, Work, all_reduce, barrier, new_group
+
+from dbrx_train.resilience import StoppedTogether
+from dbrx_train.resilience.preemption import Stop, cause, code_when_saved
+from dbrx_train.train.callbacks.checkpoints import Checkpoints
+from dbrx_train.train.tracking.events import record
+
+
+class Stopping(Callback):  # type: ignore[misc]
+    """Once any rank is asked to stop, all save and raise StoppedTogether. Comes after the other callbacks.
+
+    The ranks agree by a reduction between CPUs, begun after the backward pass and read when the step is over:
+    no device waits for it. During an evaluation they agree at every batch, and give up the rest of it.
+    """
+
+    def __init__(self, stop: Stop, saver: Checkpoints, folder: Path, timeout: float) -> None:
+        self.stop, self.saver, self.folder = stop, saver, folder
+        self.timeout = timedelta(seconds=timeout)
+        self.group: ProcessGroup | None = None
+        self.asked = torch.zeros(1, dtype=torch.int64)
+        self.work: Work | None = None
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        self._answer()  # of a step after which the run was rolled back
+        if dist.get_world_size() > 1 and self.group is None:
+            self.group = new_group(backend="gloo", timeout=self.timeout)
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        self.stop.begin_training()
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        self._ask()
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        number = self._answer()
+        if not number and self.saver.saved is state.timestamp:  # which may have taken minutes
+            self._ask()
+            number = self._answer()
+        if state.timestamp >= state.max_duration:  # let it come to its end
+            self.saver.wait()
+            self.stop.safe = True
+        elif number:
+            self._stop(state, number)
+
+    def eval_batch_start(self, state: State, logger: Logger) -> None:
+        if self.stop.training:
+            self._ask()
+
+    def eval_batch_end(self, state: State, logger: Logger) -> None:
+        if self.stop.training and (number := self._answer()):
+            self._stop(state, number)
+
+    def meet(self) -> None:
+        """Wait for the other ranks."""
+        if self.group is not None:
+            barrier(self.group)
+
+    def _ask(self) -> None:
+        self.asked[0] = self.stop.asked()
+        if self.group is not None:
+            self.work = all_reduce(self.asked, ReduceOp.MAX, self.group, async_op=True)
+
+    def _answer(self) -> int:
+        """Why the run is to stop, the same on every rank; 0: it is not."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+        return int(self.asked)
+
+    def _stop(self, state: State, number: int) -> None:
+        self.stop.begin(number)
+        self.saver.save_now(state)
+        self.meet()  # rank 0 may still be copying the mark to an object store
+        self.stop.safe = True
+        time = state.timestamp
+        facts = {"step": time.batch.value, "tokens": time.token.value, "cause": cause(number)}
+        record(self.folder, "stopped", **facts)
+        raise StoppedTogether(code_when_saved(number))

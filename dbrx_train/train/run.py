@@ -1,0 +1,237 @@
+"""The run: from a RunConfig to a trained model, and to a line that says where the results are."""
+
+from __future__ import annotations
+
+import signal
+import warnings
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from composer import Trainer
+from composer.utils import dist
+
+from dbrx_train.checkpoint import folder as folders
+from dbrx_train.checkpoint.adapter import check_base
+from dbrx_train.checkpoint.folder import Checkpoint
+from dbrx_train.checkpoint.remote import Remote
+from dbrx_train.checkpoint.tensors import Reader, model_tensors
+from dbrx_train.checkpoint.weights import read_together
+from dbrx_train.config import (
+    ConfigError,
+    RunConfig,
+    first_line,
+    flatten,
+    for_record,
+    naming,
+    to_yaml,
+)
+from dbrx_train.data.tokenizer import load_tokenizer
+from dbrx_train.errors import STOPPED, exit_code, show
+from dbrx_train.files import atomic_write
+from dbrx_train.jsonl import EVENTS
+from dbrx_train.lease import Lease
+from dbrx_train.resilience import Progress, StoppedTogether, end_together
+from dbrx_train.resilience.preemption import Stop, cause
+from dbrx_train.train import environment, rollback
+from dbrx_train.train.allocator import keep_freed_memory
+from dbrx_train.train.callbacks.checkpoints import Checkpoints
+from dbrx_train.train.callbacks.heartbeat import Phases
+from dbrx_train.train.callbacks.order import Supervision
+from dbrx_train.train.callbacks.preemption import Stopping
+from dbrx_train.train.data import check_sources
+from dbrx_train.train.environment import say
+from dbrx_train.train.reference import set_reference
+from dbrx_train.train.resume import check_beginning, check_folder, checkpoint_folder, newest, open_remote
+from dbrx_train.train.startup_summary import summary
+from dbrx_train.train.throughput import peak_flops
+from dbrx_train.train.tracking import events, picture
+from dbrx_train.train.tracking.mlflow import STORE_ERRORS, MLflowStore, reason
+from dbrx_train.train.train_state import callback_of, model_of, restore
+from dbrx_train.train.trainer import build_trainer, check_world
+
+
+def run(config: RunConfig) -> None:
+    """Train as ``config`` says, from the newest checkpoint of the same run name if there is one.
+
+    Raises:
+        ConfigError: the configuration does not fit the data, the machine or the saved run.
+    """
+    device = _device(config)
+    if device == "cpu":
+        keep_freed_memory()
+    with Stop(config.stopping.seconds, config.stop_after_seconds) as stop:
+        environment.join_ranks(device, config.parallelism.timeout)
+        _train(config, device, stop)
+
+
+def _train(config: RunConfig, device: str, stop: Stop) -> None:
+    progress, stacks = Progress(), Path(config.folder) / "stacks"
+    with ExitStack() as afterwards, end_together(show, progress, stacks) as ending:
+        afterwards.push(lambda _, error, __: _say_how_to_go_on(config, stop, error))
+        stop.tell = ending.tell
+        check_world(config, dist.get_world_size())
+        tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.vocab_file)
+        check_sources(config, tokenizer)
+        check_folder(config)
+        lease = None
+        if dist.get_global_rank() == 0:
+            lease = Lease(Path(config.folder), lost=lambda what: ending.tell(what, 1), say=say)
+            afterwards.enter_context(lease)
+        remote = open_remote(config)
+        found = newest(config, remote)
+        weights = check_beginning(config, found)
+        if found and found.tokens >= config.clock.total_tokens:
+            end = f"{found.folder} holds its end"
+            say(f"{config.run_name} is done: {end}. A larger max_duration= continues it.")
+            return
+        store = _open_store(config, resume=found is not None)
+        ending.at_end = store.end
+        peak, origin = peak_flops(device, config.precision, config.logging.peak_flops)
+        supervision = Supervision(Phases(progress, *config.hangs.seconds), stop, lease)
+        trainer = build_trainer(config, tokenizer, device, store, peak, remote, supervision)
+        stopping = callback_of(trainer.state, Stopping)
+        afterwards.push(lambda kind, *_: stopping.meet() if kind is StoppedTogether else None)
+        # Trainer.close waits for all ranks, of which some may have failed.
+        afterwards.push(lambda kind, *_: trainer.close() if kind is None else trainer.engine.close())
+        afterwards.callback(_keep_events, config, store)
+        base = config.init_from.path if config.lora.rank is not None else None
+        afterwards.push(lambda _, error, __: store.ends_with(exit_code(error)))
+        try:
+            if weights:
+                with naming("init_from.path: "):
+                    read_together(weights, model_of(trainer.state))
+            if found:
+                say(f"{config.run_name} goes on from {found.folder}, after {found.tokens:,} tokens")
+                events.record(Path(config.folder), "resumed", step=found.step, tokens=found.tokens)
+                resume(trainer, found, remote, base)
+            if config.preferences.beta is not None:
+                set_reference(config, trainer, tokenizer, made=found is not None)
+            _record(config, store, f"{peak:.4g} FLOP/s, {origin}")
+            say(summary(config, device, dist.get_world_size()))
+            if config.evaluation.at_start and found is None and trainer.state.evaluators:
+                trainer.eval()
+            rollback.fit(
+                trainer,
+                Path(config.folder),
+                newest=lambda last: newest(config, remote, last),
+                resume=lambda checkpoint: resume(trainer, checkpoint, remote, base),
+            )
+            if dist.get_global_rank() == 0:
+                _report(config, store, trainer.state.timestamp.batch.value)
+        except SystemExit:  # of a signal before the first step, or once all is saved
+            callback_of(trainer.state, Checkpoints).finish()
+            raise
+
+
+def _say_how_to_go_on(config: RunConfig, stop: Stop, error: BaseException | None) -> None:
+    """The last line of a run that was stopped."""
+    if exit_code(error) in (STOPPED, 128 + signal.SIGINT):
+        saved = next(iter(folders.saved(checkpoint_folder(config))), None)
+        why = f" ({cause(stop.asked())})" if stop.asked() else ""
+        where = saved or "the beginning: nothing was saved yet"
+        say(f"stopped{why}; the same command goes on from {where}")
+
+
+def resume(
+    trainer: Trainer, checkpoint: Checkpoint, remote: Remote | None = None, base: str | None = None
+) -> None:
+    """Put a Trainer where ``checkpoint`` was saved; files that are not there come from ``remote``.
+
+    ``base``: where the weights come from that the Trainer's model has beside its adapters, if it has any.
+
+    Raises:
+        ConfigError: the adapters are of other weights.
+    """
+
+    def fetch(name: str) -> None:
+        if remote is not None:
+            remote.fetch(checkpoint, name)
+
+    reader = Reader(checkpoint.folder, fetch)
+    if base is not None:
+        with naming("init_from.path: "):
+            check_base(reader, model_tensors(model_of(trainer.state)), base)
+    restore(trainer, checkpoint, reader)
+
+
+def _device(config: RunConfig) -> str:
+    if config.device == "gpu" and not torch.cuda.is_available():
+        raise ConfigError("device: gpu, but torch finds no CUDA GPU on this machine; use cpu or auto")
+    device = {"auto": "gpu" if torch.cuda.is_available() else "cpu"}.get(config.device, config.device)
+    if config.profile.memory and device == "cpu":
+        raise ConfigError("profile.memory: is of a GPU, and this run is on a CPU")
+    return device
+
+
+def _open_store(config: RunConfig, *, resume: bool) -> MLflowStore:
+    """Raises ConfigError if the tracking URI cannot be used."""
+    uri = config.logging.mlflow_uri
+    try:
+        return MLflowStore(
+            uri=uri, experiment=config.logging.experiment, run_name=config.run_name, resume=resume
+        )
+    except STORE_ERRORS as error:
+        raise ConfigError(f"logging.mlflow_uri: {uri} cannot be used ({reason(error)})") from None
+
+
+def _record(config: RunConfig, store: MLflowStore, peak: str) -> None:
+    """Keep the resolved configuration and the environment with the run."""
+    if dist.get_global_rank() != 0:
+        return
+    path = Path(config.folder) / "config.yaml"
+    with atomic_write(path) as partial:
+        partial.write_text(to_yaml(config), encoding="utf-8")
+    facts = (
+        {key: str(value) for key, value in flatten(for_record(config))}
+        | environment.describe()
+        | {
+            "mfu.formula": "(6*active_params_without_embedding + 12*n_layers*d_model*seq_len)*tokens/s/peak",
+            "mfu.peak": peak,
+            "model.num_params": config.model.num_params,
+            "model.num_active_params": config.model.num_active_params,
+        }
+    )
+    try:
+        store.log_hyperparameters(facts)
+        store.log_artifact(path)
+    except STORE_ERRORS as error:
+        warnings.warn(
+            f"MLflow: the configuration is not recorded, but in {path} ({first_line(error)})", stacklevel=2
+        )
+
+
+def _report(config: RunConfig, store: MLflowStore, batch: int) -> None:
+    """Draw the run, and say how it went and where it is; it ended, and was saved, at step ``batch``."""
+    try:
+        if store.metric_history("loss/train/total"):  # else the store is out of reach, and has none
+            path = Path(config.folder) / "training.png"
+            picture.draw(store, config.clock, path)
+            store.log_artifact(path)
+        for source, points in picture.held_out_losses(store).items():
+            (begin, first), (step, last) = points[0], points[-1]
+            before = f"{first:.3f} after {_tokens(config, begin)}, " if len(points) > 1 else ""
+            say(f"held-out {source}: loss {before}{last:.3f} after {_tokens(config, step)}")
+    except STORE_ERRORS as error:
+        say(f"no picture of the run: MLflow cannot be read ({first_line(error)})")
+    say(f"checkpoint: {checkpoint_folder(config)}/ba{batch}")
+    uri = config.logging.mlflow_uri
+    page = f"#/experiments/{store.experiment_id}/runs/{store.run_id}"
+    if uri.startswith(("http://", "https://")):
+        say(f"run {store.run_id}: {uri.rstrip('/')}/{page}")
+    else:
+        say(f"run {store.run_id}: mlflow ui --backend-store-uri {uri}, then http://127.0.0.1:5000/{page}")
+
+
+def _keep_events(config: RunConfig, store: MLflowStore) -> None:
+    """Have MLflow keep what happened to the run, however it ended."""
+    path = Path(config.folder) / EVENTS
+    if path.exists():
+        try:
+            store.log_artifact(path)
+        except STORE_ERRORS as error:
+            warnings.warn(f"MLflow: {path} is not kept there ({first_line(error)})", stacklevel=2)
+
+
+def _tokens(config: RunConfig, step: int) -> str:
+    return f"{int(config.clock.convert(step, 'ba', 'tok')):,} tokens"
