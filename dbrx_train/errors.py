@@ -8,7 +8,7 @@ import traceback
 
 from dbrx_train.redact import mask
 
-__all__ = ["HUNG", "MISTAKE", "STOPPED", "Stopped", "exit_code", "show"]
+__all__ = ["HUNG", "MISTAKE", "STOPPED", "Stopped", "exit_code", "first_line", "show"]
 
 MISTAKE = 2
 """Exit code: the user's input is wrong."""
@@ -55,3 +55,8 @@ def _mistake(error: Exception) -> str | None:
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("dbrx_train"):
         return f"{error.name} is not installed; this needs: pip install 'dbrx-train[train]'"
     return None
+
+
+def first_line(error: BaseException) -> str:
+    """An error's message, or its name where it has none, cut to one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

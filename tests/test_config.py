@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from dbrx_train.config import ConfigError, load, to_yaml
+from dbrx_train.options import Bounds, check
 
 MINIMAL = """
 run_name: tiny
@@ -201,3 +202,33 @@ def test_a_schedule_that_does_not_come_to_what_it_is_for_is_warned_of(yaml_file:
 @pytest.mark.parametrize("name", ["lr:3e-4", "team/web-9b", "run#1 (2)", "v1~b"])
 def test_other_names_are_the_users_own(yaml_file: Path, name: str) -> None:
     assert load(yaml_file, [f"run_name='{name}'"]).folder == f"runs/{name}"
+
+
+def test_every_section_is_held_against_its_bounds(yaml_file: Path) -> None:
+    """The walk finds what is declared anywhere, so that no section is forgotten."""
+    config = load(yaml_file)
+    check(config)
+    for section, key in (("evaluation", "batch_size"), ("profile", "steps"), ("checkpoints", "keep")):
+        before = getattr(getattr(config, section), key)
+        setattr(getattr(config, section), key, 0)
+        with pytest.raises(ValueError, match=rf"^{section}\.{key}: must be "):
+            check(config)
+        setattr(getattr(config, section), key, before)
+    config.data.sources["web"].max_epochs = 0
+    with pytest.raises(ValueError, match=r"^data\.sources\.web\.max_epochs: must be positive or null, not 0"):
+        check(config)
+
+
+def test_bounds_in_words() -> None:
+    said = {
+        Bounds(gt=0): "be positive",
+        Bounds(ge=0): "not be negative",
+        Bounds(ge=1): "be at least 1",
+        Bounds(ge=0, le=1): "be at least 0 and at most 1",
+        Bounds(ge=0, lt=2**32): "be at least 0 and below 4,294,967,296",
+        Bounds(one_of=("a", "b")): "be one of a, b",
+    }
+    assert {bounds: str(bounds) for bounds in said} == said
+    assert not Bounds(gt=0).allow(float("inf"))
+    assert not Bounds(ge=0).allow(float("nan"))
+    assert Bounds(ge=0, le=1).allow(1)

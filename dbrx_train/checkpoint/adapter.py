@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.tensors import Reader
-from dbrx_train.config import first_line
+from dbrx_train.errors import first_line
 from dbrx_train.files import new_folder
 from dbrx_train.model.init import is_norm
 from dbrx_train.model.lora import factor_names, is_factor

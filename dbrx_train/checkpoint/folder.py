@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 import xxhash
 
-from dbrx_train.config import first_line
+from dbrx_train.errors import first_line
 from dbrx_train.files import naming_file, seal
 from dbrx_train.model.hf.files import check_names
 

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import FSDPModule
 
 from dbrx_train.checkpoint.folder import fingerprint
-from dbrx_train.config import first_line
+from dbrx_train.errors import first_line
 from dbrx_train.model.hf.files import check_names
 from dbrx_train.model.init import is_norm
 

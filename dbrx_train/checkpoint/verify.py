@@ -15,7 +15,7 @@ from dbrx_train.checkpoint.adapter import is_adapter
 from dbrx_train.checkpoint.huggingface import MANIFEST
 from dbrx_train.checkpoint.tensors import Reader, model_tensors
 from dbrx_train.checkpoint.weights import meta_model, open_weights
-from dbrx_train.config import first_line
+from dbrx_train.errors import first_line
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.hf.files import check_finite, open_files, open_folder
 from dbrx_train.model.hf.names import identity, table

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.adapter import base_of, check_base, is_adapter, read_merged
 from dbrx_train.checkpoint.tensors import Reader
-from dbrx_train.config import first_line
+from dbrx_train.errors import first_line
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.decoder import Dbrx
 from dbrx_train.model.hf.files import Stored, check_finite, map_file, open_files, open_folder, sync

@@ -2,12 +2,13 @@
 
 import difflib
 import json
-import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
+
+from dbrx_train.options import check, option
 
 BALANCE_LOSSES = ("megablocks", "huggingface", "none")
 EXPERT_IMPLS = ("auto", "loop", "grouped", "grouped_mm", "grouped_gemm")
@@ -19,10 +20,6 @@ NORMS = ("layernorm", "rmsnorm")
 ACTIVATION_CHECKPOINTING = ("none", "full", "selective", "norm_attn_norm")
 
 
-def _option(default: Any, doc: str) -> Any:
-    return field(default=default, metadata={"doc": doc})
-
-
 @dataclass
 class DbrxConfig:
     """The architecture, its losses and its initialisation. The defaults are the released DBRX 132B.
@@ -30,73 +27,75 @@ class DbrxConfig:
     Raises ValueError, beginning with the field's name, for a value that makes no model.
     """
 
-    d_model: int = _option(6144, "Width of the residual stream.")
-    n_layers: int = _option(40, "Number of transformer blocks.")
-    n_heads: int = _option(48, "Query heads; d_model must be a multiple.")
-    n_kv_heads: int = _option(8, "Key and value heads (grouped-query attention); must divide n_heads.")
-    vocab_size: int = _option(100_352, "Rows of the embedding and of the output head.")
-    max_seq_len: int = _option(32_768, "Longest sequence accepted, in tokens.")
-    ffn_hidden_size: int = _option(10_752, "Hidden width of one expert.")
-    num_experts: int = _option(16, "Experts per layer; 1 is a dense model without a router.")
-    top_k: int = _option(4, "Experts that each token visits.")
-    rope_theta: float = _option(500_000.0, "Base of the rotary frequencies.")
-    clip_qkv: float | None = _option(
-        8.0, "Clamp queries, keys and values to plus or minus this; null for none."
+    d_model: int = option("Width of the residual stream.", 6144, ge=1)
+    n_layers: int = option("Number of transformer blocks.", 40, ge=1)
+    n_heads: int = option("Query heads; d_model must be a multiple.", 48, ge=1)
+    n_kv_heads: int = option("Key and value heads (grouped-query attention); must divide n_heads.", 8, ge=1)
+    vocab_size: int = option("Rows of the embedding and of the output head.", 100_352, ge=1)
+    max_seq_len: int = option("Longest sequence accepted, in tokens.", 32_768, ge=1)
+    ffn_hidden_size: int = option("Hidden width of one expert.", 10_752, ge=1)
+    num_experts: int = option("Experts per layer; 1 is a dense model without a router.", 16, ge=1)
+    top_k: int = option("Experts that each token visits.", 4, ge=1)
+    rope_theta: float = option("Base of the rotary frequencies.", 500_000.0, gt=0)
+    clip_qkv: float | None = option(
+        "Clamp queries, keys and values to plus or minus this; null for none.", 8.0, gt=0
     )
-    norm: str = _option(
-        "layernorm", "Normalisation: layernorm (without bias, as DBRX) or rmsnorm (arXiv 1910.07467)."
+    norm: str = option(
+        "Normalisation: layernorm (without bias, as DBRX) or rmsnorm (arXiv 1910.07467).",
+        "layernorm",
+        one_of=NORMS,
     )
-    norm_eps: float = _option(1e-5, "Epsilon of the norms.")
-    router_jitter: float = _option(
-        0.0, "In training, multiply the router's input by uniform noise in 1 plus or minus this."
+    norm_eps: float = option("Epsilon of the norms.", 1e-5, gt=0)
+    router_jitter: float = option(
+        "In training, multiply the router's input by uniform noise in 1 plus or minus this.", 0.0, ge=0, lt=1
     )
-    normalize_expert_weights: float | None = _option(
-        1.0, "The p of the p-norm that a token's top-k weights are divided by; null for none."
+    normalize_expert_weights: float | None = option(
+        "The p of the p-norm that a token's top-k weights are divided by; null for none.", 1.0, gt=0
     )
-    balance_loss: str = _option(
-        "megablocks",
+    balance_loss: str = option(
         "Load-balancing loss: megablocks (per layer, 1.0 at perfect balance), "
         "huggingface (layers averaged first, top_k at perfect balance) or none.",
+        "megablocks",
+        one_of=BALANCE_LOSSES,
     )
-    balance_loss_weight: float = _option(0.05, "Weight of the load-balancing loss.")
-    router_z_loss_weight: float = _option(0.0, "Weight of the router z-loss (arXiv 2202.08906); 0 is off.")
-    loss_free_bias_rate: float = _option(
-        0.0, "Step of the per-expert selection bias of loss-free balancing (arXiv 2408.15664); 0 is off."
+    balance_loss_weight: float = option("Weight of the load-balancing loss.", 0.05, ge=0)
+    router_z_loss_weight: float = option(
+        "Weight of the router z-loss (arXiv 2202.08906); 0 is off.", 0.0, ge=0
     )
-    output_z_loss_weight: float = _option(
-        0.0, "Weight of the z-loss on the output logits (arXiv 2204.02311); 0 is off."
+    loss_free_bias_rate: float = option(
+        "Step of the per-expert selection bias of loss-free balancing (arXiv 2408.15664); 0 is off.",
+        0.0,
+        ge=0,
     )
-    mask_documents: bool = _option(
-        True, "Documents packed into one sample neither attend to nor predict one another."
+    output_z_loss_weight: float = option(
+        "Weight of the z-loss on the output logits (arXiv 2204.02311); 0 is off.", 0.0, ge=0
     )
-    reset_positions: bool = _option(False, "Rotary positions restart at each document of a packed sample.")
-    expert_impl: str = _option(
-        "auto",
+    mask_documents: bool = option(
+        "Documents packed into one sample neither attend to nor predict one another.", True
+    )
+    reset_positions: bool = option("Rotary positions restart at each document of a packed sample.", False)
+    expert_impl: str = option(
         "How tokens meet their experts: auto, loop (the reference), grouped (one after another), grouped_mm "
         "(torch 2.8 or later) or grouped_gemm (MegaBlocks' kernels); adapters have their own way.",
+        "auto",
+        one_of=EXPERT_IMPLS,
     )
-    loss_chunk_size: int = _option(1024, "Tokens whose logits exist at one time while the loss is computed.")
-    init_method: str = _option(
-        "normal",
+    loss_chunk_size: int = option(
+        "Tokens whose logits exist at one time while the loss is computed.", 1024, ge=1
+    )
+    init_method: str = option(
         "Weights' distribution: normal, trunc_normal (cut at 3 init_std) or kaiming_normal (fan-in).",
+        "normal",
+        one_of=INIT_METHODS,
     )
-    init_std: float = _option(0.02, "Standard deviation of normal and trunc_normal.")
-    init_residual_scaling: bool = _option(
-        True, "Divide the projections that write to the residual stream by sqrt(2 * n_layers) at init."
+    init_std: float = option("Standard deviation of normal and trunc_normal.", 0.02, gt=0)
+    init_residual_scaling: bool = option(
+        "Divide the projections that write to the residual stream by sqrt(2 * n_layers) at init.", True
     )
 
     def __post_init__(self) -> None:
         self._check_types()
-        self._check_sizes()
-        self._check_numbers()
-        for name, choices in (
-            ("balance_loss", BALANCE_LOSSES),
-            ("expert_impl", EXPERT_IMPLS),
-            ("init_method", INIT_METHODS),
-            ("norm", NORMS),
-        ):
-            value = getattr(self, name)
-            _require(value in choices, name, f"{value!r} is unknown; choose one of {', '.join(choices)}")
+        check(self)
 
     def _check_types(self) -> None:
         for f in fields(self):
@@ -108,11 +107,8 @@ class DbrxConfig:
                 wanted = getattr(f.type, "__name__", str(f.type))
                 raise ValueError(f"{f.name}: {value!r} is a {type(value).__name__}; must be {wanted}")
 
-    def _check_sizes(self) -> None:
-        for f in fields(self):
-            if f.type is int:
-                value = getattr(self, f.name)
-                _require(value >= 1, f.name, f"{value} is too small; must be at least 1")
+    def check(self) -> None:
+        """What the options ask of each other."""
         d, h, kv = self.d_model, self.n_heads, self.n_kv_heads
         _require(d % h == 0, "n_heads", f"{h} does not divide d_model {d}")
         _require(
@@ -124,18 +120,6 @@ class DbrxConfig:
             "top_k",
             f"{self.top_k} is too large; must be at most num_experts, {self.num_experts}",
         )
-
-    def _check_numbers(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if not isinstance(value, float):
-                continue
-            _require(math.isfinite(value), f.name, f"{value} must be finite")
-            if f.name in ("rope_theta", "clip_qkv", "norm_eps", "normalize_expert_weights", "init_std"):
-                _require(value > 0, f.name, f"{value} must be greater than 0")
-            else:
-                _require(value >= 0, f.name, f"{value} must not be negative")
-        _require(self.router_jitter < 1, "router_jitter", f"{self.router_jitter} must be below 1")
         _require(
             self.loss_free_bias_rate == 0 or not self.is_dense,
             "loss_free_bias_rate",

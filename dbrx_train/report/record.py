@@ -13,7 +13,8 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from dbrx_train import jsonl
-from dbrx_train.config import RunConfig, first_line, load
+from dbrx_train.config import RunConfig, load
+from dbrx_train.errors import first_line
 from dbrx_train.redact import MASK
 from dbrx_train.report.tracking_uri import sqlite_file
 

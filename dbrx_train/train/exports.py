@@ -13,7 +13,7 @@ from composer.utils import dist
 from composer.utils.misc import create_interval_scheduler
 
 from dbrx_train.checkpoint.huggingface import export
-from dbrx_train.config import first_line
+from dbrx_train.errors import first_line
 
 __all__ = ["Exports"]
 

@@ -20,8 +20,9 @@ from dbrx_train.checkpoint.folder import Checkpoint
 from dbrx_train.checkpoint.remote import Remote
 from dbrx_train.checkpoint.selection import select
 from dbrx_train.checkpoint.weights import Weights, open_weights, upcycled
-from dbrx_train.config import RECORD, ConfigError, RunConfig, first_line, flatten, naming, to_dict
+from dbrx_train.config import RECORD, ConfigError, RunConfig, flatten, naming, to_dict
 from dbrx_train.data.tokenizer import load_tokenizer
+from dbrx_train.errors import first_line
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.train.data import train_dataset
 from dbrx_train.train.environment import print_rank0

@@ -17,17 +17,9 @@ from dbrx_train.checkpoint.folder import Checkpoint
 from dbrx_train.checkpoint.remote import Remote
 from dbrx_train.checkpoint.tensors import Reader, model_tensors
 from dbrx_train.checkpoint.weights import read_together
-from dbrx_train.config import (
-    ConfigError,
-    RunConfig,
-    first_line,
-    flatten,
-    for_record,
-    naming,
-    to_yaml,
-)
+from dbrx_train.config import ConfigError, RunConfig, flatten, for_record, naming, to_yaml
 from dbrx_train.data.tokenizer import load_tokenizer
-from dbrx_train.errors import STOPPED, exit_code, show
+from dbrx_train.errors import STOPPED, exit_code, first_line, show
 from dbrx_train.files import atomic_write
 from dbrx_train.jsonl import EVENTS
 from dbrx_train.lease import Lease

@@ -21,7 +21,7 @@ from torch.distributed import ProcessGroup, all_gather_object, new_group
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.remote import Remote
 from dbrx_train.checkpoint.tensors import staged, write
-from dbrx_train.config import first_line
+from dbrx_train.errors import first_line
 from dbrx_train.lease import Lease
 from dbrx_train.train.exports import Exports
 from dbrx_train.train.train_state import metadata, tensors

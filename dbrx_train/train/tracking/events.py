@@ -10,7 +10,7 @@ from typing import Any
 
 from composer.utils import dist
 
-from dbrx_train.config import first_line
+from dbrx_train.errors import first_line
 from dbrx_train.jsonl import EVENTS, append
 
 __all__ = ["record"]

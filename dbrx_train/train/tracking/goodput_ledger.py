@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 
 from dbrx_train import jsonl
-from dbrx_train.config import first_line
+from dbrx_train.errors import first_line
 
 __all__ = ["GoodputLedger"]
 

@@ -20,8 +20,8 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from dbrx_train.config import ConfigError, first_line
-from dbrx_train.errors import STOPPED
+from dbrx_train.config import ConfigError
+from dbrx_train.errors import STOPPED, first_line
 from dbrx_train.report.tracking_uri import sqlite_file
 
 # A server that does not answer is given up after half a minute, not after MLflow's several: at the start a

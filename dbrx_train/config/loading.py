@@ -1,0 +1,133 @@
+"""A run's YAML, read and written."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dbrx_train.config.errors import ConfigError, nearest, require
+from dbrx_train.config.run import RunConfig
+from dbrx_train.errors import first_line
+from dbrx_train.options import check
+from dbrx_train.redact import mask_tree
+
+__all__ = ["RECORD", "flatten", "for_record", "load", "to_dict", "to_yaml"]
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's YAML, apply ``key=value`` overrides, and check the whole.
+
+    ``variables:`` holds values for interpolation (``${variables.d_model}``) and is not part of the result.
+
+    Raises:
+        ConfigError: anything is wrong with it; one line that names the file or the key.
+    """
+    given = _read_yaml(Path(path))
+    for override in overrides:
+        given = _override(given, override)
+    try:
+        resolved = OmegaConf.to_container(given, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {first_line(error)}") from None
+    assert isinstance(resolved, dict)
+    resolved.pop("variables", None)
+    for key, hint in _unknown_keys(resolved, RunConfig):
+        raise ConfigError(f"{path}: unknown key {key}{hint}")
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), resolved))
+    except (OmegaConfBaseException, TypeError) as error:
+        where, line = str(getattr(error, "full_key", None) or ""), first_line(error)
+        raise ConfigError(f"{path}: {line if where in line else f'{where}: {line}'}") from None
+    except ValueError as error:  # DbrxConfig checks itself when it is made
+        raise ConfigError(f"{path}: model.{first_line(error)}") from None
+    assert isinstance(config, RunConfig)
+    try:
+        check(config)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return config
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The whole run as plain dicts, lists and scalars, defaults included."""
+    return dataclasses.asdict(config)
+
+
+def for_record(config: RunConfig) -> dict[str, Any]:
+    """The same with secrets masked, for all that is kept."""
+    masked: dict[str, Any] = mask_tree(to_dict(config))
+    return masked
+
+
+RECORD = "# What a run was, with every default; written by dbrx-train at each start.\n"
+"""The first line of a run's config.yaml."""
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The whole run as YAML that ``load`` reads back, secrets masked."""
+    return RECORD + OmegaConf.to_yaml(OmegaConf.create(for_record(config)))
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """``{"a": {"b": 1}}`` -> ``("a.b", 1)``; lists stay whole."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    try:
+        given = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({first_line(error)})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or first_line(error)
+        raise ConfigError(f"{path}{line}: not valid YAML: {problem}") from None
+    if not isinstance(given, DictConfig):
+        raise ConfigError(f"{path}: a run is a mapping of keys, such as run_name and model")
+    return given
+
+
+def _override(given: DictConfig, override: str) -> DictConfig:
+    key, equals, _ = override.partition("=")
+    require(bool(equals and key.strip()), f"{override!r}: an override has the form key=value")
+    try:
+        merged = OmegaConf.merge(given, OmegaConf.from_dotlist([override]))
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
+        raise ConfigError(f"{override!r}: {first_line(error)}") from None
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _unknown_keys(given: dict[Any, Any], schema: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Each key of ``given`` that ``schema`` lacks, with the nearest one that it has."""
+    known = {f.name: f.type for f in dataclasses.fields(schema)}
+    for key, value in given.items():
+        if key not in known:
+            yield f"{prefix}{key}", nearest(str(key), known)
+            continue
+        inner: Any = known[key]
+        if dataclasses.is_dataclass(inner) and isinstance(value, dict):
+            yield from _unknown_keys(value, inner, f"{prefix}{key}.")
+        elif getattr(inner, "__origin__", None) is dict and isinstance(value, dict):
+            element = inner.__args__[1]
+            for name, item in value.items():
+                if dataclasses.is_dataclass(element) and isinstance(item, dict):
+                    yield from _unknown_keys(item, element, f"{prefix}{key}.{name}.")
+        elif getattr(inner, "__origin__", None) is list and isinstance(value, list):
+            element = inner.__args__[0]
+            for i, item in enumerate(value):
+                if dataclasses.is_dataclass(element) and isinstance(item, dict):
+                    yield from _unknown_keys(item, element, f"{prefix}{key}[{i}].")
