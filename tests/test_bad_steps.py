@@ -12,7 +12,8 @@ import mlflow
 import pytest
 import torch
 from bad_step_ranks import events, faulty
-from conftest import run_yaml, saved_tensors
+from paths import HELPERS
+from tiny_run import run_yaml, saved_tensors
 from warm import Warm
 
 from dbrx_train.checkpoint import folder as folders
@@ -20,7 +21,7 @@ from dbrx_train.config import ConfigError, RunConfig, load
 from dbrx_train.resilience.spike_detector import RollingStats, SpikeDetector
 from dbrx_train.train.run import run
 
-PROGRAM = str(Path(__file__).with_name("bad_step_ranks.py"))
+PROGRAM = str(HELPERS / "bad_step_ranks.py")
 QUICK = ["evaluation.max_samples=0", "data.mix=[{at: 0tok, weights: {web: 1, code: 1}}]"]
 QUICK += ["optimization.learning_rate.schedule=constant", "optimization.optimizer.lr=1e-3"]
 

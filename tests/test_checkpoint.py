@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from paths import HELPERS
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -30,7 +31,7 @@ from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.decoder import Dbrx
 from dbrx_train.train.optim import build_optimizer
 
-PROGRAM = str(Path(__file__).with_name("checkpoint_ranks.py"))
+PROGRAM = str(HELPERS / "checkpoint_ranks.py")
 MESHES = {
     1: [[1, 1, 1]],
     2: [[1, 2, 1], [2, 1, 1], [1, 2, 2]],

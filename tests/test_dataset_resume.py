@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import free_port
-from test_dataset import POINTS, SEQ_LEN, all_ranks, corpora, dataset, equal_steps, steps, write_source
+from numbered_data import POINTS, SEQ_LEN, all_ranks, dataset, equal_steps, steps, write_source
+from paths import HELPERS
+from ranks import free_port
 
 from dbrx_train.data.mix.schedule import MixPoint, MixSchedule
 from dbrx_train.data.stream.dataset import ScheduledDataset
 from dbrx_train.data.stream.shards import Source
 
-__all__ = ["corpora"]
 STEP_EDGES = [1, 3, 7, 10, 13, 24]  # mid-stage, mid-ramp, the ramp's end, an epoch's last batch
 
 
@@ -141,26 +141,6 @@ def test_appended_shards_are_read_after_the_old_ones(corpora: Path, tmp_path: Pa
     assert sorted(order[120:240]) == list(range(120))
 
 
-PROGRAM = """
-import json, os, sys
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-import torch.distributed as dist
-from test_dataset import dataset, steps
-dist.init_process_group("gloo")
-data = dataset(Path(sys.argv[1]))
-if len(sys.argv) > 2:
-    data.load_state_dict(json.loads(sys.argv[2]))
-mine = steps(data, 12, workers=2)
-everyone = [None] * dist.get_world_size()
-dist.all_gather_object(everyone, mine)
-if dist.get_rank() == 0:
-    print(json.dumps([sum(batches, []) for batches in zip(*everyone)]), flush=True)
-dist.barrier()
-os._exit(0)  # gloo's own farewell hangs now and then
-"""
-
-
 def run_ranks(root: Path, ranks: int, *state: str) -> Any:
     world = {
         "MASTER_ADDR": "127.0.0.1",
@@ -168,10 +148,9 @@ def run_ranks(root: Path, ranks: int, *state: str) -> Any:
         "WORLD_SIZE": str(ranks),
         "OMP_NUM_THREADS": "1",
     }
-    code = PROGRAM.format(tests=os.path.dirname(__file__))
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", code, str(root), *state],
+            [sys.executable, str(HELPERS / "dataset_ranks.py"), str(root), *state],
             env=os.environ | world | {"RANK": str(r)},
             stdout=subprocess.PIPE,
             text=True,
@@ -194,31 +173,9 @@ def test_real_processes_see_the_same_and_resume_alike(corpora: Path) -> None:
     assert run_ranks(corpora, 2, json.dumps(state)) == whole[12:]
 
 
-KILLED = """
-import sys
-sys.path.insert(0, {tests!r})
-from test_dataset import POINTS, equal_steps
-from dbrx_train.data.stream.loader import build_loader
-from dbrx_train.data.stream.dataset import ScheduledDataset
-from dbrx_train.data.mix.schedule import MixSchedule
-from dbrx_train.data.stream.shards import Source
-cache, remote = sys.argv[1:]
-sources = {{n: Source(f"{{cache}}/{{n}}", remote=f"{{remote}}/{{n}}") for n in "abc"}}
-data = ScheduledDataset(sources, MixSchedule(POINTS, canonical_nodes=2), equal_steps())
-for number, _ in enumerate(build_loader(data, eos_id=0, num_workers=2)):
-    print(number, flush=True)
-"""
-
-
 @pytest.mark.slow
 def test_after_sigkill_it_starts_again_without_cleaning(corpora: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-c",
-        KILLED.format(tests=os.path.dirname(__file__)),
-        str(tmp_path),
-        str(corpora),
-    ]
+    command = [sys.executable, str(HELPERS / "counting_loader.py"), str(tmp_path), str(corpora)]
     for _ in range(2):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
         assert process.stdout is not None

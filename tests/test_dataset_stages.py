@@ -10,16 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numbered_data import SEQ_LEN, all_ranks, dataset, equal_steps
 from streaming import MDSWriter
-from test_dataset import SEQ_LEN, all_ranks, corpora, dataset, equal_steps
 
 from dbrx_train.data.mix.schedule import MixPoint, MixSchedule
 from dbrx_train.data.stream.dataset import ScheduledDataset
 from dbrx_train.data.stream.loader import build_loader
 from dbrx_train.data.stream.shards import Source
 from dbrx_train.schedule import Clock
-
-__all__ = ["corpora"]
 
 Sample = tuple[int, int]
 

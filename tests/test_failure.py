@@ -10,29 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import free_port, run_yaml
+from paths import HELPERS, ROOT
+from ranks import free_port
+from tiny_run import run_yaml
 
-SUPERVISION = Path(__file__).parents[1] / "scripts" / "supervision" / "torchrun.py"
-PROGRAM = """
-import os, signal, sys, time
-import torch, torch.distributed as dist
-from dbrx_train.resilience import propagate_failures
-
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Composer does
-dist.init_process_group("gloo")
-rank, failing = dist.get_rank(), int(sys.argv[1])
-with propagate_failures() as ending:
-    ending.at_end = lambda code: os.write(1, f"rank {rank} tidied up\\n".encode())
-    if rank == failing:
-        time.sleep(1)
-        os.write(1, f"raised at {time.time()}\\n".encode())
-        if sys.argv[2] == "stopped":
-            os.kill(os.getpid(), signal.SIGTERM)
-        raise KeyError("no such shard")
-    if sys.argv[2] == "computing":  # no collective tells such a rank that another is gone
-        time.sleep(300)
-    dist.all_reduce(torch.ones(1))
-"""
+SUPERVISION = ROOT / "scripts" / "supervision" / "torchrun.py"
+PROGRAM = HELPERS / "failing_rank.py"
 
 
 def launch(program: Path, *arguments: str, ranks: int = 3) -> subprocess.CompletedProcess[str]:
@@ -44,10 +27,8 @@ def launch(program: Path, *arguments: str, ranks: int = 3) -> subprocess.Complet
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("failing", "doing"), [(0, "waiting"), (2, "waiting"), (1, "computing")])
-def test_an_error_on_one_rank_ends_all_and_comes_first(tmp_path: Path, failing: int, doing: str) -> None:
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
-    done = launch(program, str(failing), doing)
+def test_an_error_on_one_rank_ends_all_and_comes_first(failing: int, doing: str) -> None:
+    done = launch(PROGRAM, str(failing), doing)
     assert done.returncode != 0
     raised, *tidied = sorted(done.stdout.splitlines())
     assert time.time() - float(raised.removeprefix("raised at ")) < 15
@@ -65,7 +46,7 @@ def test_a_signal_to_one_rank_ends_all(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     # One that does not end by itself, as it waits for others on its way out
     waits = "import atexit\natexit.register(lambda: time.sleep(300 if rank == failing else 0))\nwith end"
-    program.write_text(PROGRAM.replace("with end", waits, 1))
+    program.write_text(PROGRAM.read_text(encoding="utf-8").replace("with end", waits, 1))
     done = launch(program, "1", "stopped")
     assert done.returncode != 0
     raised = next(line for line in done.stdout.splitlines() if line.startswith("raised at "))
@@ -76,7 +57,7 @@ def test_a_signal_to_one_rank_ends_all(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_ranks_that_all_fail_alike_say_it_once(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
-    program.write_text(PROGRAM.replace("if rank == failing:", "if True:"))
+    program.write_text(PROGRAM.read_text(encoding="utf-8").replace("if rank == failing:", "if True:"))
     done = launch(program, "0", "waiting")
     (said,) = re.findall(r"^rank (\d) failed:$", done.stderr, re.MULTILINE)
     ends = re.findall(r"ends, for rank (\d) failed", done.stderr)

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from paths import ROOT
 
 from dbrx_train.config import load
 from dbrx_train.model.decoder import Dbrx
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = ROOT / "configs"
 
 # name -> billions of parameters, of active ones, and whether the input embedding is counted in these
 FAMILY = {

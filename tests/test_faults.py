@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import xxhash
-from conftest import saved_tensors
+from tiny_run import saved_tensors
 from warm import STEPS, Runs, equal, flip, truncate
 
 from dbrx_train.checkpoint import folder as folders

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import WORDS
+from corpora import WORDS
 from streaming import MDSWriter
 from streaming.base.format import reader_from_json
 from warm import Runs, Warm, equal, flip, truncate

@@ -13,7 +13,7 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
-from conftest import run_yaml
+from tiny_run import run_yaml
 from warm import Warm
 
 from dbrx_train.checkpoint.weights import load_model, open_weights

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from paths import HELPERS
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from warm import Warm
@@ -732,7 +733,7 @@ def test_each_rank_reads_its_own_rows_and_all_hear_of_what_one_finds(
     edit(file, lambda tensors: tensors["lm_head.weight"][130, 3].fill_(torch.nan))
     jobs.append([str(tmp_path / "nan"), DbrxConfig.from_hf(tmp_path / "nan").to_dict(), 1, False])
 
-    program = str(Path(__file__).with_name("weights_ranks.py"))
+    program = str(HELPERS / "weights_ranks.py")
     *found, damaged = json.loads(warm.torchrun(ranks, program, json.dumps(jobs)).splitlines()[-1])
     for each, job in zip(found, jobs, strict=False):
         assert each["wrong"] == [], job

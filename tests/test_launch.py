@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_yaml, saved_tensors
-from test_failure import PROGRAM
+from paths import HELPERS
+from tiny_run import run_yaml, saved_tensors
 
 from dbrx_train.config import load
 from dbrx_train.train import environment
@@ -111,11 +111,8 @@ def test_two_hosts_train_what_one_process_does(hosts: Hosts, workplace: Path, tm
 
 @pytest.mark.slow
 def test_an_error_on_one_host_ends_the_other(hosts: Hosts, tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
-    done = hosts.run(
-        [torchrun_on(address, str(program), "1", "computing") for address in ADDRESSES], tmp_path
-    )
+    program = str(HELPERS / "failing_rank.py")
+    done = hosts.run([torchrun_on(address, program, "1", "computing") for address in ADDRESSES], tmp_path)
     assert all(code != 0 for code, *_ in done)
     assert sum("rank 1 failed:\n" in errors for *_, errors in done) == 1
     ends = [re.findall(r"rank \d ends, for rank 1 failed: KeyError: 'no such shard'", e) for *_, e in done]

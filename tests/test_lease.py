@@ -15,7 +15,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from conftest import run_yaml
+from tiny_run import run_yaml
 from warm import Warm
 
 from dbrx_train import lease as leases

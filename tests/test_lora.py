@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_yaml, saved_tensors
 from parallel_ranks import CONFIG as SIZES
+from paths import HELPERS
 from safetensors.torch import load_file
+from tiny_run import run_yaml, saved_tensors
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -186,7 +187,7 @@ def test_what_is_no_adapter_is_refused() -> None:
 @pytest.mark.slow
 def test_every_gradient_of_adapters_on_every_mesh(warm: Warm) -> None:
     meshes = [[1, 2, 1], [2, 1, 1], [1, 2, 2]]
-    program = str(Path(__file__).with_name("lora_ranks.py"))
+    program = str(HELPERS / "lora_ranks.py")
     results = json.loads(warm.torchrun(2, program, json.dumps(meshes)))
     assert len(results) == 6
     for number, found in enumerate(results):

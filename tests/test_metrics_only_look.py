@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run_yaml, saved_tensors
+from tiny_run import run_yaml, saved_tensors
 
 from dbrx_train.config import load
 from dbrx_train.train import run, trainer

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import torchrun
+from paths import HELPERS
+from ranks import torchrun
 from warm import Warm
 
 from dbrx_train.model.config import DbrxConfig
@@ -17,7 +18,7 @@ from dbrx_train.model.decoder import Dbrx
 from dbrx_train.parallel import MeshShape, parallelize
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-PROGRAM = str(Path(__file__).with_name("parallel_ranks.py"))
+PROGRAM = str(HELPERS / "parallel_ranks.py")
 
 
 @pytest.mark.slow
@@ -69,7 +70,7 @@ def test_a_step_sends_the_bytes_that_the_formulas_say(warm: Warm) -> None:
         [2, 2, 2, "selective", False, True],
         [1, 4, 2, "norm_attn_norm", True, True],
     ]
-    program = str(Path(__file__).with_name("traffic_ranks.py"))
+    program = str(HELPERS / "traffic_ranks.py")
     results = json.loads(warm.torchrun(4, program, json.dumps(cases)))
     for case, (counted, computed) in zip(cases, results, strict=True):
         assert counted == computed, case

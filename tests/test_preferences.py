@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import free_port, prepare_pairs, run_yaml, saved_tensors
+from corpora import prepare_pairs
 from parallel_ranks import CONFIG as SIZES
-from test_train import mlflow_run
+from ranks import free_port
+from tiny_run import mlflow_run, run_yaml, saved_tensors
 
 from dbrx_train.config import ConfigError, load
 from dbrx_train.model.decoder import Dbrx

@@ -6,11 +6,12 @@ import logging
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 from dbrx_train.config import for_record, load, to_dict
 from dbrx_train.redact import mask, mask_argument, mask_logs, mask_tree
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
 @pytest.mark.parametrize(

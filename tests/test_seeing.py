@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 import torch
 from composer import Callback, Logger, State, Timestamp
-from conftest import free_port, run_yaml
+from ranks import free_port
+from tiny_run import run_yaml
 
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.config import RunConfig, load

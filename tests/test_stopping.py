@@ -17,13 +17,15 @@ from typing import Any
 import mlflow
 import pytest
 import torch
-from conftest import free_port, run_yaml, saved_tensors
+from paths import HELPERS, ROOT
+from ranks import free_port
+from tiny_run import run_yaml, saved_tensors
 
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.config import ConfigError, load
 
-SUPERVISION = Path(__file__).parents[1] / "scripts" / "supervision"
-PROGRAM = Path(__file__).with_name("forked_ranks.py")
+SUPERVISION = ROOT / "scripts" / "supervision"
+PROGRAM = HELPERS / "forked_ranks.py"
 TERM, USR1, KILL, INT = map(int, (signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL, signal.SIGINT))
 STEPS = 14
 SLOW = [("before_forward", 0), ("write", 4), ("eval_batch_start", 6)]

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import free_port
+from paths import ROOT
+from ranks import free_port
 
 from dbrx_train.errors import STOPPED
 
-FOLDER = Path(__file__).parents[1] / "scripts" / "supervision"
+FOLDER = ROOT / "scripts" / "supervision"
 SLURM = """
 ClusterName=test
 SlurmctldHost=localhost

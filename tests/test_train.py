@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import pytest
 import torch
-from conftest import free_port, run_yaml, saved_tensors
+from ranks import free_port
+from tiny_run import mlflow_run, run_yaml, saved_tensors
 from warm import Runs
 
 from dbrx_train.checkpoint import folder as folders
@@ -37,14 +37,6 @@ def command(*args: str, cwd: Path, **kwargs: Any) -> subprocess.CompletedProcess
     return subprocess.run(
         [DBRX_TRAIN, *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=300, **kwargs
     )
-
-
-def mlflow_run(root: Path, name: str) -> Any:
-    client = mlflow.MlflowClient(f"sqlite:///{root}/mlruns.db")
-    experiment = client.get_experiment_by_name("dbrx-train")
-    assert experiment is not None
-    (found,) = client.search_runs([experiment.experiment_id], f"tags.run_name = '{name}'")
-    return client, found
 
 
 @pytest.mark.slow

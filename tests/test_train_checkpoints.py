@@ -20,8 +20,8 @@ import torch
 from composer import Logger, State
 from composer.utils import maybe_create_object_store_from_uri
 from composer.utils.object_store import S3ObjectStore
-from conftest import run_yaml, saved_tensors
 from moto.server import ThreadedMotoServer
+from tiny_run import run_yaml, saved_tensors
 from warm import Warm
 
 from dbrx_train.checkpoint import folder as folders

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run_yaml, saved_tensors
+from tiny_run import run_yaml, saved_tensors
 from warm import Warm
 
 from dbrx_train.checkpoint import folder as folders

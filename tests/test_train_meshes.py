@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_yaml, saved_tensors
+from paths import HELPERS
+from tiny_run import run_yaml, saved_tensors
 from warm import Warm
 
-PROGRAM = str(Path(__file__).with_name("recorded_run.py"))
+PROGRAM = str(HELPERS / "recorded_run.py")
 STEPS = 20
 MESHES = {
     1: [(1, 1)],

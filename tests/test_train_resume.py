@@ -14,7 +14,9 @@ from typing import Any
 import mlflow
 import pytest
 import torch
-from conftest import prepare_sources, saved_tensors
+from corpora import prepare_sources
+from paths import HELPERS
+from tiny_run import saved_tensors
 from warm import Warm
 
 from dbrx_train.checkpoint import folder as folders
@@ -23,7 +25,7 @@ from dbrx_train.train.composer_model import ComposerDbrx
 from dbrx_train.train.data import train_dataset
 from dbrx_train.train.run import run
 
-PROGRAM = str(Path(__file__).with_name("recorded_run.py"))
+PROGRAM = str(HELPERS / "recorded_run.py")
 STEPS = 22
 
 

@@ -26,12 +26,13 @@ from typing import Any
 import pytest
 import torch
 import xxhash
-from conftest import prepare_pairs, prepare_sources, saved_tensors
-from test_train import mlflow_run
+from corpora import prepare_pairs, prepare_sources
+from paths import HELPERS
+from tiny_run import mlflow_run, saved_tensors
 from warm import Warm
 
 RECORDS = Path(__file__).with_name("records")
-BAD_STEPS = str(Path(__file__).parent.with_name("bad_step_ranks.py"))
+BAD_STEPS = str(HELPERS / "bad_step_ranks.py")
 PINNED = {
     "ATEN_CPU_CAPABILITY": "avx2",
     "MKL_CBWR": "COMPATIBLE",

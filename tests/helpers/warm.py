@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from paths import HELPERS
+from tiny_run import saved_tensors
 
 STEPS = 14
 """Of the runs of ``Runs``."""
-PROGRAM = str(Path(__file__).with_name("fault_runs.py"))
+PROGRAM = str(HELPERS / "fault_runs.py")
 
 # The system's clock as a process sees it, that may be made to jump
 CLOCK = """
@@ -126,8 +128,6 @@ class Runs:
         return self.warm(*self.command(name, *options), fault=given)
 
     def final(self, name: str) -> dict[str, torch.Tensor]:
-        from conftest import saved_tensors
-
         return saved_tensors(self.checkpoints(name) / f"ba{STEPS}")
 
 
