@@ -9,7 +9,7 @@ python3 -c "import torch; assert torch.cuda.is_available(), 'no CUDA GPU'; print
 [ -d wheels ] && python3 -m pip install --quiet --no-index --no-deps wheels/*.whl
 export PYTHONPATH=.
 # The same numbers as on a CPU; and over NCCL on one rank, sharded, offloaded and recomputed, as without all that.
-python3 -m pytest -q -m gpu tests/test_devices.py tests/test_parallel.py -p no:cacheprovider
+python3 -m pytest -q -m gpu tests/model/test_devices.py tests/parallel/test_meshes.py -p no:cacheprovider
 # Memory of dbrx-9b's layers with each choice of activation checkpointing, beside the estimate.
 python3 scripts/activation_memory.py
 # DBRX's layer with real and with balanced routing, the loss, and a whole model with and without recomputation, beside

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from corpora import prepare_sources
-from numbered_data import write_source
 from warm import STEPS, Runs, Warm
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -23,16 +22,6 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two prepared sources, ``web`` and ``code``, and an MLflow store."""
     root = tmp_path_factory.mktemp("workplace")
     prepare_sources(root, {"web": 0, "code": 1}, seq_len=32)
-    return root
-
-
-@pytest.fixture(scope="session")
-def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with three sources of ``numbered_data``."""
-    root = tmp_path_factory.mktemp("corpora")
-    for name, size in (("a", 97), ("b", 60), ("c", 41)):
-        write_source(root / name / "train", range(size))
-        write_source(root / name / "val", range(7))
     return root
 
 
