@@ -31,8 +31,8 @@ def test_preparation_killed_at_every_operation_ends_with_the_same_bytes(warm: Wa
 
     def prepare(name: str, **fault: object) -> tuple[int, str]:
         command = ["data", "prepare", str(text), "--out", str(tmp_path / name), "--seq-len", "32"]
-        given = {"root": str(tmp_path / name), **fault} if fault else None
-        return warm(*command, "--processes", "1", "--val-fraction", "0.2", fault=given)
+        faults = [{"root": str(tmp_path / name), **fault}] if fault else []
+        return warm(*command, "--processes", "1", "--val-fraction", "0.2", faults=faults)
 
     trace = tmp_path / "operations"
     assert prepare("whole", kind="trace", out=str(trace))[0] == 0

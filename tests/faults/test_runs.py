@@ -117,7 +117,7 @@ def test_one_rank_of_two_killed_amid_a_save_ends_both_and_nothing_is_lost(runs: 
     assert codes == [0, 0], said
     at = "write checkpoints/ba#.partial/__1_0.distcp"
     fault = {"kind": "kill", "rank": 1, "root": str(runs.folder("one-of-two")), "at": at}
-    codes, said = both("one-of-two", fault=fault)
+    codes, said = both("one-of-two", faults=[fault])
     assert codes == [1, -signal.SIGKILL], said
     codes, said = both("one-of-two")
     assert codes == [0, 0], said

@@ -2,20 +2,22 @@
 
 Imports all that is heavy once, then reads jobs from its standard input, a JSON object a line, and forks for
 each:
-{"command": arguments of dbrx-train, "fault": what happens (FAULTS) or null, "log": a file for what is said,
-"ranks": how many processes, "environment": further variables, "seconds": after which they are ended}; or with
-"program" and its "arguments" in place of the command, "out" for what it prints, and "cwd". For each job it
-prints the exit codes of all ranks as a JSON list; one that a signal ended is the signal's number, negative.
+{"command": arguments of dbrx-train, "faults": what happens, "log": a file for what is said, "ranks": how many
+processes, "apart": whether each has files of its own, with its number after the name, "environment": further
+variables, "seconds": after which they are ended}; or with "program" and its "arguments" in place of the
+command, "out" for what it prints, and "cwd". For each job it prints the exit codes of all ranks as a JSON
+list; one that a signal ended is the signal's number, negative.
 
-A fault is {"kind": ..., ...}:
+A fault is {"kind": ..., ...}; of several ranks, it happens to ``rank``, or to the first:
 
 - kill: SIGKILL when the process is about to do ``at`` on a file of ``root`` (an operation as ``trace`` names
-  it); of several ranks, on ``rank``
+  it)
 - torn: the process ends amid a write, when the file that it opens by ``at`` has ``bytes`` bytes
 - trace: writes every operation on files of ``root`` to the file ``out``
 - worker: SIGKILL to a worker of the data loader when the folder ``after`` is there
 - fill: the disk of the folder ``disk`` is filled at the operation ``at``
 - clock: the system's clock jumps by the next of ``seconds`` at every operation ``at``
+- deed: ``deed`` at the moment ``at`` of the run's ``step``: see ``deeds.py``
 """
 
 from __future__ import annotations
@@ -122,6 +124,13 @@ def fill(fault: dict[str, Any]) -> None:
     operations(fault["root"], happen)
 
 
+def deed(fault: dict[str, Any]) -> None:
+    from deeds import befall
+
+    os.setpgid(0, 0)  # which a signal to its group is for
+    befall(fault)
+
+
 def fill_up(disk: str) -> None:
     """Write a file until there is no room left."""
     with contextlib.suppress(OSError), open(os.path.join(disk, "filler"), "ab", buffering=0) as file:
@@ -131,7 +140,7 @@ def fill_up(disk: str) -> None:
                     pass
 
 
-FAULTS = {"fill": fill, "kill": kill, "torn": torn, "trace": trace, "worker": worker, "clock": clock}
+FAULTS = {f.__name__: f for f in (fill, kill, torn, trace, worker, clock, deed)}
 
 
 def begin(job: dict[str, Any], rank: int, port: int) -> int:
@@ -139,8 +148,9 @@ def begin(job: dict[str, Any], rank: int, port: int) -> int:
     if pid := os.fork():
         return pid
     append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-    null, log = os.open(os.devnull, os.O_RDONLY), os.open(job["log"], append)
-    out = os.open(job["out"], append) if "out" in job else log
+    own = f".{rank}" if job["apart"] else ""
+    null, log = os.open(os.devnull, os.O_RDONLY), os.open(job["log"] + own, append)
+    out = os.open(job["out"] + own, append) if "out" in job else log
     for target, source in ((0, null), (1, out), (2, log)):
         os.dup2(source, target)
     os.chdir(job.get("cwd", "."))
@@ -148,9 +158,9 @@ def begin(job: dict[str, Any], rank: int, port: int) -> int:
     tempfile.tempdir = None  # to be looked up again
     if job["ranks"] > 1 or "program" in job:
         os.environ.update(places(rank, job["ranks"], port))
-    fault = job["fault"]
-    if fault is not None and fault.get("rank", 0) == rank:
-        FAULTS[fault["kind"]](fault)
+    for fault in job["faults"]:
+        if fault.get("rank", 0) == rank:
+            FAULTS[fault["kind"]](fault)
     code = 0
     try:
         if "program" in job:
@@ -206,7 +216,7 @@ if __name__ == "__main__":
     for line in sys.stdin:
         if line == "end\n":
             os._exit(0)
-        job = {"fault": None, "ranks": 1, "seconds": 150, **json.loads(line)}
+        job = {"faults": [], "ranks": 1, "apart": False, "seconds": 150, **json.loads(line)}
         port = free_port()
         ranks = [begin(job, rank, port) for rank in range(job["ranks"])]
         print(json.dumps(outcome(ranks, job["seconds"])), flush=True)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,17 @@ time_t time(time_t *t) {
 """
 
 
+@dataclass
+class Rank:
+    """How a rank ended, and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+
 class Warm:
-    """Runs commands, each with a fault if it is given one.
+    """Runs commands, each with faults if it is given one.
 
     ``environment``: further variables, such as those that torch looks at once, when it is imported.
     """
@@ -81,6 +91,15 @@ class Warm:
         self._process.stdin.flush()
         codes: list[int] = json.loads(self._process.stdout.readline())
         return codes, log.read_text() if log.exists() else ""
+
+    def apart(self, *command: str, ranks: int, **job: Any) -> list[Rank]:
+        """Of each of so many ranks of a command, its exit code and what it alone said."""
+        name = self._folder / str(self._number + 1)
+        codes, _ = self.ranks(*command, ranks=ranks, apart=True, out=f"{name}.out", **job)
+        return [
+            Rank(code, Path(f"{name}.out.{rank}").read_text(), Path(f"{name}.log.{rank}").read_text())
+            for rank, code in enumerate(codes)
+        ]
 
     def torchrun(self, ranks: int, program: str, *arguments: str) -> str:
         """What a program prints that so many ranks run; "-m", "dbrx_train" and more is the command."""
@@ -124,8 +143,8 @@ class Runs:
         return ["train", str(self.yaml), f"run_name={name}", *options]
 
     def __call__(self, name: str, *options: str, **fault: object) -> tuple[int, str]:
-        given = {"root": str(self.folder(name)), **fault} if fault else None
-        return self.warm(*self.command(name, *options), fault=given)
+        faults = [{"root": str(self.folder(name)), **fault}] if fault else []
+        return self.warm(*self.command(name, *options), faults=faults)
 
     def final(self, name: str) -> dict[str, torch.Tensor]:
         return saved_tensors(self.checkpoints(name) / f"ba{STEPS}")

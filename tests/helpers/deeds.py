@@ -1,14 +1,12 @@
-"""A program for tests: real ranks that faults befall, forked from one process so that all import once.
-
-Reads from stdin, line by line, {"ranks", "arguments": of dbrx-train, "faults": [[rank, moment, step, deed]],
-"folder": for what each rank prints}; answers each with a JSON list of the ranks' exit codes.
+"""Faults that happen at a moment of a run: {"at": a moment, "step": in which step, "deed": what happens}.
 
 A moment is one of Composer's events, or "write": while the rank writes a checkpoint, or "batch": while its
 data set makes one. A deed is "sleep" (five minutes), "nap" (three seconds), or the number of a signal to its
 own process; "group NUMBER": to all in its process group; "parent NUMBER": to its launcher; "later NUMBER":
 after three seconds; "once NUMBER": in the first run of this folder.
 
-With a JSON list of faults as its first argument, it is a rank that a launcher has started.
+As a program it is dbrx-train on a rank that a launcher has started: deeds.py FAULTS ARGUMENTS..., where
+FAULTS is a JSON list of such faults, each with its "rank".
 """
 
 from __future__ import annotations
@@ -16,25 +14,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import mlflow.store.tracking.sqlalchemy_store  # noqa: F401  # imported late, by every run
 from composer import Callback, Event, Logger, State
-from composer.utils import collect_env
-from ranks import free_port, places
 
 from dbrx_train.cli import main
 from dbrx_train.data.stream.dataset import ScheduledDataset
-from dbrx_train.data.tokenizer import load_tokenizer
-from dbrx_train.errors import exit_code
 from dbrx_train.train import run as runs
 from dbrx_train.train.callbacks import checkpoints
 
@@ -66,8 +56,9 @@ class Fault(Callback):  # type: ignore[misc]
             do(self.deed)
 
 
-def befall(moment: str, step: int, deed: str) -> None:
+def befall(fault: Mapping[str, Any]) -> None:
     """Have a fault happen in this process."""
+    moment, step, deed = fault["at"], fault["step"], fault["deed"]
     if moment == "write":
         write = checkpoints.write
 
@@ -98,57 +89,9 @@ def befall(moment: str, step: int, deed: str) -> None:
         runs.build_trainer = with_fault
 
 
-def train(faults: list[Any], arguments: list[str]) -> None:
-    for rank, *fault in faults:
-        if rank == int(os.environ["RANK"]):
-            befall(*fault)
-    sys.argv = ["dbrx-train", *arguments]
-    main()
-
-
-def be_rank(rank: int, port: int, job: dict[str, Any]) -> None:
-    os.setpgid(0, 0)
-    os.environ.update(places(rank, job["ranks"], port))
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{job['folder']}/{name}{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
-    train(job["faults"], job["arguments"])
-
-
-def fork(rank: int, port: int, job: dict[str, Any]) -> int:
-    if pid := os.fork():
-        return pid
-    code = 1
-    try:
-        be_rank(rank, port, job)
-    except SystemExit as error:
-        code = exit_code(error)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        os._exit(code)  # gloo's own farewell hangs now and then
-
-
-def run(job: dict[str, Any]) -> list[int]:
-    port = free_port()
-    pids = [fork(rank, port, job) for rank in range(job["ranks"])]
-    codes, deadline = dict[int, int](), time.monotonic() + 90
-    while len(codes) < len(pids):
-        for pid in pids:
-            if pid not in codes:
-                found, status = os.waitpid(pid, os.WNOHANG)
-                if found:
-                    codes[pid] = os.waitstatus_to_exitcode(status)
-                elif time.monotonic() > deadline:
-                    os.killpg(pid, signal.SIGKILL)
-        time.sleep(0.05)
-    return [codes[pid] for pid in pids]
-
-
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        train(json.loads(sys.argv[1]), sys.argv[2:])
-    load_tokenizer("cl100k_base")  # what every run would take its time for
-    collect_env.get_cpu_model = partial(str, collect_env.get_cpu_model())
-    for line in sys.stdin:
-        print(json.dumps(run(json.loads(line))), flush=True)
+    for given in json.loads(sys.argv[1]):
+        if given["rank"] == int(os.environ["RANK"]):
+            befall(given)
+    sys.argv = ["dbrx-train", *sys.argv[2:]]
+    main()
