@@ -197,7 +197,7 @@ def data_mix(
     """Show the data mix of CONFIG over the run, with epochs per source, as a table and a picture."""
     from dbrx_train.config import load
     from dbrx_train.data.manifest import read_manifest
-    from dbrx_train.data.mix import picture as pictures
+    from dbrx_train.data.mix import plots
 
     run = load(config, overrides or [])
     mix, sizes = run.mix_schedule(), dict[str, int]()
@@ -207,10 +207,10 @@ def data_mix(
         manifest.check_length(source.local, lengths.get(name))
         sizes[name] = manifest.splits["train"].samples
     run.check_repetition(mix, sizes)
-    print(pictures.table(mix, sizes, run.clock))
+    print(plots.table(mix, sizes, run.clock))
     picture = picture if picture.suffix else picture.with_suffix(".png")
     with atomic_write(picture) as partial:
-        pictures.draw(mix, sizes, run.clock, partial)
+        plots.draw(mix, sizes, run.clock, partial)
     off = f"{mix.max_deviation:.2f} samples per canonical node"
     print(f"a source is never further than {off} from its weight's integral; picture: {picture}")
 

@@ -17,8 +17,9 @@ from dbrx_train.config import BadStepsConfig
 from dbrx_train.errors import Stopped
 from dbrx_train.jsonl import EVENTS
 from dbrx_train.resilience.spike_detector import SpikeDetector
+from dbrx_train.train.step_outcome import StepOutcome
 from dbrx_train.train.tracking import events
-from dbrx_train.train.train_state import StatefulCallback, StepOutcome
+from dbrx_train.train.train_state import StatefulCallback
 
 Samples = dict[str, list[int]]
 
