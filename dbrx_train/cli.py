@@ -12,7 +12,7 @@ import time
 import warnings
 from enum import StrEnum, auto
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -33,6 +33,15 @@ data_app = typer.Typer(no_args_is_help=True, help="Prepare and look at training 
 app.add_typer(data_app, name="data")
 checkpoint_app = typer.Typer(no_args_is_help=True, help="Turn checkpoints into other forms.")
 app.add_typer(checkpoint_app, name="checkpoint")
+
+
+Config = Annotated[str, typer.Argument(help="The run's YAML.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")]
+Out = Annotated[str, typer.Option(help="The folder to make.")]
+SeqLen = Annotated[int, typer.Option(help="Tokens per sample.")]
+Processes = Annotated[int | None, typer.Option(help="Worker processes; default: one per core.")]
+VocabFile = Annotated[str | None, typer.Option(help="A .tiktoken vocabulary to use instead.")]
+Int8 = Annotated[bool, typer.Option("--int8", help="Hold the weights in 8 bits.")]
 
 
 class Precision(StrEnum):
@@ -112,13 +121,13 @@ def _options(
 @data_app.command("prepare")
 def data_prepare(
     sources: Annotated[list[str], typer.Argument(help="Files, folders or globs: text, JSON lines, Parquet.")],
-    out: Annotated[str, typer.Option(help="The folder to make.")],
-    seq_len: Annotated[int, typer.Option(help="Tokens per sample.")] = 2048,
+    out: Out,
+    seq_len: SeqLen = 2048,
     text_field: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
     suffix: Annotated[list[str] | None, typer.Option(help="Ending of text files; may be repeated.")] = None,
     val_fraction: Annotated[float, typer.Option(help="Share of the documents held out.")] = 0.01,
-    processes: Annotated[int | None, typer.Option(help="Worker processes; default: one per core.")] = None,
-    vocab_file: Annotated[str | None, typer.Option(help="A .tiktoken vocabulary to use instead.")] = None,
+    processes: Processes = None,
+    vocab_file: VocabFile = None,
 ) -> None:
     """Tokenize SOURCES into shards; interrupted, the same command goes on."""
     from dbrx_train.data.prepare.pipeline import TEXT_SUFFIXES, prepare
@@ -139,16 +148,16 @@ def data_prepare(
 @data_app.command("prepare-chat")
 def data_prepare_chat(
     sources: Annotated[list[str], typer.Argument(help="Files, folders or globs: JSON lines.")],
-    out: Annotated[str, typer.Option(help="The folder to make.")],
-    seq_len: Annotated[int, typer.Option(help="Tokens per sample.")] = 2048,
+    out: Out,
+    seq_len: SeqLen = 2048,
     loss: Annotated[Trained, typer.Option(help="The turns to train on.")] = Trained.assistant,
     long: Annotated[Long, typer.Option(help="What becomes of conversations over --seq-len.")] = Long.truncate,
     preferences: Annotated[
         bool, typer.Option("--preferences", help="Lines hold a chosen and a rejected answer, for DPO.")
     ] = False,
     val_fraction: Annotated[float, typer.Option(help="Share of the conversations held out.")] = 0.05,
-    processes: Annotated[int | None, typer.Option(help="Worker processes; default: one per core.")] = None,
-    vocab_file: Annotated[str | None, typer.Option(help="A .tiktoken vocabulary to use instead.")] = None,
+    processes: Processes = None,
+    vocab_file: VocabFile = None,
 ) -> None:
     """Turn conversations in SOURCES into shards: ChatML, whole within samples, with a loss mask."""
     from dbrx_train.data.prepare.conversations import ChatFormat
@@ -181,14 +190,14 @@ def data_inspect(
 
 @data_app.command("mix")
 def data_mix(
-    config: Annotated[str, typer.Argument(help="The run's YAML.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    config: Config,
+    overrides: Overrides = None,
     picture: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("mix.png"),
 ) -> None:
     """Show the data mix of CONFIG over the run, with epochs per source, as a table and a picture."""
     from dbrx_train.config import load
     from dbrx_train.data.manifest import read_manifest
-    from dbrx_train.data.mix import picture as pictures
+    from dbrx_train.data.mix import plots
 
     run = load(config, overrides or [])
     mix, sizes = run.mix_schedule(), dict[str, int]()
@@ -198,18 +207,18 @@ def data_mix(
         manifest.check_length(source.local, lengths.get(name))
         sizes[name] = manifest.splits["train"].samples
     run.check_repetition(mix, sizes)
-    print(pictures.table(mix, sizes, run.clock))
+    print(plots.table(mix, sizes, run.clock))
     picture = picture if picture.suffix else picture.with_suffix(".png")
     with atomic_write(picture) as partial:
-        pictures.draw(mix, sizes, run.clock, partial)
+        plots.draw(mix, sizes, run.clock, partial)
     off = f"{mix.max_deviation:.2f} samples per canonical node"
     print(f"a source is never further than {off} from its weight's integral; picture: {picture}")
 
 
 @data_app.command("quickstart")
 def data_quickstart(
-    out: Annotated[str, typer.Option(help="The folder to make.")] = "data/quickstart",
-    seq_len: Annotated[int, typer.Option(help="Tokens per sample.")] = 512,
+    out: Out = "data/quickstart",
+    seq_len: SeqLen = 512,
 ) -> None:
     """Prepare the quickstart's corpus: the code and the texts of this machine's Python."""
     from dbrx_train.data.prepare.quickstart import prepare_quickstart
@@ -220,8 +229,8 @@ def data_quickstart(
 
 @app.command()
 def train(
-    config: Annotated[str, typer.Argument(help="The run's YAML.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    config: Config,
+    overrides: Overrides = None,
 ) -> None:
     """Train as CONFIG says; resume if a run of its name was started before."""
     from dbrx_train.config import load
@@ -235,18 +244,19 @@ def train(
 
 @app.command("eval")
 def evaluate(
-    config: Annotated[str, typer.Argument(help="The run's YAML.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    config: Config,
+    overrides: Overrides = None,
     weights: Annotated[
         Path | None,
         typer.Option(help="A run, checkpoint or Hugging Face folder; default: CONFIG's run."),
     ] = None,
-    int8: Annotated[bool, typer.Option("--int8", help="Hold the weights in 8 bits.")] = False,
+    int8: Int8 = False,
 ) -> None:
     """Show the loss on what was held out of each source of CONFIG."""
     from dbrx_train.checkpoint.weights import load_model, open_weights
     from dbrx_train.config import load
     from dbrx_train.evaluate.held_out import batches, check_tokenizer, held_out
+    from dbrx_train.model.quantize import quantize
 
     run = load(config, overrides or [])
     found = open_weights(weights or Path(run.folder), _aside)
@@ -257,20 +267,13 @@ def evaluate(
     if samples is None:
         raise ValueError(f"{config}: nothing is held out of its sources, or evaluation.max_samples is 0")
     if int8:
-        _to_int8(model.eval(), samples)
+        _aside(f"int8: logits are off by {quantize(model.eval(), samples):.2%} (root mean square)")
     for part in held_out(model, run):
         print(f"held-out {part.source}: loss {part.loss:.4f} over {part.labels:,} tokens", flush=True)
 
 
 def _aside(line: str) -> None:
     print(line, file=sys.stderr)
-
-
-def _to_int8(model: Any, input_ids: Any) -> None:
-    from dbrx_train.model.quantize import quantize
-
-    error = quantize(model, input_ids)
-    print(f"int8: logits are off by {error:.2%} (root mean square)", file=sys.stderr)
 
 
 @app.command()
@@ -374,39 +377,23 @@ def generate(
     ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="PROMPT is a user's turn: write the answer.")] = False,
-    int8: Annotated[bool, typer.Option("--int8", help="Hold the weights in 8 bits.")] = False,
+    int8: Int8 = False,
 ) -> None:
     """Continue PROMPT with the model in CHECKPOINT."""
-    import torch
+    from dbrx_train.evaluate.text import continue_text
 
-    from dbrx_train.checkpoint.weights import load_model, open_weights, tokenizer_of
-    from dbrx_train.model.generation import STOP_IDS
-    from dbrx_train.model.generation import generate as continue_ids
-
-    weights = open_weights(checkpoint, _aside)
-    tokenizer = tokenizer_of(weights)
-    if tokenizer is None:
-        raise ValueError(f"{checkpoint}: its tokenizer is not DBRX's, which is the one known here")
-    model = load_model(weights).eval()
-    ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
-    if chat:
-        ids = tokenizer.chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
-    if max(ids) >= model.config.vocab_size:
-        raise ValueError(f"{checkpoint}: has {model.config.vocab_size} words, fewer than its tokenizer")
-    if int8:
-        _to_int8(model, torch.tensor([ids]))
-    generator = torch.Generator().manual_seed(seed)
-    tokens = continue_ids(
-        model, torch.tensor([ids]), max_new_tokens, temperature=temperature, top_p=top_p, generator=generator
+    pieces = continue_text(
+        checkpoint,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        chat=chat,
+        int8=int8,
+        aside=_aside,
     )
     print("" if chat else prompt, end="", flush=True)
-    shown, new_ids = "", list[int]()
-    for token in map(int, tokens):
-        if token in STOP_IDS:
-            break
-        new_ids.append(token)
-        text = tokenizer.decode(new_ids)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else a character is still incomplete
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-    print(tokenizer.decode(new_ids)[len(shown) :])
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()

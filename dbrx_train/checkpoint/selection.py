@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import torch.distributed as dist
 
 from dbrx_train.checkpoint.folder import Checkpoint, check_files
+from dbrx_train.parallel.gather import gather_objects
 
 __all__ = ["select"]
 
@@ -34,7 +35,7 @@ def select(
         found = _next(candidates)
         if found is None:
             return None
-        trouble = next(filter(None, _gather(_damage(found, fetch))), None)
+        trouble = next(filter(None, gather_objects(_damage(found, fetch))), None)
         if trouble is None:
             return found
         on_skip(f"passed over {trouble}")
@@ -73,11 +74,3 @@ def _next(candidates: Iterator[Checkpoint]) -> Checkpoint | None:
     if isinstance(found[0], ValueError):
         raise found[0]
     return found[0]
-
-
-def _gather(mine: str | None) -> list[str | None]:
-    _, ranks = _place()
-    said = [mine] * ranks
-    if ranks > 1:
-        dist.all_gather_object(said, mine)
-    return said

@@ -30,6 +30,7 @@ from dbrx_train.checkpoint.folder import fingerprint
 from dbrx_train.errors import first_line
 from dbrx_train.model.hf.files import check_names
 from dbrx_train.model.init import is_norm
+from dbrx_train.parallel.gather import gather_objects
 
 __all__ = ["Reader", "model_tensors", "optimizer_tensors", "staged", "write"]
 
@@ -117,14 +118,10 @@ def write(
             if isinstance(cause, OSError):
                 raise OSError(cause.errno, cause.strerror, str(folder)) from error
         raise
-    rank, ranks = (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
     mine = writer.files.written
-    if rank == 0:
+    if not dist.is_initialized() or dist.get_rank(group) == 0:
         mine[".metadata"] = fingerprint(folder / ".metadata")
-    everyones = [mine] * ranks
-    if ranks > 1:
-        dist.all_gather_object(everyones, mine, group)
-    return {name: facts for files in everyones for name, facts in files.items()}
+    return {name: facts for files in gather_objects(mine, group) for name, facts in files.items()}
 
 
 def staged(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -25,6 +24,7 @@ from dbrx_train.model.hf.names import Table, identity, table
 from dbrx_train.model.init import is_norm
 from dbrx_train.model.lora import is_factor
 from dbrx_train.parallel.fsdp import local_rows
+from dbrx_train.parallel.gather import gather_objects
 
 if TYPE_CHECKING:
     from dbrx_train.data.tokenizer import Tokenizer
@@ -256,10 +256,7 @@ def read_together(weights: Weights, model: nn.Module) -> None:
         trouble, cause = str(error) or type(error).__name__, error
     finally:
         weights.close()
-    troubles = [trouble]
-    if dist.is_initialized():
-        troubles *= dist.get_world_size()
-        dist.all_gather_object(troubles, trouble)
+    troubles = gather_objects(trouble)
     if cause is not None and not isinstance(cause, ValueError):
         raise cause
     for found in troubles:

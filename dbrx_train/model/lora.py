@@ -22,7 +22,7 @@ from dbrx_train.model.decoder import Block, Dbrx
 from dbrx_train.model.init import draw_rows
 from dbrx_train.model.moe.experts import GatedExperts
 
-__all__ = ["apply_lora", "factor_modules", "factor_names", "is_factor", "narrow"]
+__all__ = ["apply_lora", "cast_frozen", "factor_modules", "factor_names", "is_factor"]
 
 _IN_ATTENTION = ("Wqkv", "out_proj")
 
@@ -56,7 +56,7 @@ def apply_lora(
             parameter.data.copy_(draw_rows(name, model.config, seed, (rows, width), 0, rows))
 
 
-def narrow(model: Dbrx, dtype: torch.dtype) -> None:
+def cast_frozen(model: Dbrx, dtype: torch.dtype) -> None:
     """Keep the frozen matrices of an adapted model in ``dtype``, for use under autocast to it.
 
     It changes no number, as they would be cast in every product. What autocast leaves in float32 (embedding,

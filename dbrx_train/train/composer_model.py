@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torchmetrics import Metric
 
 from dbrx_train.model.decoder import Dbrx, DbrxOutput
-from dbrx_train.train.metrics import CrossEntropy, PairMean, Perplexity
+from dbrx_train.train.eval_metrics import CrossEntropy, PairMean, Perplexity
 from dbrx_train.train.preferences import TERMS, Batch, pairs_present, preference_loss
 
 

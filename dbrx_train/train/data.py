@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
-import numpy as np
 import torch
-from composer import DataSpec, Evaluator
-from composer.utils import dist
-from torch.utils.data import DataLoader, Dataset
+from composer import DataSpec
 
-from dbrx_train.config import ConfigError, RunConfig, naming
+from dbrx_train.config import ConfigError, RunConfig
 from dbrx_train.data.manifest import Manifest, check_dataset
-from dbrx_train.data.stream.dataset import EvalDataset, Sample, ScheduledDataset
-from dbrx_train.data.stream.held_out import HeldOutSamples, held_out_samples
-from dbrx_train.data.stream.loader import build_loader, collate, samples_of
+from dbrx_train.data.stream.dataset import ScheduledDataset
+from dbrx_train.data.stream.loader import build_loader, samples_of
 from dbrx_train.data.stream.shards import Source
 from dbrx_train.data.tokenizer import Tokenizer
 from dbrx_train.model.decoder import shift_labels
 from dbrx_train.model.loss import IGNORE_INDEX
+from dbrx_train.train.evaluators import held_out
 from dbrx_train.train.preferences import Batch, pairs_present
 
 
@@ -46,13 +42,7 @@ def check_sources(config: RunConfig, tokenizer: Tokenizer) -> None:
         except ValueError as error:
             raise ConfigError(f"data.sources.{name}: {error}") from None
     if config.evaluation.max_samples:
-        deque(_held_out(config, tokenizer), maxlen=0)
-
-
-def _held_out(config: RunConfig, tokenizer: Tokenizer) -> Iterator[HeldOutSamples]:
-    most, vocab_size = config.evaluation.max_samples, config.model.vocab_size
-    with naming(""):
-        yield from held_out_samples(config.data.sources, config.sample_lengths, tokenizer, vocab_size, most)
+        deque(held_out(config, tokenizer), maxlen=0)
 
 
 def _check_kind(config: RunConfig, folder: str, manifest: Manifest) -> None:
@@ -116,54 +106,3 @@ def train_data(
         count = partial(count_tokens, mask_documents=config.model.mask_documents)
     split = partial(split_batch, seq_len=config.data.seq_len)
     return DataSpec(loader, get_num_tokens_in_batch=count, split_batch=split)
-
-
-class EvenlyShared(Dataset[Sample]):
-    """The first ``size`` samples of ``dataset``, and up to ``ranks`` - 1 more without labels or pairs.
-
-    So all ranks take part in equally many forward passes.
-    """
-
-    def __init__(self, dataset: EvalDataset, size: int, ranks: int) -> None:
-        self.dataset, self.size = dataset, size
-        self.length = -(-size // ranks) * ranks
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> Sample:
-        if index < self.size:
-            return self.dataset[index]
-        sample = self.dataset[0]
-        unlabelled = {"loss": np.zeros(len(sample["tokens"]), dtype=bool)}
-        if "reference" in sample:
-            unlabelled["reference"] = np.full_like(sample["reference"], np.nan)
-        return sample | unlabelled
-
-
-def evaluators(config: RunConfig, tokenizer: Tokenizer) -> list[Evaluator]:
-    """One per source that has a held-out split, labelled ``eval/<source>``.
-
-    Every sample counts once, on whatever number of ranks.
-    """
-    if config.evaluation.max_samples == 0:
-        return []
-    result = []
-    for part in _held_out(config, tokenizer):
-        name = part.source
-        if part.dataset is None:
-            warnings.warn(f"data.sources.{name}: nothing is held out, so it is not evaluated", stacklevel=2)
-            continue
-        even = EvenlyShared(part.dataset, part.samples, dist.get_world_size())
-        loader: DataLoader[Batch] = DataLoader(
-            even,
-            batch_size=samples_of(config.evaluation.batch_size, config.data.seq_len, part.dataset.seq_len),
-            sampler=dist.get_sampler(even, shuffle=False),
-            collate_fn=partial(collate, eos_id=tokenizer.eos_id),
-            generator=torch.Generator(),  # an iterator draws a number: not one of training's
-        )
-        interval = config.clock.interval(config.evaluation.interval)
-        # A batch is one forward pass, and the last one may be small.
-        spec = DataSpec(loader, split_batch=lambda batch, _: [batch])
-        result.append(Evaluator(label=f"eval/{name}", dataloader=spec, eval_interval=interval))
-    return result

@@ -84,10 +84,20 @@ def parameter_groups(model: Dbrx, config: OptimizerConfig) -> list[dict[str, Any
     return groups
 
 
-def build_optimizer(model: Dbrx, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101, torch's fused kernel) or LionW over ``parameter_groups``."""
-    groups = parameter_groups(model, config)
+def _adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW (arXiv 1711.05101), torch's fused kernel."""
     betas = (config.betas[0], config.betas[1])
-    if config.name == "lionw":
-        return LionW(groups, lr=config.lr, betas=betas)
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+
+
+def _lionw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    return LionW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]))
+
+
+OPTIMIZERS = {"adamw": _adamw, "lionw": _lionw}
+"""By the name in the configuration: (parameter groups, configuration) -> optimizer."""
+
+
+def build_optimizer(model: Dbrx, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer of ``config`` over ``parameter_groups``."""
+    return OPTIMIZERS[config.name](parameter_groups(model, config), config)

@@ -19,6 +19,7 @@ from dbrx_train.data.stream.dataset import EvalDataset
 from dbrx_train.data.stream.loader import collate, samples_of
 from dbrx_train.data.tokenizer import Tokenizer
 from dbrx_train.files import atomic_write
+from dbrx_train.parallel.gather import gather_objects
 from dbrx_train.train.preferences import document_log_probs
 
 __all__ = ["set_reference"]
@@ -101,12 +102,12 @@ def _computed(config: RunConfig, trainer: Trainer, tokenizer: Tokenizer, data: E
             broken += [number for number, is_wrong in zip(numbers, wrong, strict=True) if is_wrong]
             mine.append((start, np.where(absent, np.nan, sums)))
     state.model.train()
-    if found := [number for part in dist.all_gather_object(broken) for number in part]:
+    if found := [number for part in gather_objects(broken) for number in part]:
         raise ConfigError(
             f"data.sources.{data.store.name}: an answer in sample {min(found)} of {data.store.folder} has no "
             f"finite log-probability under the weights of init_from; see that these are whole"
         )
-    return _joined(dist.all_gather_object(mine), len(data))
+    return _joined(gather_objects(mine), len(data))
 
 
 def _joined(parts: list[list[tuple[int, Table]]], samples: int) -> Table:

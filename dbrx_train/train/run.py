@@ -37,7 +37,7 @@ from dbrx_train.train.reference import set_reference
 from dbrx_train.train.resume import check_folder, check_start, checkpoint_folder, newest, open_remote
 from dbrx_train.train.startup_summary import summary
 from dbrx_train.train.throughput import peak_flops
-from dbrx_train.train.tracking import events, picture
+from dbrx_train.train.tracking import events, plots
 from dbrx_train.train.tracking.mlflow import STORE_ERRORS, MLflowStore, reason
 from dbrx_train.train.train_state import callback_of, model_of, restore
 from dbrx_train.train.trainer import build_trainer, check_world
@@ -199,9 +199,9 @@ def _report(config: RunConfig, store: MLflowStore, batch: int) -> None:
         if store.metric_history("loss/train/total"):  # else the store is out of reach, and has none
             path = Path(config.folder) / "training.png"
             with atomic_write(path) as partial:
-                picture.draw(store, config.clock, partial)
+                plots.draw(store, config.clock, partial)
             store.log_artifact(path)
-        for source, points in picture.held_out_losses(store).items():
+        for source, points in plots.held_out_losses(store).items():
             (begin, first), (step, last) = points[0], points[-1]
             before = f"{first:.3f} after {_tokens(config, begin)}, " if len(points) > 1 else ""
             print_rank0(f"held-out {source}: loss {before}{last:.3f} after {_tokens(config, step)}")

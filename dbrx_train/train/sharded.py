@@ -19,8 +19,8 @@ from torch.distributed.fsdp import FSDPModule
 from dbrx_train.config import ConfigError, RunConfig
 from dbrx_train.model.compiling import compile_dense
 from dbrx_train.model.decoder import Dbrx
-from dbrx_train.model.lora import apply_lora, narrow
-from dbrx_train.parallel import BatchLoad, MeshShape, checkpoint_activations, parallelize
+from dbrx_train.model.lora import apply_lora, cast_frozen
+from dbrx_train.parallel import GlobalBatchLoad, MeshShape, checkpoint_activations, parallelize
 from dbrx_train.train.composer_model import ComposerDbrx
 from dbrx_train.train.preferences import Batch
 from dbrx_train.train.train_state import model_of
@@ -57,12 +57,12 @@ def build_model(config: RunConfig, device: str) -> Dbrx:
     if config.lora.rank is not None:
         apply_lora(model, config.lora.rank, config.lora.alpha, config.lora.targets, config.seed)
         if config.precision == "amp_bf16":
-            narrow(model, torch.bfloat16)
+            cast_frozen(model, torch.bfloat16)
     checkpoint_activations(model, parallelism.activation_checkpointing)
     if config.compile:
         compile_dense(model)
     if config.optimization.balance_over == "global_batch":
-        model.batch_load = BatchLoad()
+        model.batch_load = GlobalBatchLoad()
     if sharded:
         parallelize(
             model,

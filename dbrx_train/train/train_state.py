@@ -10,7 +10,6 @@ from __future__ import annotations
 import datetime
 import io
 import random
-from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -22,10 +21,10 @@ from torch import Tensor
 from dbrx_train.checkpoint.folder import Checkpoint
 from dbrx_train.checkpoint.tensors import Reader, model_tensors, optimizer_tensors
 from dbrx_train.model.decoder import Dbrx
+from dbrx_train.train.step_outcome import StepOutcome
 
 __all__ = [
     "StatefulCallback",
-    "StepOutcome",
     "TrainState",
     "callback_of",
     "metadata",
@@ -56,24 +55,6 @@ def model_of(state: State) -> Dbrx:
     composed = state.model.module if state.is_model_ddp else state.model
     model: Dbrx = composed.model
     return model
-
-
-@dataclass(frozen=True)
-class StepOutcome:
-    """What became of a step, the same on every rank."""
-
-    step: int
-    """Steps that the run had behind it."""
-    norm: float
-    """L2 norm of all gradients before clipping."""
-    loss: float | None = None
-    """Of the global batch, auxiliary losses included; None where steps are not judged."""
-    cause: str | None = None
-    """Why the step was skipped: parameters and optimizer state are as before; None: it was taken."""
-
-    @property
-    def taken(self) -> bool:
-        return self.cause is None
 
 
 class TrainState(Callback):  # type: ignore[misc]

@@ -13,7 +13,8 @@ from dbrx_train.data.stream.loader import samples_of
 from dbrx_train.data.tokenizer import Tokenizer
 from dbrx_train.train.callbacks.order import Supervision, callbacks
 from dbrx_train.train.composer_model import ComposerDbrx
-from dbrx_train.train.data import evaluators, train_data
+from dbrx_train.train.data import train_data
+from dbrx_train.train.evaluators import evaluators
 from dbrx_train.train.optim import build_optimizer
 from dbrx_train.train.sharded import build_model, check_left_alone, mesh_shape
 from dbrx_train.train.tracking.mlflow import MLflowStore

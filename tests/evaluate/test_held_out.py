@@ -21,7 +21,7 @@ from dbrx_train.config import load
 from dbrx_train.data.prepare.conversations import ChatFormat
 from dbrx_train.data.prepare.pipeline import prepare
 from dbrx_train.evaluate.held_out import held_out
-from dbrx_train.train.metrics import CrossEntropy, PairMean, Perplexity
+from dbrx_train.train.eval_metrics import CrossEntropy, PairMean, Perplexity
 from dbrx_train.train.preferences import TERMS
 from dbrx_train.train.run import run
 

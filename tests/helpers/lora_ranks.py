@@ -19,7 +19,7 @@ from parallel_ranks import CONFIG, apart, backward, tell, whole
 from dbrx_train.checkpoint.tensors import Reader, model_tensors, write
 from dbrx_train.config import OptimizerConfig
 from dbrx_train.model.decoder import Dbrx
-from dbrx_train.model.lora import apply_lora, is_factor, narrow
+from dbrx_train.model.lora import apply_lora, cast_frozen, is_factor
 from dbrx_train.parallel import MeshShape, checkpoint_activations, parallelize
 from dbrx_train.train.optim import build_optimizer
 
@@ -34,7 +34,7 @@ def compare(mesh: list[int], dtype: torch.dtype | None) -> dict[str, Any]:
     for model in (sharded, alone):
         apply_lora(model, 2, 4.0, seed=3)
         if dtype is not None:
-            narrow(model, dtype)
+            cast_frozen(model, dtype)
     if dtype is not None:
         checkpoint_activations(sharded, "full")
     parallelize(sharded, shape, device_type="cpu", seed=3, param_dtype=dtype)

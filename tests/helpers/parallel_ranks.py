@@ -21,7 +21,13 @@ from torch.distributed.tensor import DTensor
 from dbrx_train.config import OptimizerConfig
 from dbrx_train.model.config import ACTIVATION_CHECKPOINTING, DbrxConfig
 from dbrx_train.model.decoder import Dbrx
-from dbrx_train.parallel import BatchLoad, MeshShape, checkpoint_activations, clip_grad_norm, parallelize
+from dbrx_train.parallel import (
+    GlobalBatchLoad,
+    MeshShape,
+    checkpoint_activations,
+    clip_grad_norm,
+    parallelize,
+)
 from dbrx_train.parallel.grad_norm import group_norms
 from dbrx_train.train.optim import build_optimizer
 
@@ -97,7 +103,7 @@ def compare(shape: MeshShape, kind: str, checkpointing: str) -> dict[str, Any]:
     parallelize(sharded, shape, device_type=DEVICE, seed=3, param_dtype=dtype, cpu_offload=balanced)
     alone = Dbrx(model_config, seed=3).to(DEVICE)
     if balanced:
-        sharded.batch_load = BatchLoad()
+        sharded.batch_load = GlobalBatchLoad()
     names = [name for name, _ in alone.named_parameters()]
     pairs = list(zip(names, sharded.parameters(), alone.parameters(), strict=True))
     result: dict[str, Any] = {"kind": kind, "initial": max(apart(p, q) for _, p, q in pairs)}

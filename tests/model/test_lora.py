@@ -28,7 +28,7 @@ from dbrx_train.cli import app
 from dbrx_train.config import ConfigError, OptimizerConfig, load
 from dbrx_train.model.config import LORA_TARGETS, DbrxConfig
 from dbrx_train.model.decoder import Dbrx
-from dbrx_train.model.lora import apply_lora, factor_names, is_factor, narrow
+from dbrx_train.model.lora import apply_lora, cast_frozen, factor_names, is_factor
 from dbrx_train.parallel import MeshShape, parallelize
 from dbrx_train.train.optim import build_optimizer
 from dbrx_train.train.run import run
@@ -145,7 +145,7 @@ def test_with_full_rank_and_orthogonal_a_the_first_step_is_that_of_the_weights()
 
 def test_frozen_matrices_in_bfloat16_change_no_number_under_autocast_to_it() -> None:
     wide, narrowed = adapted(), adapted()
-    narrow(narrowed, torch.bfloat16)
+    cast_frozen(narrowed, torch.bfloat16)
     size = sum(p.numel() * p.element_size() for p in narrowed.parameters() if not p.requires_grad)
     assert size < 0.6 * sum(4 * p.numel() for p in wide.parameters() if not p.requires_grad)
     for model in (wide, narrowed):

@@ -2,8 +2,8 @@
 
 A schedule says what share of the samples each source has at every moment of a run. It answers, for any moment
 and without walking there, how many samples each source has given so far (``counts``) and which sample comes
-next (``order``). It is integer arithmetic alone (see ``apportion``), so that every rank, restart and machine
-gets the same answer.
+next (``order``). It is integer arithmetic alone (see ``apportionment``), so that every rank, restart and
+machine gets the same answer.
 
 Time is counted in *ticks*: one tick is one sample on every canonical node; with one canonical node, the
 default, a tick is a sample. Each canonical node runs the schedule on its own, a little out of phase with the

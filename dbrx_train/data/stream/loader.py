@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dbrx_train.data.stream.dataset import ScheduledDataset
-from dbrx_train.data.stream.worker_signals import heed_parent_alone
+from dbrx_train.data.stream.worker_signals import ignore_signals_of_others
 from dbrx_train.data.tokenizer import Tokenizer
 from dbrx_train.model.loss import IGNORE_INDEX
 
@@ -99,5 +99,5 @@ def build_loader(
         collate_fn=partial(collate, eos_id=eos_id),
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
-        worker_init_fn=heed_parent_alone,
+        worker_init_fn=ignore_signals_of_others,
     )

@@ -6,10 +6,10 @@ import os
 import signal
 import threading
 
-__all__ = ["heed_parent_alone"]
+__all__ = ["ignore_signals_of_others"]
 
 
-def heed_parent_alone(worker: int) -> None:
+def ignore_signals_of_others(worker: int) -> None:
     """For DataLoader: let no signal end a worker but its parent's.
 
     Ctrl-C, and schedulers that end a job, signal all of its processes at once; but the rank that a worker

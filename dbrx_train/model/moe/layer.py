@@ -70,13 +70,13 @@ def dispatch(rows: Tensor, source_N: Tensor, places_Tk: Tensor) -> Tensor:
 
     Its backward is `combine`: unlike index_add it is deterministic and needs no atomics.
     """
-    out: Tensor = _Spread.apply(rows, source_N, places_Tk)  # type: ignore[no-untyped-call]
+    out: Tensor = _Dispatch.apply(rows, source_N, places_Tk)  # type: ignore[no-untyped-call]
     return out
 
 
 def combine(rows: Tensor, places_Tk: Tensor, source_N: Tensor) -> Tensor:
     """rows [N, D] -> the sum of rows[places], [T, D]; the transpose of `dispatch`, and its backward."""
-    out: Tensor = _Collect.apply(rows, places_Tk, source_N)  # type: ignore[no-untyped-call]
+    out: Tensor = _Combine.apply(rows, places_Tk, source_N)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -86,7 +86,7 @@ def _sum_of(rows: Tensor, places_Tk: Tensor) -> Tensor:
     return F.embedding_bag(places_Tk, rows, mode="sum")  # reads each row once, and makes no copies
 
 
-class _Spread(torch.autograd.Function):
+class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, source: Tensor, places: Tensor) -> Tensor:
         ctx.save_for_backward(places)
@@ -97,7 +97,7 @@ class _Spread(torch.autograd.Function):
         return _sum_of(grad.contiguous(), *ctx.saved_tensors), None, None
 
 
-class _Collect(torch.autograd.Function):
+class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, places: Tensor, source: Tensor) -> Tensor:
         ctx.save_for_backward(source)

@@ -16,9 +16,11 @@ from tqdm import tqdm
 from dbrx_train.config import BadStepsConfig
 from dbrx_train.errors import Stopped
 from dbrx_train.jsonl import EVENTS
+from dbrx_train.parallel.gather import gather_objects
 from dbrx_train.resilience.spike_detector import SpikeDetector
+from dbrx_train.train.step_outcome import StepOutcome
 from dbrx_train.train.tracking import events
-from dbrx_train.train.train_state import StatefulCallback, StepOutcome
+from dbrx_train.train.train_state import StatefulCallback
 
 Samples = dict[str, list[int]]
 
@@ -111,7 +113,7 @@ class BadSteps(StatefulCallback):
         ]
         names = state.train_dataloader.dataset.schedule.sources
         every, suspect = defaultdict[str, list[int]](list), defaultdict[str, list[int]](list)
-        for microbatches in dist.all_gather_object(mine):
+        for microbatches in gather_objects(mine):
             for finite, sources, numbers in microbatches:
                 for source, number in zip(sources, numbers, strict=True):
                     every[names[source]].append(number)

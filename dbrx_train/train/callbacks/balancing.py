@@ -6,7 +6,7 @@ from composer import Callback, Logger, State
 from composer.utils import dist
 from torch import Tensor
 
-from dbrx_train.parallel import BatchLoad
+from dbrx_train.parallel import GlobalBatchLoad
 from dbrx_train.train.train_state import model_of, outcome_of
 
 
@@ -24,7 +24,7 @@ class ExpertBalancing(Callback):  # type: ignore[misc]
     def batch_start(self, state: State, logger: Logger) -> None:
         self.load = None
         load = model_of(state).batch_load
-        if isinstance(load, BatchLoad):
+        if isinstance(load, GlobalBatchLoad):
             load.begin()
 
     def after_forward(self, state: State, logger: Logger) -> None:

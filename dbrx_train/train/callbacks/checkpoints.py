@@ -16,13 +16,14 @@ from composer import Callback, Event, Logger, State, Timestamp
 from composer.utils import dist
 from composer.utils.misc import create_interval_scheduler
 from torch import Tensor
-from torch.distributed import ProcessGroup, all_gather_object, new_group
+from torch.distributed import ProcessGroup, new_group
 
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.remote import Remote
 from dbrx_train.checkpoint.tensors import staged, write
 from dbrx_train.errors import first_line
 from dbrx_train.lease import Lease
+from dbrx_train.parallel.gather import gather_objects
 from dbrx_train.train.exports import Exports
 from dbrx_train.train.train_state import metadata, tensors
 
@@ -244,7 +245,4 @@ class Checkpoints(Callback):  # type: ignore[misc]
 
     def _gather(self, mine: str | None) -> list[str | None]:
         """What each rank says, once all have said it."""
-        said = [mine] * dist.get_world_size()
-        if self.group is not None:
-            all_gather_object(said, mine, self.group)
-        return said
+        return gather_objects(mine, self.group)

@@ -8,7 +8,8 @@ from composer import Callback, Logger, State
 
 from dbrx_train.parallel import clip_grad_norm
 from dbrx_train.train.callbacks.bad_steps import BadSteps
-from dbrx_train.train.train_state import StepOutcome, TrainState, callback_of
+from dbrx_train.train.step_outcome import StepOutcome
+from dbrx_train.train.train_state import TrainState, callback_of
 
 
 class GradientNorm(Callback):  # type: ignore[misc]

@@ -6,10 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["BatchLoad"]
+__all__ = ["GlobalBatchLoad"]
 
 
-class BatchLoad:
+class GlobalBatchLoad:
     """Tokens per expert of a step's global batch so far (arXiv 2501.11873, section 3).
 
     Over all ranks, and over the microbatches since ``begin``: a microbatch cannot know of those that follow.
