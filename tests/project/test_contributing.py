@@ -13,7 +13,8 @@ from typing import Any
 import mlflow
 import pytest
 import torch
-from conftest import run_yaml
+from paths import ROOT
+from tiny_run import run_yaml
 
 from dbrx_train import DbrxConfig
 from dbrx_train.config import OptimizerConfig, load
@@ -24,7 +25,7 @@ from dbrx_train.train import run, trainer
 from dbrx_train.train.callbacks import order
 from dbrx_train.train.optim import OPTIMIZERS
 
-TEXT = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
+TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 EXAMPLES = {
     title: code
     for section in TEXT.split("\n## ")[1:]
