@@ -117,7 +117,8 @@ def test_roll_backs_over_one_trouble_are_counted() -> None:
     ("option", "says"),
     [
         ("bad_steps.window=0", "bad_steps.window: must be positive, not 0"),
-        ("bad_steps.warmup=200", "bad_steps.warmup: must be at least 1 and at most window 128, not 200"),
+        ("bad_steps.warmup=200", "bad_steps.warmup: must be at most window 128, not 200"),
+        ("bad_steps.warmup=0", "bad_steps.warmup: must be at least 1, not 0"),
         ("bad_steps.mad_threshold=0", "bad_steps.mad_threshold: must be positive or null"),
         ("bad_steps.rollback_after=0", "bad_steps.rollback_after: must be positive or null"),
         ("bad_steps.max_rollbacks=-1", "bad_steps.max_rollbacks: must not be negative, not -1"),

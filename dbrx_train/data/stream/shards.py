@@ -141,19 +141,30 @@ class ShardStore:
 
     def _find(self, shard: int) -> Path | None:
         """The unpacked shard, wherever it lies sound; its reader is pointed there."""
-        reader = self._reader(shard)
-        for home in (self.folder, self._spare_home(shard)):
-            path: Path = home / reader.raw_data.basename
-            if path.exists() and self._is_sound(shard, path):
-                reader.dirname = str(home)
+        for path in self._homes(shard):
+            if self._is_sound(shard, path):
+                self._reader(shard).dirname = str(path.parent)
                 return path
         return None
 
-    def _is_sound(self, shard: int, path: Path) -> bool:
-        """Whether an unpacked shard holds what its index says; each process looks once, at some GB/s."""
+    def _homes(self, shard: int) -> list[Path]:
+        """Where the unpacked shard may lie."""
+        name = self._reader(shard).raw_data.basename
+        return [home / name for home in (self.folder, self._spare_home(shard))]
+
+    def _is_sound(self, shard: int, path: Path) -> bool | None:
+        """Whether an unpacked shard holds what its index says; each process looks once, at some GB/s.
+
+        None if it is not there, or is dropped at this moment.
+        """
+        if not path.exists():
+            return None
         if self._sound.get(shard) != path:
             hashes = self._reader(shard).raw_data.hashes
-            content = path.read_bytes() if hashes else b""
+            try:
+                content = path.read_bytes() if hashes else b""
+            except FileNotFoundError:
+                return None
             if any(get_hash(kind, content) != known for kind, known in hashes.items()):
                 return False
             self._sound[shard] = path
@@ -182,7 +193,8 @@ class ShardStore:
                     f"sources.{self.name}: neither {self.folder} nor {home} can take the unpacked shards; "
                     f"set TMPDIR to a folder with room, or cache_limit"
                 )
-        if self._find(shard) is None:
+        # One that is gone was dropped again just now: whoever reads it makes it anew.
+        if any(self._is_sound(shard, path) is False for path in self._homes(shard)):
             where = self.source.remote or self.folder
             name = (reader.zip_data or reader.raw_data).basename
             raise DataError(

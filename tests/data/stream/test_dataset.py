@@ -21,7 +21,7 @@ from numbered_data import POINTS, SEQ_LEN, all_ranks, dataset, equal_steps, step
 from dbrx_train.data.mix.schedule import MixPoint, MixSchedule
 from dbrx_train.data.stream.dataset import EvalDataset, ScheduledDataset
 from dbrx_train.data.stream.loader import build_loader, collate, document_ids
-from dbrx_train.data.stream.shards import Source
+from dbrx_train.data.stream.shards import ShardStore, Source
 from dbrx_train.data.stream.shuffle import SourceOrder
 from dbrx_train.schedule import Clock
 
@@ -217,6 +217,25 @@ def test_an_evicting_run_that_keeps_nothing_still_reads(packed: Path, corpora: P
     data = dataset(packed, cache_limit=0, predownload=0)
     assert steps(data, 20) == expected
     assert len(list(packed.rglob("*.mds"))) <= 1 + len(list(packed.iterdir()))
+
+
+def test_a_shard_dropped_as_soon_as_it_is_unpacked_is_not_taken_for_damaged(
+    packed: Path, corpora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another process that evicts may do at any moment."""
+    unpack, dropped = ShardStore._unpack, set[str]()
+
+    def dropping(store: ShardStore, reader: Any, home: Path) -> bool:
+        done = unpack(store, reader, home)
+        raw = home / reader.raw_data.basename
+        if str(raw) not in dropped:
+            dropped.add(str(raw))
+            raw.unlink()
+        return done
+
+    monkeypatch.setattr(ShardStore, "_unpack", dropping)
+    assert steps(dataset(packed), 20) == all_ranks(corpora, 1, 20)
+    assert dropped
 
 
 def test_an_eos_belongs_to_the_document_that_it_ends() -> None:
