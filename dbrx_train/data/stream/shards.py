@@ -141,16 +141,17 @@ class ShardStore:
 
     def _find(self, shard: int) -> Path | None:
         """The unpacked shard, wherever it lies sound; its reader is pointed there."""
-        for path in self._homes(shard):
+        reader = self._reader(shard)
+        for home in self._homes(shard):
+            path: Path = home / reader.raw_data.basename
             if self._is_sound(shard, path):
-                self._reader(shard).dirname = str(path.parent)
+                reader.dirname = str(home)
                 return path
         return None
 
-    def _homes(self, shard: int) -> list[Path]:
-        """Where the unpacked shard may lie."""
-        name = self._reader(shard).raw_data.basename
-        return [home / name for home in (self.folder, self._spare_home(shard))]
+    def _homes(self, shard: int) -> tuple[Path, Path]:
+        """The folders below which the unpacked shard may lie."""
+        return self.folder, self._spare_home(shard)
 
     def _is_sound(self, shard: int, path: Path) -> bool | None:
         """Whether an unpacked shard holds what its index says; each process looks once, at some GB/s.
@@ -194,7 +195,8 @@ class ShardStore:
                     f"set TMPDIR to a folder with room, or cache_limit"
                 )
         # One that is gone was dropped again just now: whoever reads it makes it anew.
-        if any(self._is_sound(shard, path) is False for path in self._homes(shard)):
+        unpacked = (home / reader.raw_data.basename for home in self._homes(shard))
+        if any(self._is_sound(shard, path) is False for path in unpacked):
             where = self.source.remote or self.folder
             name = (reader.zip_data or reader.raw_data).basename
             raise DataError(
