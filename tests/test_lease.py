@@ -143,26 +143,34 @@ def test_of_many_that_start_together_one_holds(tmp_path: Path, before: bool) -> 
             os._exit(0)
         if before:
             os.waitpid(child, 0)
-        read, write = os.pipe()
+        (go, begin), (done, end) = os.pipe(), os.pipe()
+        answers, answer = os.pipe()
         children = []
         for _ in range(6):
             if (child := os.fork()) == 0:
-                code = 1
+                code = b"1"
                 try:
-                    os.close(write)
-                    os.read(read, 1)  # until all are there
+                    os.close(begin)
+                    os.close(end)
+                    os.read(go, 1)  # until all are there
                     with claim(folder):
-                        time.sleep(0.3)
-                    code = 0
+                        code = b"0"
+                        os.write(answer, code)
+                        os.read(done, 1)  # until all have answered
                 except ValueError:
-                    code = 2
+                    code = b"2"
+                    os.write(answer, code)
                 finally:
-                    os._exit(code)
+                    os._exit(int(code))
             children.append(child)
-        os.close(write)
-        os.close(read)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        assert sorted(codes) == [0, 2, 2, 2, 2, 2]
+        os.close(begin)
+        codes = sorted(int(os.read(answers, 1)) for _ in children)
+        os.close(end)
+        for child in children:
+            os.waitpid(child, 0)
+        for each in (go, done, answers, answer):
+            os.close(each)
+        assert codes == [0, 2, 2, 2, 2, 2]
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ def test_a_run_exports_beside_training_and_another_begins_from_that(
             saved.set()
 
     monkeypatch.setattr(exports, "export", late)
-    monkeypatch.setattr(folders, "mark", marked)
+    monkeypatch.setattr(folders, "commit", marked)
     options = ["checkpoints.interval=7ba", "checkpoints.export={interval: 3ba, dtype: float32}"]
     run(load(run_yaml(workplace, in_tmp, "base"), [*QUICK, *options, "checkpoints.keep=1"]))
     assert written == [("ba3", False), ("ba6", False), ("ba8", False)]
