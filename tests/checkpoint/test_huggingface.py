@@ -569,12 +569,12 @@ def test_what_is_wrong_on_a_rank_is_raised_whatever_it_is(
     def fail(tensors: dict[str, Tensor]) -> None:
         raise RuntimeError("out of memory")
 
-    def gather(found: list[str | None], mine: str | None) -> None:
+    def gather(found: list[str | None], mine: str | None, group: Any = None) -> None:
         said.append(mine)
         found[:] = [mine, None]
 
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     with pytest.raises(RuntimeError, match="out of memory"):
         read_together(replace(weights, read=fail), model)
