@@ -175,7 +175,7 @@ def test_of_many_that_start_together_one_holds(tmp_path: Path, before: bool) -> 
 
 @pytest.mark.slow
 def test_a_run_that_is_started_twice_goes_on_alone(workplace: Path, tmp_path: Path, warm: Warm) -> None:
-    path = run_yaml(workplace, tmp_path, "twice")
+    path = run_yaml(workplace, tmp_path, "started-twice")
     first = subprocess.Popen(
         [sys.executable, "-m", "dbrx_train", "train", str(path), "max_duration=100000ba", "data.mix=[]"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -184,16 +184,18 @@ def test_a_run_that_is_started_twice_goes_on_alone(workplace: Path, tmp_path: Pa
         text=True,
     )
     try:
-        saved = tmp_path / "twice" / "checkpoints"
+        saved = tmp_path / "started-twice" / "checkpoints"
         deadline = time.monotonic() + 120
         while not folders.saved(saved) and time.monotonic() < deadline:
             time.sleep(0.2)
-        config = (tmp_path / "twice" / "config.yaml").read_text()
+        config = (tmp_path / "started-twice" / "config.yaml").read_text()
         code, said = warm("train", str(path), "optimization.optimizer.lr=0.1")
         assert code == 2
         (line,) = said.splitlines()
-        assert re.match(rf"dbrx-train: .*/twice: is in use by process {first.pid} on \S+, since ", line)
-        assert (tmp_path / "twice" / "config.yaml").read_text() == config
+        assert re.match(
+            rf"dbrx-train: .*/started-twice: is in use by process {first.pid} on \S+, since ", line
+        )
+        assert (tmp_path / "started-twice" / "config.yaml").read_text() == config
         codes, said = warm.ranks("train", str(path), ranks=2)
         assert codes == [2, 2]
         assert said.count("is in use by process") == len(said.splitlines()) == 1
@@ -207,7 +209,7 @@ def test_a_run_that_is_started_twice_goes_on_alone(workplace: Path, tmp_path: Pa
     client = mlflow.MlflowClient(f"sqlite:///{workplace}/mlruns.db")
     experiment = client.get_experiment_by_name("dbrx-train")
     assert experiment is not None
-    (found,) = client.search_runs([experiment.experiment_id], "tags.run_name = 'twice'")
+    (found,) = client.search_runs([experiment.experiment_id], "tags.run_name = 'started-twice'")
     assert found.info.status == "FINISHED"
 
 
