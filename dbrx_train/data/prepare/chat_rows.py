@@ -15,8 +15,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from dbrx_train.data.prepare.documents import Listener, Place
-from dbrx_train.data.prepare.turns import Turn, read_turns, says_something
+from dbrx_train.data.prepare.records import Listener, Place
+from dbrx_train.data.prepare.turns import Turn, read_turns
+from dbrx_train.data.prepare.unread import OF_LINE, unread
 
 __all__ = ["WANTED", "WANTED_PAIR", "before_answer", "read_conversation", "read_pair"]
 
@@ -29,26 +30,8 @@ _MORE = ("context", "input")
 _ANSWERS = ("response", "completion", "output")
 _SYSTEM = ("system", "system_prompt")
 _PAIR = ("chosen", "rejected")
-# Fields of a conversation in other forms than the row's, and those that mean something to other programs
-_UNREAD = frozenset(
-    {
-        *(
-            *_LISTS,
-            *_ASKED,
-            *_MORE,
-            *_ANSWERS,
-            *_SYSTEM,
-            *_PAIR,
-            "functions",
-            "history",
-            "documents",
-            "tools",
-        ),
-        *("audio", "audios", "image", "images", "videos", "label", "margin", "masked", "train", "weight"),
-        *(f"{side}_{word}" for side in _PAIR for word in ("score", "rating")),
-        *(f"{word}_{side}" for side in _PAIR for word in ("score", "rating")),
-    }
-)
+_MEANINGFUL = OF_LINE.union(_LISTS, _ASKED, _MORE, _ANSWERS, _SYSTEM, _PAIR)
+"""What is told of where it is not read; each form of a row reads some of these."""
 
 
 class _Row:
@@ -61,7 +44,7 @@ class _Row:
 
     def first(self, names: tuple[str, ...]) -> str | None:
         """The first of these fields that the row has."""
-        return next((name for name in names if name in self.values), None)
+        return next(filter(self.values.__contains__, names), None)
 
     def value(self, name: str) -> Any:
         self._read.add(name)
@@ -84,7 +67,7 @@ class _Row:
 
     def with_system(self, turns: list[Turn]) -> list[Turn]:
         """The turns, after the system prompt that the row gives beside them."""
-        name = next((name for name in _SYSTEM if self.values.get(name)), None)
+        name = next(filter(self.values.get, _SYSTEM), None)
         if name is None:
             return turns
         system = Turn("system", self.text(name))
@@ -98,8 +81,7 @@ class _Row:
 
     def report(self, listener: Listener) -> None:
         """Tell of the fields that were not read, though they mean something."""
-        unread = _UNREAD.intersection(self.values) - self._read
-        for name in sorted(name for name in unread if says_something(name, self.values[name])):
+        for name in unread(self.values, _MEANINGFUL, self._read):
             listener.problem(f"field {name!r} is not read", self.where)
         for name in sorted(self.unread_of_turns):
             listener.problem(f"field {name!r} of a turn is not read", self.where)

@@ -22,7 +22,8 @@ from dbrx_train.data.prepare.chat_rows import (
     read_conversation,
     read_pair,
 )
-from dbrx_train.data.prepare.documents import Listener, Place, mended, rows
+from dbrx_train.data.prepare.documents import mended
+from dbrx_train.data.prepare.records import Listener, Place, rows
 from dbrx_train.data.prepare.sources import Span
 from dbrx_train.data.prepare.turns import Turn
 from dbrx_train.data.tokenizer import Tokenizer
@@ -85,7 +86,7 @@ def conversations(
         )
         if form.loss == "assistant" and any(t.trained and t.role != "assistant" for s in sides for t in s):
             listener.problem(_NOT_ANSWERS, where)
-        sides = [[replace(t, content=mended(t.content, where, listener)) for t in side] for side in sides]
+        sides = [[_mended(turn, where, listener) for turn in side] for side in sides]
         shared = _shared_turns(*sides) if form.preferences else 0
         if any(_is_empty(side[shared:]) for side in sides):
             listener.problem("empty", where)
@@ -93,10 +94,11 @@ def conversations(
         if form.preferences and sides[0] == sides[1]:
             listener.problem("identical", where)
             continue
-        encoded = [encode(side, tokenizer, form.loss, shared) for side in sides]
-        if not all(loss.any() for _, loss in encoded):
+        if not all(_is_trained(side[shared:], form.loss) for side in sides):
             listener.problem("masked", where)
-        elif parts := _fit(encoded, form, seq_len, where, listener):
+            continue
+        encoded = [encode(side, tokenizer, form.loss, shared) for side in sides]
+        if parts := _fit(encoded, form, seq_len, where, listener):
             tokens, loss = (np.concatenate(column) for column in zip(*parts, strict=True))
             size = sum(len(turn.content.encode()) for side in sides for turn in side)
             yield Conversation(tokens, loss, _question(sides[0]), size)
@@ -166,6 +168,11 @@ def _cut(
     return np.append(ids[: size - 1], ids[-1:]), np.append(loss[: size - 1], loss[-1:])
 
 
+def _mended(turn: Turn, where: Place, listener: Listener) -> Turn:
+    content = mended(turn.content, where, listener)
+    return turn if content is turn.content else replace(turn, content=content)
+
+
 def _shared_turns(chosen: list[Turn], rejected: list[Turn]) -> int:
     """Turns that both sides begin with, up to the answers in which they differ."""
     equal = (a == b for a, b in zip(chosen, rejected, strict=False))
@@ -176,6 +183,10 @@ def _shared_turns(chosen: list[Turn], rejected: list[Turn]) -> int:
 def _is_empty(turns: list[Turn]) -> bool:
     answers = [turn for turn in turns if turn.role == "assistant"]
     return not answers or any(turn.trained is not False and not turn.content.strip() for turn in answers)
+
+
+def _is_trained(turns: list[Turn], loss: str) -> bool:
+    return any(turn.trained is not False and (loss == "all" or turn.role == "assistant") for turn in turns)
 
 
 def _question(turns: list[Turn]) -> str:

@@ -16,9 +16,11 @@ import numpy as np
 from dbrx_train.data.manifest import write_json
 from dbrx_train.data.mds import COLUMNS, MASKED_COLUMNS, ShardWriter
 from dbrx_train.data.prepare.conversations import ChatFormat, Conversation, conversations
-from dbrx_train.data.prepare.documents import Place, cut, documents
+from dbrx_train.data.prepare.documents import cut, documents
 from dbrx_train.data.prepare.packing import Packer, WholePacker
+from dbrx_train.data.prepare.records import Place
 from dbrx_train.data.prepare.sources import Part
+from dbrx_train.data.prepare.text_template import TextTemplate
 from dbrx_train.data.tokenizer import Tokenizer
 
 __all__ = ["EXAMPLES", "SPLITS", "Job", "Meter", "has_marks", "read_mark", "run_part"]
@@ -45,7 +47,7 @@ class Job:
     work: Path
     tokenizer: Tokenizer
     seq_len: int
-    text_field: str
+    template: TextTemplate
     val_fraction: float
     chat: ChatFormat | None = None
     """How lines are read as conversations; None for text."""
@@ -133,7 +135,7 @@ def run_part(job: Job, index: int, part: Part, meter: Meter) -> None:
             for conversation in conversations(span, job.chat, job.tokenizer, job.seq_len, log):
                 _add_conversation(job, splits, conversation, meter)
             continue
-        for where, chunks in documents(span, job.text_field, log):
+        for where, chunks in documents(span, job.template, log):
             if not _add_document(job, splits, chunks, meter):
                 log.problem("empty", where)
     results = {name: split.close() for name, split in splits.items()}

@@ -18,9 +18,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dbrx_train.data.prepare.documents import Place
+from dbrx_train.data.prepare.records import Place
+from dbrx_train.data.prepare.unread import OF_TURN, unread
 
-__all__ = ["Turn", "read_turns", "says_something"]
+__all__ = ["Turn", "read_turns"]
 
 
 @dataclass(frozen=True)
@@ -50,40 +51,27 @@ _SHAREGPT_ROLES = _ROLES | {
     "observation": "tool",
     "function_response": "tool",
 }
+_OF_ANSWER = OF_TURN - {"tool_calls", "function_call"}
 # What a value says of training on the turn; a mask that is off says nothing
 _TRAINED: dict[str, tuple[dict[Any, bool | None], str]] = {
     "weight": ({0: False, 1: True}, "0 or 1"),
     "train": ({False: False, True: True}, "true or false"),
     "masked": ({True: False, False: None}, "true or false"),
 }
-_UNREAD = frozenset(
-    {
-        *("audio", "function_call", "image", "images", "loss", "name", "prefix", "tool_calls", "videos"),
-        *("reasoning", "reasoning_content", "thinking", "train_detail"),
-    }
-)
-"""Fields that mean something to other programs."""
 
 
-def read_turns(value: Any, key: str, where: Place, unread: set[str]) -> list[Turn]:
-    """The turns in the list ``value``, called ``key`` in errors; names of fields not read go to ``unread``.
+def read_turns(value: Any, key: str, where: Place, not_read: set[str]) -> list[Turn]:
+    """The turns in the list ``value``, called ``key`` in errors; names of fields not read go to ``not_read``.
 
     Raises:
         ValueError: ``FILE:LINE: KEY[NUMBER]…`` for what is no turn, or is not of text.
     """
     if not isinstance(value, list):
         raise ValueError(f"{where()}: {key} is {type(value).__name__}; it must be a list of turns")
-    return [_read_turn(turn, f"{key}[{number}]", where, unread) for number, turn in enumerate(value)]
+    return [_read_turn(turn, f"{key}[{number}]", where, not_read) for number, turn in enumerate(value)]
 
 
-def says_something(name: str, value: Any) -> bool:
-    """Whether a field's value is more than its usual one: none, empty, off, or a weight of 1."""
-    if value is None or value is False or value in ("", [], {}):
-        return False
-    return not (name == "weight" and value == 1)
-
-
-def _read_turn(turn: Any, name: str, where: Place, unread: set[str]) -> Turn:
+def _read_turn(turn: Any, name: str, where: Place, not_read: set[str]) -> Turn:
     if not isinstance(turn, dict):
         raise ValueError(f"{where()}: {name} is {type(turn).__name__}; it must have role and content")
     who, what, roles = "role", "content", _ROLES
@@ -95,8 +83,7 @@ def _read_turn(turn: Any, name: str, where: Place, unread: set[str]) -> Turn:
         raise ValueError(f"{where()}: {name}.{who} is {given!r}; it must be one of {', '.join(roles)}")
     calls = _calls(turn, name, where) if role == "assistant" else []
     text = "" if content is None and calls else _text(content, f"{name}.{what}", where)
-    read = ("tool_calls", "function_call") if role == "assistant" else ()
-    unread |= {key for key in _UNREAD.intersection(turn) - {*read} if says_something(key, turn[key])}
+    not_read.update(unread(turn, _OF_ANSWER if role == "assistant" else OF_TURN))
     return Turn(role, "\n".join([text, *calls] if text else calls), _trained(turn, name, where))
 
 
@@ -118,13 +105,15 @@ def _text(content: Any, name: str, where: Place) -> str:
 def _calls(turn: Mapping[str, Any], name: str, where: Place) -> list[str]:
     """Each call of the turn as text."""
     calls = turn.get("tool_calls")
-    if calls is None and turn.get("function_call") is not None:  # OpenAI's older form
+    if not calls and turn.get("function_call") is not None:  # OpenAI's older form
         return [_call(turn["function_call"], f"{name}.function_call", where)]
-    if not isinstance(calls or [], list):
+    if not calls:
+        return []
+    if not isinstance(calls, list):
         raise ValueError(
             f"{where()}: {name}.tool_calls is {type(calls).__name__}; it must be a list of calls"
         )
-    return [_call(call, f"{name}.tool_calls[{number}]", where) for number, call in enumerate(calls or [])]
+    return [_call(call, f"{name}.tool_calls[{number}]", where) for number, call in enumerate(calls)]
 
 
 def _call(call: Any, name: str, where: Place) -> str:
@@ -152,6 +141,8 @@ def _is_json(text: str) -> bool:
 
 def _trained(turn: Mapping[str, Any], name: str, where: Place) -> bool | None:
     """Whether the turn's fields say to train on it; None if they say nothing."""
+    if turn.keys().isdisjoint(_TRAINED):
+        return None
     said: dict[str, bool] = {}
     for key, (meanings, wanted) in _TRAINED.items():
         value = turn.get(key)
