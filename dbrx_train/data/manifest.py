@@ -5,6 +5,7 @@ Layout of a prepared folder::
     DIR/manifest.json                        written last
     DIR/train/index.json                     MDS index over all of the split's shards
     DIR/train/00000/shard.00000.mds.zstd     shards of the first part of the input, and so on
+    DIR/train/00000/documents.npz            from which documents they are
     DIR/train/rest/shard.00000.mds.zstd      samples packed from what the parts had left over
     DIR/val/…                                likewise, if documents were held out
 """

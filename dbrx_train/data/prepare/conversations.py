@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dbrx_train.data.origins import Origin
 from dbrx_train.data.prepare.chat_rows import (
     WANTED,
     WANTED_PAIR,
@@ -65,6 +66,7 @@ class Conversation(NamedTuple):
     question: str
     """What comes before the first answer, whatever its form; that answer if nothing does."""
     text_bytes: int
+    origin: Origin
 
 
 def conversations(
@@ -101,7 +103,7 @@ def conversations(
         if parts := _fit(encoded, form, seq_len, where, listener):
             tokens, loss = (np.concatenate(column) for column in zip(*parts, strict=True))
             size = sum(len(turn.content.encode()) for side in sides for turn in side)
-            yield Conversation(tokens, loss, _question(sides[0]), size)
+            yield Conversation(tokens, loss, _question(sides[0]), size, where)
 
 
 def encode(

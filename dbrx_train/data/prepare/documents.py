@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
+from dbrx_train.data.origins import Origin
 from dbrx_train.data.prepare.content import BUFFER
 from dbrx_train.data.prepare.long_lines import string_chunks
 from dbrx_train.data.prepare.parquet import open_parquet, text_batches
@@ -27,7 +28,7 @@ _CUT_WINDOW = 1 << 16
 
 def documents(
     span: Span, template: TextTemplate, listener: Listener
-) -> Iterator[tuple[Place, Iterator[str]]]:
+) -> Iterator[tuple[Origin, Iterator[str]]]:
     """Each document of the span: its place, and its text in pieces, to be taken before the next document.
 
     A text file is one document, and so is a line of JSON, an element of a JSON array and a row of Parquet;
@@ -41,7 +42,7 @@ def documents(
     """
     with naming_damage(span.path):
         if span.kind == "text":
-            yield (lambda: span.path), _text(span, listener)
+            yield Origin(span.path, "text"), _text(span, listener)
         elif span.kind == "parquet":
             yield from _parquet_rows(span, template, listener)
         else:
@@ -105,7 +106,7 @@ def _text(span: Span, listener: Listener) -> Iterator[str]:
 
 def _json_records(
     span: Span, template: TextTemplate, listener: Listener
-) -> Iterator[tuple[Place, Iterator[str]]]:
+) -> Iterator[tuple[Origin, Iterator[str]]]:
     for where, record in records(span, listener):
         if isinstance(record, memoryview):
             place, option = where(), template.option
@@ -141,7 +142,7 @@ def _text_of(record: bytes, template: TextTemplate, where: Place, listener: List
 
 def _parquet_rows(
     span: Span, template: TextTemplate, listener: Listener
-) -> Iterator[tuple[Place, Iterator[str]]]:
+) -> Iterator[tuple[Origin, Iterator[str]]]:
     file = open_parquet(span.path)
     rows = [file.metadata.row_group(group).num_rows for group in range(span.stop)]
     number, last = sum(rows[: span.start]), sum(rows)
@@ -152,7 +153,7 @@ def _parquet_rows(
     for columns in text_batches(span.path, span.start, span.stop, template):
         for values in zip(*columns, strict=True):
             number += 1
-            where = partial("{}:{}".format, span.path, number)
+            where = Origin(span.path, "parquet", 0, number)
             yield where, _mended(template.chunks([_cell_text(value) for value in values]), where, listener)
         listener.advance(span.size * len(columns[0]) // todo)
 

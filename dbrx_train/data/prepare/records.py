@@ -8,9 +8,9 @@ import mmap
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache, partial
 from typing import Any, Protocol
 
+from dbrx_train.data.origins import Origin
 from dbrx_train.data.prepare.content import BUFFER, COMPRESSION, open_content
 from dbrx_train.data.prepare.long_lines import array_elements
 from dbrx_train.data.prepare.sources import Span
@@ -24,8 +24,11 @@ Record = bytes | memoryview
 """JSON of a record; a view of a memory map if it is very long."""
 
 
-Place = Callable[[], str]
-"""Gives ``FILE``, ``FILE:LINE``, or ``FILE[INDEX]`` of an array; a function, as counting lines takes time."""
+class Place(Protocol):
+    """Gives a place for people, as an ``Origin`` does; a function, as counting lines up to it takes time."""
+
+    def __call__(self) -> str:
+        """``FILE``, ``FILE:LINE`` or ``FILE[INDEX]``."""
 
 
 class Listener(Protocol):
@@ -64,7 +67,7 @@ def open_span(span: Span, listener: Listener) -> Iterator[tuple[io.BufferedReade
         yield stream, report
 
 
-def rows(span: Span, wanted: str, listener: Listener) -> Iterator[tuple[Place, dict[str, Any]]]:
+def rows(span: Span, wanted: str, listener: Listener) -> Iterator[tuple[Origin, dict[str, Any]]]:
     """Each record's object, with its place; ``wanted`` says in errors what it should have.
 
     Raises:
@@ -89,17 +92,17 @@ def row_of(record: Record, wanted: str, where: Place) -> dict[str, Any]:
     return row
 
 
-def records(span: Span, listener: Listener) -> Iterator[tuple[Place, Record]]:
+def records(span: Span, listener: Listener) -> Iterator[tuple[Origin, Record]]:
     """The span's records, to be used one after another."""
     return _elements(span, listener) if span.kind == "json" else _lines(span, listener)
 
 
-def _elements(span: Span, listener: Listener) -> Iterator[tuple[Place, Record]]:
+def _elements(span: Span, listener: Listener) -> Iterator[tuple[Origin, Record]]:
     """The elements of the array that the file is; what is compressed is unpacked into a temporary file."""
     reported = 0
     with _mapped_content(span.path, listener) as data:
         for number, (start, stop) in enumerate(array_elements(data, span.path)):
-            where = partial("{}[{}]".format, span.path, number)
+            where = Origin(span.path, "json", 0, number)
             if stop - start < LONG_LINE:
                 yield where, data[start:stop]
             else:
@@ -127,21 +130,18 @@ def _mapped_content(path: str, listener: Listener) -> Iterator[mmap.mmap]:
                 yield data
 
 
-def _lines(span: Span, listener: Listener) -> Iterator[tuple[Place, Record]]:
+def _lines(span: Span, listener: Listener) -> Iterator[tuple[Origin, Record]]:
     """The lines that are not blank; very long ones as memory maps, each closed before the next line."""
     with open_span(span, listener) as (stream, report):
         compressed = span.path.endswith(tuple(COMPRESSION))
         position = span.start + _skip_begun_line(stream, span)
         number = 1 if position > span.start else 0  # lines begun in or before the span's first byte
-
-        def where() -> str:
-            return f"{span.path}:{_count_lines(span.path, span.start) + number}"
-
         while compressed or position < span.stop:
             line = stream.readline(LONG_LINE)
             if not line:
                 return
             number += 1
+            where = Origin(span.path, "jsonl", span.start, number)
             if len(line) == LONG_LINE and not line.endswith(b"\n"):
                 with _spooled(_rest_of_line(line, stream)) as data:
                     position += len(data)
@@ -169,27 +169,6 @@ def _skip_begun_line(stream: io.BufferedReader, span: Span) -> int:
         if not line or line.endswith(b"\n"):
             break
     return skipped
-
-
-@lru_cache(maxsize=8)
-def _count_lines(path: str, stop: int) -> int:
-    """Lines that end within the first ``stop`` bytes; read only to name a line in a message."""
-    lines = 0
-    with open(path, "rb") as file:
-        while stop > 0 and (data := file.read(min(BUFFER, stop))):
-            lines += data.count(b"\n")
-            stop -= len(data)
-    return lines
-
-
-def _row_of(line: bytes, wanted: str, where: Place) -> dict[str, Any]:
-    try:
-        row = json.loads(line.decode("utf-8", "surrogateescape").removeprefix("\ufeff"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where()}: not valid JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{where()}: expected a JSON object with {wanted}, not {line[:20]!r}…")
-    return row
 
 
 def _rest_of_line(head: bytes, stream: io.BufferedReader) -> Iterator[bytes]:
