@@ -155,7 +155,7 @@ def data_prepare(
 
 @data_app.command("prepare-chat")
 def data_prepare_chat(
-    sources: Annotated[list[str], typer.Argument(help="Files, folders or globs: JSON lines or JSON.")],
+    sources: Annotated[list[str], typer.Argument(help="Files, folders or globs: JSON lines, JSON, Parquet.")],
     out: Out,
     seq_len: SeqLen = 2048,
     loss: Annotated[Trained, typer.Option(help="The turns to train on.")] = Trained.assistant,

@@ -19,7 +19,7 @@ from dbrx_train.data.prepare.records import Listener, Place
 from dbrx_train.data.prepare.turns import Turn, read_turns
 from dbrx_train.data.prepare.unread import OF_LINE, unread
 
-__all__ = ["WANTED", "WANTED_PAIR", "before_answer", "read_conversation", "read_pair"]
+__all__ = ["FIELDS", "WANTED", "WANTED_PAIR", "before_answer", "read_conversation", "read_pair"]
 
 WANTED = "messages, or a prompt (or instruction) and a response, or ShareGPT's conversations"
 WANTED_PAIR = "chosen and rejected, and a prompt if these are answers alone"
@@ -30,8 +30,8 @@ _MORE = ("context", "input")
 _ANSWERS = ("response", "completion", "output")
 _SYSTEM = ("system", "system_prompt")
 _PAIR = ("chosen", "rejected")
-_MEANINGFUL = OF_LINE.union(_LISTS, _ASKED, _MORE, _ANSWERS, _SYSTEM, _PAIR)
-"""What is told of where it is not read; each form of a row reads some of these."""
+FIELDS = OF_LINE.union(_LISTS, _ASKED, _MORE, _ANSWERS, _SYSTEM, _PAIR)
+"""Fields that mean something: each form of a row reads some of these, and the others are told of."""
 
 
 class _Row:
@@ -43,8 +43,8 @@ class _Row:
         self.unread_of_turns: set[str] = set()
 
     def first(self, names: tuple[str, ...]) -> str | None:
-        """The first of these fields that the row has."""
-        return next(filter(self.values.__contains__, names), None)
+        """The first of these fields that the row has; a null is none."""
+        return next((name for name in names if self.values.get(name) is not None), None)
 
     def value(self, name: str) -> Any:
         self._read.add(name)
@@ -81,14 +81,15 @@ class _Row:
 
     def report(self, listener: Listener) -> None:
         """Tell of the fields that were not read, though they mean something."""
-        for name in unread(self.values, _MEANINGFUL, self._read):
+        for name in unread(self.values, FIELDS, self._read):
             listener.problem(f"field {name!r} is not read", self.where)
         for name in sorted(self.unread_of_turns):
             listener.problem(f"field {name!r} of a turn is not read", self.where)
 
     def fields(self) -> str:
         """Names of fields, for an error."""
-        return ", ".join(map(repr, list(self.values)[:8])) or "none"
+        held = [name for name, value in self.values.items() if value is not None]
+        return ", ".join(map(repr, held[:8])) or "none"
 
 
 def read_conversation(values: dict[str, Any], where: Place, listener: Listener) -> list[Turn]:
@@ -125,7 +126,7 @@ def read_pair(values: dict[str, Any], where: Place, listener: Listener) -> list[
         raise ValueError(
             f"{where()}: no preference; it must have {WANTED_PAIR}, and has the fields {row.fields()}"
         )
-    asked = row.turns("prompt", "user") if "prompt" in values else []
+    asked = row.turns("prompt", "user") if values.get("prompt") is not None else []
     sides = []
     for key in _PAIR:
         if not asked and isinstance(values[key], str):

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from dbrx_train.data.origins import Origin
 from dbrx_train.data.prepare.chat_rows import (
+    FIELDS,
     WANTED,
     WANTED_PAIR,
     before_answer,
@@ -58,7 +59,7 @@ class ChatFormat:
 
 
 class Conversation(NamedTuple):
-    """What a line gives to a sample."""
+    """What a row gives to a sample."""
 
     tokens: NDArray[np.uint32]
     loss: NDArray[np.uint8]
@@ -82,7 +83,7 @@ def conversations(
     Raises:
         ValueError: ``FILE:LINE: …`` for a line that holds no conversation.
     """
-    for where, row in rows(span, WANTED_PAIR if form.preferences else WANTED, listener):
+    for where, row in rows(span, WANTED_PAIR if form.preferences else WANTED, FIELDS, listener):
         sides = (
             read_pair(row, where, listener) if form.preferences else [read_conversation(row, where, listener)]
         )

@@ -123,7 +123,7 @@ def mended(text: str, where: Place, listener: Listener) -> str:
 
 def _text_of(record: bytes, template: TextTemplate, where: Place, listener: Listener) -> str:
     row = row_of(record, f"a field {template.fields[0]!r}", where)
-    for name in unread(row, OF_DOCUMENT.difference(template.fields)):
+    for name in unread(row, OF_DOCUMENT, template.fields):
         listener.problem(f"field {name!r} is not read", where)
     texts = []
     for field in template.fields:
@@ -144,15 +144,12 @@ def _parquet_rows(
     span: Span, template: TextTemplate, listener: Listener
 ) -> Iterator[tuple[Origin, Iterator[str]]]:
     file = open_parquet(span.path)
-    rows = [file.metadata.row_group(group).num_rows for group in range(span.stop)]
-    number, last = sum(rows[: span.start]), sum(rows)
-    todo = max(1, last - number)
+    todo = sum(file.metadata.row_group(group).num_rows for group in range(span.start, span.stop))
     if span.start == 0:
         for name in sorted(OF_DOCUMENT.intersection(file.schema_arrow.names).difference(template.fields)):
             listener.problem(f"field {name!r} is not read", lambda: span.path)
-    for columns in text_batches(span.path, span.start, span.stop, template):
-        for values in zip(*columns, strict=True):
-            number += 1
+    for before, columns in text_batches(file, span.start, span.stop, template):
+        for number, values in enumerate(zip(*columns, strict=True), start=before + 1):
             where = Origin(span.path, "parquet", 0, number)
             yield where, _mended(template.chunks([_cell_text(value) for value in values]), where, listener)
         listener.advance(span.size * len(columns[0]) // todo)

@@ -1,13 +1,13 @@
-"""Text columns of a Parquet file."""
+"""Rows of a Parquet file, and its columns of text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dbrx_train.data.prepare.text_template import TextTemplate
 
-__all__ = ["check_columns", "open_parquet", "text_batches"]
+__all__ = ["check_columns", "open_parquet", "row_batches", "text_batches"]
 
 _BATCH = 64
 
@@ -52,14 +52,21 @@ def check_columns(path: str, schema: Any, template: TextTemplate) -> None:
             raise ValueError(f"{path}: column {field!r} holds {found}; it must hold strings")
 
 
-def text_batches(path: str, start: int, stop: int, template: TextTemplate) -> Iterator[list[Any]]:
-    """Of row groups [start, stop), the template's fields as Arrow arrays of bytes, some rows at a time."""
+def row_batches(file: Any, start: int, stop: int, columns: Sequence[str]) -> Iterator[tuple[int, Any]]:
+    """Of row groups [start, stop), some rows at a time, and how many rows of the file are before them."""
+    before = sum(file.metadata.row_group(group).num_rows for group in range(start))
+    groups = range(start, stop)
+    for batch in file.iter_batches(_BATCH, row_groups=groups, columns=list(columns), use_threads=False):
+        yield before, batch
+        before += batch.num_rows
+
+
+def text_batches(file: Any, start: int, stop: int, template: TextTemplate) -> Iterator[tuple[int, list[Any]]]:
+    """The same with the template's fields alone, as Arrow arrays of bytes."""
     import pyarrow as pa
     from pyarrow.compute import struct_field
 
-    file = open_parquet(path)
-    columns = list(dict.fromkeys(template.fields))
-    for batch in file.iter_batches(_BATCH, row_groups=range(start, stop), columns=columns, use_threads=False):
+    for before, batch in row_batches(file, start, stop, list(dict.fromkeys(template.fields))):
         arrays = []
         for field in template.fields:
             first, *inner = _names(file.schema_arrow, field)
@@ -69,7 +76,7 @@ def text_batches(path: str, start: int, stop: int, template: TextTemplate) -> It
             if pa.types.is_dictionary(array.type):
                 array = array.dictionary_decode()
             arrays.append(array.cast(pa.large_binary()))
-        yield arrays
+        yield before, arrays
 
 
 def _names(schema: Any, field: str) -> list[str]:

@@ -112,9 +112,9 @@ def prepare(
     Blank documents are skipped, bytes that are no UTF-8 become U+FFFD, and files named twice are read
     once: each is counted, and its first places named, in the summary and the manifest.
 
-    With ``chat``, sources are JSON lines of conversations (:mod:`.chat`): they are packed whole, none is cut
-    across samples, and a loss mask goes with the tokens. A conversation goes to a split by the hash of what
-    comes before the first answer.
+    With ``chat``, sources are JSON or Parquet with conversations (:mod:`.chat_rows`): they are packed whole,
+    none is cut across samples, and a loss mask goes with the tokens. A conversation goes to a split by the
+    hash of what comes before the first answer.
 
     Args:
         sources: files, folders (recursively) and globs: text, ``.jsonl`` (one document a line),
@@ -148,7 +148,6 @@ def prepare(
             chosen = {"text_field": text_field} if template is None else {"template": template}
             options |= chosen | {"suffixes": list(suffixes)}
         else:
-            _refuse_parquet(catalog)
             options |= {"chat": asdict(chat)}
         plan = _describe(catalog, vocabulary, options)
         if (folder / MANIFEST).is_file():
@@ -156,7 +155,7 @@ def prepare(
         with _claimed(folder, plan):
             if (folder / MANIFEST).is_file():  # another process finished while this one waited
                 return _already_done(folder, plan, started)
-            parts = plan_parts(catalog, text)
+            parts = plan_parts(catalog, text if chat is None else None)
             job = Job(folder, folder / WORK, vocabulary, seq_len, text, val_fraction, chat)
             todo = [index for index in range(len(parts)) if read_mark(job, index) is None]
             run_parts(job, parts, todo, processes or _cores(), progress)
@@ -179,14 +178,6 @@ def _check_options(seq_len: int, val_fraction: float, processes: int | None) -> 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _refuse_parquet(catalog: Catalog) -> None:
-    for path, kind in catalog.files:
-        if kind == "parquet":
-            raise ValueError(
-                f"{path}: conversations are read from JSON lines and JSON, .gz and .zst too, only"
-            )
 
 
 def _describe(catalog: Catalog, tokenizer: Tokenizer, options: dict[str, Any]) -> dict[str, Any]:

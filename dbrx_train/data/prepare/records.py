@@ -6,13 +6,14 @@ import io
 import json
 import mmap
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 from dbrx_train.data.origins import Origin
 from dbrx_train.data.prepare.content import BUFFER, COMPRESSION, open_content
 from dbrx_train.data.prepare.long_lines import array_elements
+from dbrx_train.data.prepare.parquet import open_parquet, row_batches
 from dbrx_train.data.prepare.sources import Span
 
 __all__ = ["Listener", "Place", "Record", "naming_damage", "open_span", "records", "row_of", "rows"]
@@ -67,15 +68,43 @@ def open_span(span: Span, listener: Listener) -> Iterator[tuple[io.BufferedReade
         yield stream, report
 
 
-def rows(span: Span, wanted: str, listener: Listener) -> Iterator[tuple[Origin, dict[str, Any]]]:
-    """Each record's object, with its place; ``wanted`` says in errors what it should have.
+def rows(
+    span: Span, wanted: str, names: Collection[str], listener: Listener
+) -> Iterator[tuple[Origin, dict[str, Any]]]:
+    """Each record's object, or row of Parquet, with its place.
+
+    Args:
+        span: what to read.
+        wanted: what a record should have, for errors.
+        names: the columns of Parquet that matter.
+        listener: told how far it is.
 
     Raises:
         ValueError: ``FILE:LINE: …`` for a record that is no JSON object; ``FILE: …`` for a damaged file.
     """
     with naming_damage(span.path):
-        for where, record in records(span, listener):
-            yield where, row_of(record, wanted, where)
+        if span.kind == "parquet":
+            yield from _parquet_rows(span, wanted, names, listener)
+        else:
+            for where, record in records(span, listener):
+                yield where, row_of(record, wanted, where)
+
+
+def _parquet_rows(
+    span: Span, wanted: str, names: Collection[str], listener: Listener
+) -> Iterator[tuple[Origin, dict[str, Any]]]:
+    file = open_parquet(span.path)
+    columns = [name for name in file.schema_arrow.names if name in names]
+    if not columns:
+        held = ", ".join(file.schema_arrow.names)
+        raise ValueError(
+            f"{span.path}: none of its columns is of a conversation; must have {wanted}, has {held}"
+        )
+    for before, batch in row_batches(file, span.start, span.stop, columns):
+        for number, row in enumerate(batch.to_pylist(), start=before + 1):
+            yield Origin(span.path, "parquet", 0, number), row
+        listener.advance(0)  # to be stopped
+    listener.advance(span.size)
 
 
 def row_of(record: Record, wanted: str, where: Place) -> dict[str, Any]:
@@ -86,6 +115,10 @@ def row_of(record: Record, wanted: str, where: Place) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         if not text.isascii() and "\udc80" <= max(text) <= "\udfff":
             raise ValueError(f"{where()}: neither JSON nor UTF-8 ({error}); convert it to UTF-8") from error
+        if text.strip() == "{":
+            raise ValueError(
+                f"{where()}: an object over several lines; it must be one line, or in an array"
+            ) from None
         raise ValueError(f"{where()}: not valid JSON ({error})") from error
     if not isinstance(row, dict):
         raise ValueError(f"{where()}: expected a JSON object with {wanted}, not {bytes(record[:20])!r}…")

@@ -160,11 +160,11 @@ def _kind(path: str, suffixes: Sequence[str]) -> Kind | None:
     return "json" if content.endswith(".json") else None
 
 
-def plan_parts(catalog: Catalog, template: TextTemplate) -> list[Part]:
+def plan_parts(catalog: Catalog, template: TextTemplate | None) -> list[Part]:
     """Cut large JSON lines and Parquet files, group small files, into parts of about equal bytes.
 
     Raises:
-        ValueError: a Parquet file is damaged or has no such text column.
+        ValueError: a Parquet file is damaged or has no such text column as ``template`` asks for.
     """
     total = sum(source.bytes for source in catalog.sources)
     target = min(MAX_PART_BYTES, max(MIN_PART_BYTES, total // PARTS))
@@ -181,7 +181,7 @@ def plan_parts(catalog: Catalog, template: TextTemplate) -> list[Part]:
     return [*parts, tuple(held)] if held else parts
 
 
-def _spans(path: str, kind: Kind, target: int, template: TextTemplate) -> Iterator[Span]:
+def _spans(path: str, kind: Kind, target: int, template: TextTemplate | None) -> Iterator[Span]:
     size = os.path.getsize(path)
     if kind == "json" and not holds_array(path):
         kind = "jsonl"
@@ -195,9 +195,10 @@ def _spans(path: str, kind: Kind, target: int, template: TextTemplate) -> Iterat
         yield Span(path, kind, 0, size, size)
 
 
-def _parquet_spans(path: str, target: int, template: TextTemplate) -> Iterator[Span]:
+def _parquet_spans(path: str, target: int, template: TextTemplate | None) -> Iterator[Span]:
     file = open_parquet(path)
-    check_columns(path, file.schema_arrow, template)
+    if template is not None:
+        check_columns(path, file.schema_arrow, template)
     start, size = 0, 0
     for group in range(file.num_row_groups):
         size += file.metadata.row_group(group).total_byte_size

@@ -33,8 +33,10 @@ def unread(values: Mapping[str, Any], names: frozenset[str], read: Collection[st
 
     Those that were ``read`` do not count.
     """
+    if names.isdisjoint(values):
+        return []
     found = names.intersection(values).difference(read)
-    return sorted(name for name in found if _says_something(name, values[name])) if found else []
+    return sorted(name for name in found if _says_something(name, values[name]))
 
 
 def _says_something(name: str, value: Any) -> bool:

@@ -224,9 +224,6 @@ def test_a_line_that_is_no_conversation_is_refused_with_its_place(
 
 
 def test_what_else_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.parquet").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"a.parquet: conversations are read from JSON lines"):
-        run(tmp_path / "a.parquet", tmp_path / "out")
     with pytest.raises(ValueError, match=r"loss: 'user' is not one of assistant, all"):
         ChatFormat(loss="user")
     path = write(tmp_path / "a.jsonl", [talk(0, 3)])

@@ -93,6 +93,7 @@ def test_what_is_in_a_json_file_decides_how_it_is_read(tmp_path: Path) -> None:
         ('[{"text": "a"}', r"a\.json: not valid JSON \(the array does not end"),
         ('[{"text": "a"}, {"text": "b', r"a\.json: not valid JSON \(the array does not end"),
         ('[{"text": "a"}] []', r"a\.json: not valid JSON \(the array does not end, or has something after"),
+        ('{\n "data": 1}', r"a\.json:1: an object over several lines; it must be one line, or in an array"),
         ('{"data": [{"text": "a"}]}', r"a\.json:1: no field 'text'; it has 'data'"),
     ):
         (tmp_path / "a.json").write_text(text)
@@ -306,4 +307,33 @@ def test_an_array_of_conversations(tmp_path: Path) -> None:
     assert summary.manifest.splits["train"].documents == 3
     path.write_text(json.dumps([{"conversations": turns}, {"text": "a"}]))
     with pytest.raises(ValueError, match=r"a\.json\[1\]: no conversation; it must have messages"):
+        prepare([str(path)], str(tmp_path / "no"), seq_len=64, processes=1, chat=ChatFormat())
+
+
+def test_conversations_in_parquet(tmp_path: Path) -> None:
+    turns = [
+        [
+            {"role": "user", "content": "Hi", "weight": None},
+            {"role": "assistant", "content": "Ho", "weight": 1},
+        ]
+    ]
+    empty: dict[str, Any] = {"prompt": None, "response": None, "images": []}
+    rows = [{"messages": turns[0], **empty}] * 3 + [
+        {**empty, "messages": None, "prompt": "Hi", "response": "Ho"}
+    ] * 2
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    path = write_parquet(tmp_path / "a.parquet", **columns, embedding=[[0.5]] * 5)
+    summary = prepare([str(path)], str(tmp_path / "out"), seq_len=64, processes=1, chat=ChatFormat())
+    assert summary.manifest.splits["train"].documents == 5
+    assert not summary.manifest.problems
+    write_parquet(path, messages=[*turns, [{"role": "bot", "content": "", "weight": 0}]])
+    with pytest.raises(ValueError, match=r"a\.parquet:2: messages\[0\]\.role is 'bot'; it must be one of"):
+        prepare([str(path)], str(tmp_path / "no"), seq_len=64, processes=1, chat=ChatFormat())
+    pairs = write_parquet(tmp_path / "p.parquet", prompt=["Hi", None], chosen=["a", "b"], rejected=["c", "d"])
+    with pytest.raises(ValueError, match=r"p\.parquet:2: chosen is an answer alone; there must be a prompt"):
+        prepare([str(pairs)], str(tmp_path / "no"), processes=1, chat=ChatFormat(preferences=True))
+    write_parquet(path, text=["a"])
+    with pytest.raises(
+        ValueError, match=r"a\.parquet: none of its columns is of a conversation; .* has text$"
+    ):
         prepare([str(path)], str(tmp_path / "no"), seq_len=64, processes=1, chat=ChatFormat())
