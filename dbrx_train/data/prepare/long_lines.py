@@ -94,7 +94,7 @@ def _find(line: Json, path: Sequence[str], where: str) -> tuple[int, int] | None
         elif mark in (b"}", b"]"):
             depth -= 1
             if depth == opened > 0:
-                opened, name = opened - 1, ""
+                opened -= 1
         elif mark == b":" and here:
             is_value = True
         elif mark == b"," and here:
