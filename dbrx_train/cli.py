@@ -122,10 +122,17 @@ def _options(
 
 @data_app.command("prepare")
 def data_prepare(
-    sources: Annotated[list[str], typer.Argument(help="Files, folders or globs: text, JSON lines, Parquet.")],
+    sources: Annotated[
+        list[str], typer.Argument(help="Files, folders or globs: text, JSON lines, JSON, Parquet.")
+    ],
     out: Out,
     seq_len: SeqLen = 2048,
-    text_field: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
+    text_field: Annotated[
+        str, typer.Option(help="Field or column that holds the text; a.b is field b of a.")
+    ] = "text",
+    template: Annotated[
+        str | None, typer.Option(help="Text made of several fields instead, as '{title}\\n\\n{body}'.")
+    ] = None,
     suffix: Annotated[list[str] | None, typer.Option(help="Ending of text files; may be repeated.")] = None,
     val_fraction: Annotated[float, typer.Option(help="Share of the documents held out.")] = 0.01,
     processes: Processes = None,
@@ -139,6 +146,7 @@ def data_prepare(
         out,
         seq_len=seq_len,
         text_field=text_field,
+        template=template,
         suffixes=suffix or TEXT_SUFFIXES,
         val_fraction=val_fraction,
         processes=processes,
@@ -149,7 +157,7 @@ def data_prepare(
 
 @data_app.command("prepare-chat")
 def data_prepare_chat(
-    sources: Annotated[list[str], typer.Argument(help="Files, folders or globs: JSON lines.")],
+    sources: Annotated[list[str], typer.Argument(help="Files, folders or globs: JSON lines, JSON, Parquet.")],
     out: Out,
     seq_len: SeqLen = 2048,
     loss: Annotated[Trained, typer.Option(help="The turns to train on.")] = Trained.assistant,

@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dbrx_train.config.errors import ConfigError, nearest, require
 from dbrx_train.config.run import RunConfig
 from dbrx_train.errors import first_line
+from dbrx_train.files import seen_from
 from dbrx_train.options import check
 from dbrx_train.redact import mask_tree
 
@@ -87,7 +88,7 @@ def _read_yaml(path: Path) -> DictConfig:
     try:
         given = OmegaConf.load(path)
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
+        raise ConfigError(f"{path}: no such file{seen_from(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({first_line(error)})") from None
     except yaml.YAMLError as error:

@@ -8,12 +8,14 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dbrx_train.data.manifest import Manifest, Split, check_dataset
 from dbrx_train.data.mds import INDEX, read_shard
+from dbrx_train.data.origins import Origin, read_origins
 from dbrx_train.data.tokenizer import CL100K, Tokenizer, load_tokenizer
 
 __all__ = ["inspect"]
@@ -22,6 +24,8 @@ BOUNDARY = "──────── end of document ────────"
 MASKED = "⟦", "⟧"
 """Around what a conversation's sample is not trained on."""
 _BAR = 40
+_SHOWN = 20
+"""Documents of a sample whose places are shown."""
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -57,13 +61,15 @@ def inspect(
             lines.append(f"  {kind}: {problem.count:,}, first {', '.join(problem.examples)}")
     lines += ["", f"{documents} of {split} by length in tokens", *_histogram(manifest.splits[split].lengths)]
     tokenizer = _tokenizer(manifest, vocab_file)
-    index, tokens, loss = _pick(Path(folder, split), manifest, split, sample, tokenizer)
+    picked = _pick(Path(folder, split), manifest, split, sample, tokenizer)
+    index, tokens, loss, documents_of = picked
     title = f"sample {index:,} of {split}"
     if loss is not None:
         title += (
             f": {int(loss.sum()):,} of {len(tokens):,} tokens are trained on, not those in {' '.join(MASKED)}"
         )
-    lines += ["", title, *_decoded(tokens, loss, manifest.tokenizer, tokenizer, characters)]
+    lines += ["", title, *_places(documents_of)]
+    lines += _decoded(tokens, loss, manifest.tokenizer, tokenizer, characters)
     return "\n".join(lines)
 
 
@@ -91,24 +97,53 @@ def _tokenizer(manifest: Manifest, vocab_file: str | None) -> Tokenizer | None:
     return tokenizer if tokenizer.fingerprint == manifest.tokenizer_fingerprint else None
 
 
+class _Sample(NamedTuple):
+    number: int
+    tokens: NDArray[np.uint32]
+    """[seq_len]"""
+    loss: NDArray[np.uint8] | None
+    """The loss mask, [seq_len], if it has one."""
+    documents: list[tuple[int, Origin]] | None
+    """Each one's first token here, and where it was read."""
+
+
 def _pick(
     folder: Path, manifest: Manifest, split: str, wanted: int | None, tokenizer: Tokenizer | None
-) -> tuple[int, NDArray[np.uint32], NDArray[np.uint8] | None]:
-    """A sample's number, its tokens, of shape [seq_len], and its loss mask, alike, if it has one."""
+) -> _Sample:
     samples = manifest.splits[split].samples
     if wanted is not None and not 0 <= wanted < samples:
         raise ValueError(f"sample: {wanted} does not exist; {split} has samples 0 to {samples - 1}")
-    first = 0
+    first, part, begin = 0, Path(), 0
     for shard in json.loads((folder / INDEX).read_text(encoding="utf-8"))["shards"]:
+        home = (folder / shard["raw_data"]["basename"]).parent
+        if home != part:
+            part, begin = home, first
         if wanted is None or wanted < first + shard["samples"]:
             rows = read_shard(folder, shard)
             row = 0 if wanted is None else wanted - first
             if wanted is None and tokenizer is not None:
                 row = int((rows == tokenizer.eos_id).any(axis=1).argmax())
             loss = read_shard(folder, shard, "loss")[row] if "loss" in shard["column_names"] else None
-            return first + row, rows[row], loss
+            at = (first + row - begin) * manifest.seq_len
+            documents = read_origins(part, at, at + manifest.seq_len)
+            return _Sample(first + row, rows[row], loss, documents)
         first += shard["samples"]
     raise AssertionError("the index was checked to hold every sample")
+
+
+def _places(documents: list[tuple[int, Origin]] | None) -> Iterator[str]:
+    """Where the sample's documents were read."""
+    if documents is None:
+        yield "  (from which documents is not known: it was prepared by an earlier version)"
+        return
+    for token, origin in documents[:_SHOWN]:
+        try:
+            place = origin()
+        except OSError:  # the line can only be counted where the file is
+            place = f"{origin.path}, line {origin.number} after byte {origin.start}"
+        yield f"  from token {token:,}: {place}"
+    if len(documents) > _SHOWN:
+        yield f"  … and {len(documents) - _SHOWN:,} documents more"
 
 
 def _decoded(

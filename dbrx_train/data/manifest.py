@@ -5,6 +5,7 @@ Layout of a prepared folder::
     DIR/manifest.json                        written last
     DIR/train/index.json                     MDS index over all of the split's shards
     DIR/train/00000/shard.00000.mds.zstd     shards of the first part of the input, and so on
+    DIR/train/00000/documents.npz            from which documents they are
     DIR/train/rest/shard.00000.mds.zstd      samples packed from what the parts had left over
     DIR/val/…                                likewise, if documents were held out
 """
@@ -22,7 +23,7 @@ from typing import Any
 import xxhash
 
 from dbrx_train.data.untrusted import check_shard
-from dbrx_train.files import seal
+from dbrx_train.files import seal, seen_from
 
 __all__ = [
     "MANIFEST",
@@ -108,7 +109,9 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     """
     path = Path(folder, MANIFEST)
     if not path.parent.is_dir():
-        raise ValueError(f"{folder}: no such folder; make it with `dbrx-train data prepare`")
+        raise ValueError(
+            f"{folder}: no such folder{seen_from(folder)}; make it with `dbrx-train data prepare`"
+        )
     if not path.is_file():
         state = "half written" if any(path.parent.iterdir()) else "empty"
         raise ValueError(f"{folder}: {state}, it has no {MANIFEST}; run `dbrx-train data prepare` to its end")

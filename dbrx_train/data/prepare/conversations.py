@@ -1,15 +1,7 @@
-"""Conversations in JSON lines -> ChatML tokens with a loss mask.
+"""Conversations -> ChatML tokens with a loss mask.
 
-A line holds one of
-
-- ``messages``: a list of turns ``{"role": "system" | "user" | "assistant", "content": text}``;
-- ``prompt`` and ``response`` (or ``completion``);
-- ``instruction``, with ``context`` or ``input`` if there is any, and ``response`` or ``output``;
-
-and for preferences (DPO, arXiv 2305.18290) ``chosen`` and ``rejected``: two answers to ``prompt``, each a
-text or a list of turns; or two whole conversations, without ``prompt``, that differ after some turn.
-
-In the tokens, ``<|endoftext|>`` follows each conversation and keeps those of a sample apart (it is never
+Which fields hold a conversation is told by :mod:`.chat_rows`, and how its turns may look by :mod:`.turns`. In
+the tokens, ``<|endoftext|>`` follows each conversation and keeps those of a sample apart (it is never
 trained on). A preference is two conversations in a row within one sample, the chosen one first.
 """
 
@@ -17,25 +9,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dbrx_train.data.prepare.documents import Listener, Place, mended, rows
+from dbrx_train.data.origins import Origin
+from dbrx_train.data.prepare.chat_rows import (
+    FIELDS,
+    WANTED,
+    WANTED_PAIR,
+    before_answer,
+    read_conversation,
+    read_pair,
+)
+from dbrx_train.data.prepare.documents import mended
+from dbrx_train.data.prepare.records import Listener, Place, rows
 from dbrx_train.data.prepare.sources import Span
+from dbrx_train.data.prepare.turns import Turn
 from dbrx_train.data.tokenizer import Tokenizer
 
 __all__ = ["ChatFormat", "Conversation", "conversations", "encode"]
 
-ROLES = ("system", "user", "assistant")
-Message = dict[str, str]
-"""``role`` and ``content``."""
-
-_ANSWERS = ("response", "completion", "output")
-_WANTED = "messages, or a prompt (or instruction) and a response"
-_WANTED_PAIR = "chosen and rejected, and a prompt if these are answers alone"
+_NOT_ANSWERS = "weight or train asks for a turn that is not the assistant's (--loss all trains on it)"
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,8 @@ class ChatFormat:
     """What of a conversation is trained on, and what becomes of one that is longer than a sample."""
 
     loss: str = "assistant"
-    """``assistant``: what the assistant says, with the <|im_end|> after it; ``all``: every turn."""
+    """``assistant``: what the assistant says, with the <|im_end|> after it; ``all``: every turn. Either way
+    without turns that are marked as not to be trained on."""
     long: str = "truncate"
     """``truncate``: its beginning is kept; ``drop``: it is left out."""
     preferences: bool = False
@@ -61,7 +59,7 @@ class ChatFormat:
 
 
 class Conversation(NamedTuple):
-    """What a line gives to a sample."""
+    """What a row gives to a sample."""
 
     tokens: NDArray[np.uint32]
     loss: NDArray[np.uint8]
@@ -69,6 +67,7 @@ class Conversation(NamedTuple):
     question: str
     """What comes before the first answer, whatever its form; that answer if nothing does."""
     text_bytes: int
+    origin: Origin
 
 
 def conversations(
@@ -76,39 +75,46 @@ def conversations(
 ) -> Iterator[Conversation]:
     """Each conversation (or pair) of the span, of at most ``seq_len`` tokens.
 
-    Reported, by kind: ``empty`` (no answer, or a blank one; left out), ``truncated`` and ``too_long`` (left
-    out: by choice, or as the cut leaves no answer), ``identical`` (a pair's answers, or what a cut leaves of
-    them; left out).
+    Reported, by kind: ``empty`` (no answer, or a blank one; left out), ``masked`` (all its answers are marked
+    as not to be trained on; left out), ``truncated`` and ``too_long`` (left out: by choice, or as the cut
+    leaves no answer), ``identical`` (a pair's answers, or what a cut leaves of them; left out), and fields
+    that mean something and are not read, each by its name.
 
     Raises:
         ValueError: ``FILE:LINE: …`` for a line that holds no conversation.
     """
-    for where, row in rows(span, _WANTED_PAIR if form.preferences else _WANTED, listener):
-        sides = _pair(row, where) if form.preferences else [_messages(row, where)]
-        sides = [
-            [{**turn, "content": mended(turn["content"], where, listener)} for turn in side] for side in sides
-        ]
+    for where, row in rows(span, WANTED_PAIR if form.preferences else WANTED, FIELDS, listener):
+        sides = (
+            read_pair(row, where, listener) if form.preferences else [read_conversation(row, where, listener)]
+        )
+        if form.loss == "assistant" and any(t.trained and t.role != "assistant" for s in sides for t in s):
+            listener.problem(_NOT_ANSWERS, where)
+        sides = [[_mended(turn, where, listener) for turn in side] for side in sides]
         shared = _shared_turns(*sides) if form.preferences else 0
         if any(_is_empty(side[shared:]) for side in sides):
             listener.problem("empty", where)
-        elif form.preferences and sides[0] == sides[1]:
+            continue
+        if form.preferences and sides[0] == sides[1]:
             listener.problem("identical", where)
-        else:
-            encoded = [encode(side, tokenizer, form.loss, shared) for side in sides]
-            if parts := _fit(encoded, form, seq_len, where, listener):
-                tokens, loss = (np.concatenate(column) for column in zip(*parts, strict=True))
-                size = sum(len(turn["content"].encode()) for side in sides for turn in side)
-                yield Conversation(tokens, loss, _question(sides[0]), size)
+            continue
+        if not all(_is_trained(side[shared:], form.loss) for side in sides):
+            listener.problem("masked", where)
+            continue
+        encoded = [encode(side, tokenizer, form.loss, shared) for side in sides]
+        if parts := _fit(encoded, form, seq_len, where, listener):
+            tokens, loss = (np.concatenate(column) for column in zip(*parts, strict=True))
+            size = sum(len(turn.content.encode()) for side in sides for turn in side)
+            yield Conversation(tokens, loss, _question(sides[0]), size, where)
 
 
 def encode(
-    messages: Sequence[Message], tokenizer: Tokenizer, loss: str = "assistant", skip: int = 0
+    turns: Sequence[Turn], tokenizer: Tokenizer, loss: str = "assistant", skip: int = 0
 ) -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
     """Ids of a conversation in ChatML with ``<|endoftext|>`` after it, and its loss mask; [tokens] each.
 
     The ids are those of ``Tokenizer.chat``, except where an answer begins with blanks: it is tokenized apart
     from its header, as the model that writes it begins after the header. ``loss`` as in ``ChatFormat``;
-    turns before ``skip`` are never trained on.
+    turns before ``skip``, and those that are marked so, are never trained on.
     """
     ids, mask = list[int](), list[int]()
 
@@ -116,16 +122,16 @@ def encode(
         ids.extend(more)
         mask.extend([int(trained)] * len(more))
 
-    for number, message in enumerate(messages):
-        role, content = message["role"], message["content"]
-        every = loss == "all" and number >= skip
+    for number, turn in enumerate(turns):
+        allowed = number >= skip and turn.trained is not False
+        every = loss == "all" and allowed
         add(tokenizer.encode("\n") if number else [], every)
         add([tokenizer.im_start_id], every)
-        if role == "assistant":
+        if turn.role == "assistant":
             add(tokenizer.encode("assistant\n"), every)
-            add([*tokenizer.encode(content), tokenizer.im_end_id], number >= skip)
+            add([*tokenizer.encode(turn.content), tokenizer.im_end_id], allowed)
         else:
-            add([*tokenizer.encode(f"{role}\n{content}"), tokenizer.im_end_id], every)
+            add([*tokenizer.encode(f"{turn.role}\n{turn.content}"), tokenizer.im_end_id], every)
     add([tokenizer.eos_id], False)
     return np.array(ids, np.uint32), np.array(mask, np.uint8)
 
@@ -165,88 +171,28 @@ def _cut(
     return np.append(ids[: size - 1], ids[-1:]), np.append(loss[: size - 1], loss[-1:])
 
 
-def _messages(row: dict[str, Any], where: Place) -> list[Message]:
-    if "messages" in row:
-        return _turns(row["messages"], "messages", where)
-    asked = next((key for key in ("prompt", "instruction") if key in row), None)
-    answer = next((key for key in _ANSWERS if key in row), None)
-    if asked and answer:
-        more = [key for key in ("context", "input") if asked == "instruction" and row.get(key)]
-        question = "\n\n".join(_text(row, key, where) for key in (asked, *more))
-        return [_turn("user", question), _turn("assistant", _text(row, answer, where))]
-    names = ", ".join(map(repr, list(row)[:8])) or "none"
-    raise ValueError(f"{where()}: no conversation; it must have {_WANTED}, and has the fields {names}")
+def _mended(turn: Turn, where: Place, listener: Listener) -> Turn:
+    content = mended(turn.content, where, listener)
+    return turn if content is turn.content else replace(turn, content=content)
 
 
-def _pair(row: dict[str, Any], where: Place) -> list[list[Message]]:
-    """The chosen and the rejected conversation."""
-    if not {"chosen", "rejected"} <= row.keys():
-        names = ", ".join(map(repr, list(row)[:8])) or "none"
-        raise ValueError(f"{where()}: no preference; it must have {_WANTED_PAIR}, and has the fields {names}")
-    prompt = row.get("prompt", [])
-    asked = [_turn("user", prompt)] if isinstance(prompt, str) else _turns(prompt, "prompt", where)
-    sides = []
-    for key in ("chosen", "rejected"):
-        answer = row[key]
-        said = [_turn("assistant", answer)] if isinstance(answer, str) else _turns(answer, key, where)
-        if not asked and isinstance(answer, str):
-            raise ValueError(f"{where()}: {key} is an answer alone; there must be a prompt")
-        # Some data sets repeat the prompt at the head of each side
-        repeats = said[: len(asked)] == asked
-        is_asked = any(turn["role"] == "user" for turn in asked)
-        if is_asked and not repeats and (extra := _before_answer(said)):
-            raise ValueError(
-                f"{where()}: {key} begins with a turn of {extra[0]['role']} but not with the prompt; "
-                f"it must begin with all of the prompt, or with the answer"
-            )
-        sides.append(said if repeats else asked + said)
-    return sides
-
-
-def _turns(value: Any, key: str, where: Place) -> list[Message]:
-    if not isinstance(value, list):
-        raise ValueError(f"{where()}: {key} is {type(value).__name__}; it must be a list of turns")
-    turns = []
-    for number, turn in enumerate(value):
-        name = f"{key}[{number}]"
-        if not isinstance(turn, dict):
-            raise ValueError(f"{where()}: {name} is {type(turn).__name__}; it must have role and content")
-        role, content = turn.get("role"), turn.get("content")
-        if role not in ROLES:
-            raise ValueError(f"{where()}: {name}.role is {role!r}; it must be one of {', '.join(ROLES)}")
-        if not isinstance(content, str):
-            raise ValueError(f"{where()}: {name}.content is {type(content).__name__}; it must be text")
-        turns.append(_turn(role, content))
-    return turns
-
-
-def _turn(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
-
-
-def _text(row: dict[str, Any], key: str, where: Place) -> str:
-    if not isinstance(row[key], str):
-        raise ValueError(f"{where()}: field {key!r} holds {type(row[key]).__name__}; it must hold text")
-    return str(row[key])
-
-
-def _shared_turns(chosen: list[Message], rejected: list[Message]) -> int:
+def _shared_turns(chosen: list[Turn], rejected: list[Turn]) -> int:
     """Turns that both sides begin with, up to the answers in which they differ."""
     equal = (a == b for a, b in zip(chosen, rejected, strict=False))
     shared = next((number for number, same in enumerate(equal) if not same), min(len(chosen), len(rejected)))
     return min(shared, len(chosen) - 1, len(rejected) - 1)
 
 
-def _is_empty(turns: list[Message]) -> bool:
-    answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
-    return not answers or not all(answer.strip() for answer in answers)
+def _is_empty(turns: list[Turn]) -> bool:
+    answers = [turn for turn in turns if turn.role == "assistant"]
+    return not answers or any(turn.trained is not False and not turn.content.strip() for turn in answers)
 
 
-def _before_answer(turns: list[Message]) -> list[Message]:
-    first = (number for number, turn in enumerate(turns) if turn["role"] == "assistant")
-    return turns[: next(first, len(turns))]
+def _is_trained(turns: list[Turn], loss: str) -> bool:
+    return any(turn.trained is not False and (loss == "all" or turn.role == "assistant") for turn in turns)
 
 
-def _question(messages: list[Message]) -> str:
+def _question(turns: list[Turn]) -> str:
     """An answer with nothing before it stands for itself, or all such lines would share a split."""
-    return json.dumps(_before_answer(messages) or messages[:1])
+    asked = before_answer(turns) or turns[:1]
+    return json.dumps([{"role": turn.role, "content": turn.content} for turn in asked])

@@ -34,6 +34,7 @@ from dbrx_train.data.manifest import (
 from dbrx_train.data.mds import write_index
 from dbrx_train.data.prepare.conversations import ChatFormat
 from dbrx_train.data.prepare.sources import Catalog, find_files, plan_parts
+from dbrx_train.data.prepare.text_template import text_template
 from dbrx_train.data.prepare.tokenize import EXAMPLES, SPLITS, Job, has_marks, read_mark
 from dbrx_train.data.prepare.workers import run_parts
 from dbrx_train.data.tokenizer import Tokenizer, load_tokenizer
@@ -91,6 +92,7 @@ def prepare(
     *,
     seq_len: int = 2048,
     text_field: str = "text",
+    template: str | None = None,
     suffixes: Sequence[str] = TEXT_SUFFIXES,
     val_fraction: float = 0.01,
     processes: int | None = None,
@@ -110,16 +112,18 @@ def prepare(
     Blank documents are skipped, bytes that are no UTF-8 become U+FFFD, and files named twice are read
     once: each is counted, and its first places named, in the summary and the manifest.
 
-    With ``chat``, sources are JSON lines of conversations (:mod:`.chat`): they are packed whole, none is cut
-    across samples, and a loss mask goes with the tokens. A conversation goes to a split by the hash of what
-    comes before the first answer.
+    With ``chat``, sources are JSON or Parquet with conversations (:mod:`.chat_rows`): they are packed whole,
+    none is cut across samples, and a loss mask goes with the tokens. A conversation goes to a split by the
+    hash of what comes before the first answer.
 
     Args:
-        sources: files, folders (recursively) and globs: text, ``.jsonl`` (one document a line) and
-            ``.parquet`` (one a row); text and JSON lines also as ``.gz`` or ``.zst``.
+        sources: files, folders (recursively) and globs: text, ``.jsonl`` (one document a line),
+            ``.parquet`` (one a row) and, where it is named, ``.json`` (one an element of the array, or a
+            line); text and JSON also as ``.gz`` or ``.zst``.
         out: the folder to make; a run that was interrupted there is taken up again.
         seq_len: tokens per sample.
-        text_field: field or column that holds the text.
+        text_field: field or column that holds the text; ``a.b`` is field b of field a.
+        template: text made of several fields instead, like ``{title}\\n\\n{body}``.
         suffixes: endings of files that are one text document each.
         val_fraction: share of the documents held out, in [0, 1).
         processes: workers; None for one per CPU core. No influence on what is written.
@@ -134,15 +138,16 @@ def prepare(
     """
     started = time.monotonic()
     _check_options(seq_len, val_fraction, processes)
+    text = text_template(text_field, template)
     vocabulary = load_tokenizer(tokenizer, vocab_file)
     folder = Path(out)
     try:
         catalog = find_files(sources, suffixes if chat is None else ())
         options: dict[str, Any] = {"seq_len": seq_len, "val_fraction": val_fraction}
         if chat is None:
-            options |= {"text_field": text_field, "suffixes": list(suffixes)}
+            chosen = {"text_field": text_field} if template is None else {"template": template}
+            options |= chosen | {"suffixes": list(suffixes)}
         else:
-            _refuse_parquet(catalog)
             options |= {"chat": asdict(chat)}
         plan = _describe(catalog, vocabulary, options)
         if (folder / MANIFEST).is_file():
@@ -150,8 +155,8 @@ def prepare(
         with _claimed(folder, plan):
             if (folder / MANIFEST).is_file():  # another process finished while this one waited
                 return _already_done(folder, plan, started)
-            parts = plan_parts(catalog, text_field)
-            job = Job(folder, folder / WORK, vocabulary, seq_len, text_field, val_fraction, chat)
+            parts = plan_parts(catalog, text if chat is None else None)
+            job = Job(folder, folder / WORK, vocabulary, seq_len, text, val_fraction, chat)
             todo = [index for index in range(len(parts)) if read_mark(job, index) is None]
             run_parts(job, parts, todo, processes or _cores(), progress)
             manifest = _finish(job, len(parts), catalog, plan)
@@ -175,12 +180,6 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _refuse_parquet(catalog: Catalog) -> None:
-    for path, kind in catalog.files:
-        if kind != "jsonl":
-            raise ValueError(f"{path}: conversations are read from JSON lines, .jsonl (.gz, .zst), only")
-
-
 def _describe(catalog: Catalog, tokenizer: Tokenizer, options: dict[str, Any]) -> dict[str, Any]:
     """What decides the output, as it goes into the manifest; JSON values only."""
     return {
@@ -195,12 +194,12 @@ def _describe(catalog: Catalog, tokenizer: Tokenizer, options: dict[str, Any]) -
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What differs between two descriptions, for people."""
-    flat_before = {**before, **before["options"]}
-    flat_now = {**now, **now["options"]}
+    flat_before, flat_now = ({**plan, **plan["options"]} for plan in (before, now))
+    keys = [key for key in (*now, *before["options"], *now["options"]) if key not in ("options", "sources")]
     found = [
-        f"{key} was {flat_before.get(key)!r} and is {value!r}"
-        for key, value in flat_now.items()
-        if key not in ("options", "sources") and flat_before.get(key) != value
+        f"{key} was {flat_before.get(key)!r} and is {flat_now.get(key)!r}"
+        for key in dict.fromkeys(keys)
+        if flat_before.get(key) != flat_now.get(key)
     ]
     names_before, names_now = ([source["given"] for source in plan["sources"]] for plan in (before, now))
     if names_before != names_now:

@@ -11,12 +11,16 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
+
+from dbrx_train.data.prepare.content import COMPRESSION, holds_array
+from dbrx_train.data.prepare.parquet import check_columns, open_parquet
+from dbrx_train.data.prepare.text_template import TextTemplate
+from dbrx_train.files import seen_from
 
 __all__ = ["Catalog", "Part", "Source", "Span", "find_files", "plan_parts"]
 
-Kind = Literal["text", "jsonl", "parquet"]
-COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
+Kind = Literal["text", "jsonl", "json", "parquet"]
 
 # Many parts even for a small corpus, so that every core has work; bounded for a large one, so that an
 # interruption costs little. A part of 64 MiB of text gives one or two shards.
@@ -27,7 +31,7 @@ MAX_PART_BYTES = 1 << 26
 
 @dataclass(frozen=True)
 class Span:
-    """A run of one file: bytes [start, stop) of text or JSON lines, row groups [start, stop) of Parquet.
+    """A run of one file: bytes [start, stop) of text or JSON, row groups [start, stop) of Parquet.
 
     A line belongs to the span in which its first byte lies. ``size`` is its share of the file's bytes.
     """
@@ -75,7 +79,7 @@ def find_files(sources: Sequence[str], suffixes: Sequence[str]) -> Catalog:
         raise ValueError("sources: none given; name at least one file, folder or glob")
     for suffix in suffixes:
         if not suffix.startswith("."):
-            raise ValueError(f"suffixes: {suffix!r} must begin with a dot, as '.txt' does")
+            raise ValueError(f"--suffix: {suffix!r} must begin with a dot, as '.txt' does")
     seen: set[str] = set()
     files: list[tuple[str, Kind]] = []
     duplicates: list[str] = []
@@ -100,22 +104,28 @@ def find_files(sources: Sequence[str], suffixes: Sequence[str]) -> Catalog:
 def _resolve(given: str, suffixes: Sequence[str]) -> Iterator[tuple[str, str]]:
     """(path, name within the source) of each readable file."""
     path = os.path.expanduser(given)
-    known = ", ".join([*suffixes, ".jsonl (.gz, .zst) or .parquet"])
+    endings = [*suffixes, ".jsonl", ".json (.gz, .zst)"]
+    known = f"{', '.join(endings)} or .parquet"
     if os.path.isfile(path):
         if _kind(path, suffixes) is None:
-            raise ValueError(f"{given}: of no known type; it must end in {known} (more with `suffixes`)")
+            more = " (more with --suffix)" if suffixes else ""
+            raise ValueError(f"{given}: of no known type; it must end in {known}{more}")
         yield path, os.path.basename(path)
         return
     if os.path.isdir(path):
         matches = list(_walk(path, suffixes))
     elif os.path.lexists(path) or not glob.has_magic(path):
-        raise ValueError(f"{given}: no such file or folder")
+        raise ValueError(f"{given}: no such file or folder{seen_from(path)}")
     else:
         matches = []
         for hit in sorted(glob.glob(path, recursive=True)):
-            matches += _walk(hit, suffixes) if os.path.isdir(hit) else _if_known(hit, suffixes)
+            named = _kind(path, ()) == "json"
+            matches += _walk(hit, suffixes) if os.path.isdir(hit) else _if_known(hit, suffixes, named)
     if not matches:
-        raise ValueError(f"{given}: nothing in it to read; looked for files ending in {known}")
+        hint = "; .json is read where it is named, as by FOLDER/*.json"
+        raise ValueError(
+            f"{given}: nothing in it to read{seen_from(path)}; looked for files ending in {known}{hint}"
+        )
     for match in matches:
         yield match, os.path.relpath(match, path) if os.path.isdir(path) else match
 
@@ -132,26 +142,29 @@ def _refuse(error: OSError) -> None:
     raise error
 
 
-def _if_known(path: str, suffixes: Sequence[str]) -> list[str]:
-    return [path] if _kind(path, suffixes) and os.path.isfile(path) else []
+def _if_known(path: str, suffixes: Sequence[str], named: bool = False) -> list[str]:
+    kind = _kind(path, suffixes)
+    # Folders of data hold .json files about the data
+    return [path] if kind and (named or kind != "json") and os.path.isfile(path) else []
 
 
 def _kind(path: str, suffixes: Sequence[str]) -> Kind | None:
     stem, ending = os.path.splitext(path)
+    content = stem if ending in COMPRESSION else path
     if path.endswith(".parquet"):
         return "parquet"
-    if path.endswith(".jsonl") or (ending in COMPRESSION and stem.endswith(".jsonl")):
+    if content.endswith(".jsonl"):
         return "jsonl"
-    if path.endswith(tuple(suffixes)) or (ending in COMPRESSION and stem.endswith(tuple(suffixes))):
+    if path.endswith(tuple(suffixes)) or content.endswith(tuple(suffixes)):
         return "text"
-    return None
+    return "json" if content.endswith(".json") else None
 
 
-def plan_parts(catalog: Catalog, text_field: str) -> list[Part]:
+def plan_parts(catalog: Catalog, template: TextTemplate | None) -> list[Part]:
     """Cut large JSON lines and Parquet files, group small files, into parts of about equal bytes.
 
     Raises:
-        ValueError: a Parquet file is damaged or has no such text column.
+        ValueError: a Parquet file is damaged or has no such text column as ``template`` asks for.
     """
     total = sum(source.bytes for source in catalog.sources)
     target = min(MAX_PART_BYTES, max(MIN_PART_BYTES, total // PARTS))
@@ -159,7 +172,7 @@ def plan_parts(catalog: Catalog, text_field: str) -> list[Part]:
     held: list[Span] = []
     size = 0
     for path, kind in catalog.files:
-        for span in _spans(path, kind, target, text_field):
+        for span in _spans(path, kind, target, template):
             if held and size + span.size > target:
                 parts.append(tuple(held))
                 held, size = [], 0
@@ -168,10 +181,12 @@ def plan_parts(catalog: Catalog, text_field: str) -> list[Part]:
     return [*parts, tuple(held)] if held else parts
 
 
-def _spans(path: str, kind: Kind, target: int, text_field: str) -> Iterator[Span]:
+def _spans(path: str, kind: Kind, target: int, template: TextTemplate | None) -> Iterator[Span]:
     size = os.path.getsize(path)
+    if kind == "json" and not holds_array(path):
+        kind = "jsonl"
     if kind == "parquet":
-        yield from _parquet_spans(path, target, text_field)
+        yield from _parquet_spans(path, target, template)
     elif kind == "jsonl" and not path.endswith(tuple(COMPRESSION)):
         for start in range(0, size, target):
             stop = min(start + target, size)
@@ -180,28 +195,13 @@ def _spans(path: str, kind: Kind, target: int, text_field: str) -> Iterator[Span
         yield Span(path, kind, 0, size, size)
 
 
-def _parquet_spans(path: str, target: int, text_field: str) -> Iterator[Span]:
+def _parquet_spans(path: str, target: int, template: TextTemplate | None) -> Iterator[Span]:
     file = open_parquet(path)
-    field = next((field for field in file.schema_arrow if field.name == text_field), None)
-    if field is None:
-        names = ", ".join(file.schema_arrow.names)
-        raise ValueError(f"{path}: no column {text_field!r}; it has {names} (choose with --text-field)")
-    if str(field.type) not in ("string", "large_string"):
-        raise ValueError(f"{path}: column {text_field!r} holds {field.type}; it must hold strings")
+    if template is not None:
+        check_columns(path, file.schema_arrow, template)
     start, size = 0, 0
     for group in range(file.num_row_groups):
         size += file.metadata.row_group(group).total_byte_size
         if size >= target or group == file.num_row_groups - 1:
             yield Span(path, "parquet", start, group + 1, size)
             start, size = group + 1, 0
-
-
-def open_parquet(path: str) -> Any:
-    """``pyarrow.parquet.ParquetFile``; ValueError when the file is damaged or is none."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error

@@ -15,10 +15,13 @@ import numpy as np
 
 from dbrx_train.data.manifest import write_json
 from dbrx_train.data.mds import COLUMNS, MASKED_COLUMNS, ShardWriter
+from dbrx_train.data.origins import Origin
 from dbrx_train.data.prepare.conversations import ChatFormat, Conversation, conversations
-from dbrx_train.data.prepare.documents import Place, cut, documents
+from dbrx_train.data.prepare.documents import cut, documents
 from dbrx_train.data.prepare.packing import Packer, WholePacker
+from dbrx_train.data.prepare.records import Place
 from dbrx_train.data.prepare.sources import Part
+from dbrx_train.data.prepare.text_template import TextTemplate
 from dbrx_train.data.tokenizer import Tokenizer
 
 __all__ = ["EXAMPLES", "SPLITS", "Job", "Meter", "has_marks", "read_mark", "run_part"]
@@ -45,7 +48,7 @@ class Job:
     work: Path
     tokenizer: Tokenizer
     seq_len: int
-    text_field: str
+    template: TextTemplate
     val_fraction: float
     chat: ChatFormat | None = None
     """How lines are read as conversations; None for text."""
@@ -133,8 +136,8 @@ def run_part(job: Job, index: int, part: Part, meter: Meter) -> None:
             for conversation in conversations(span, job.chat, job.tokenizer, job.seq_len, log):
                 _add_conversation(job, splits, conversation, meter)
             continue
-        for where, chunks in documents(span, job.text_field, log):
-            if not _add_document(job, splits, chunks, meter):
+        for where, chunks in documents(span, job.template, log):
+            if not _add_document(job, splits, where, chunks, meter):
                 log.problem("empty", where)
     results = {name: split.close() for name, split in splits.items()}
     for result in results.values():
@@ -144,7 +147,9 @@ def run_part(job: Job, index: int, part: Part, meter: Meter) -> None:
     write_json(_mark(job.work, index), {"splits": results, "problems": log.problems})
 
 
-def _add_document(job: Job, splits: dict[str, _Split], chunks: Iterator[str], meter: Meter) -> bool:
+def _add_document(
+    job: Job, splits: dict[str, _Split], origin: Origin, chunks: Iterator[str], meter: Meter
+) -> bool:
     """Tokenize one document into its split; False if there is nothing but blanks in it."""
     split, tokens = None, 0
     for piece in cut(chunks):
@@ -153,6 +158,8 @@ def _add_document(job: Job, splits: dict[str, _Split], chunks: Iterator[str], me
                 continue
             split = splits["val" if _draw(piece) < job.val_fraction else "train"]
             packer = split.packer
+            assert isinstance(packer, Packer)
+            packer.begin(origin)
         assert isinstance(packer, Packer)
         ids = job.tokenizer.encode_array(piece)
         packer.add(ids)
@@ -171,7 +178,7 @@ def _add_document(job: Job, splits: dict[str, _Split], chunks: Iterator[str], me
 def _add_conversation(job: Job, splits: dict[str, _Split], conversation: Conversation, meter: Meter) -> None:
     split = splits["val" if _draw(conversation.question) < job.val_fraction else "train"]
     assert isinstance(split.packer, WholePacker)
-    split.packer.add(conversation.tokens, conversation.loss)
+    split.packer.add(conversation.tokens, conversation.loss, conversation.origin)
     split.text_bytes += conversation.text_bytes
     split.end_document(len(conversation.tokens))
     meter.add(tokens=len(conversation.tokens))

@@ -21,6 +21,7 @@ from dbrx_train.data.prepare import conversations as chat
 from dbrx_train.data.prepare import sources
 from dbrx_train.data.prepare.conversations import ChatFormat
 from dbrx_train.data.prepare.pipeline import Summary, prepare
+from dbrx_train.data.prepare.turns import Turn
 from dbrx_train.data.stream.dataset import EvalDataset
 from dbrx_train.data.stream.loader import collate
 from dbrx_train.data.tokenizer import load_tokenizer
@@ -34,6 +35,7 @@ TALK = [
     {"role": "user", "content": "And <|im_start|>assistant, 3 + 3?"},
     {"role": "assistant", "content": "It is 6 <|endoftext|>."},
 ]
+TURNS = [Turn(**turn) for turn in TALK]
 PAIR = [{"prompt": "Hi", "chosen": "Good day.", "rejected": "What?"}]
 SHAPE = DbrxConfig(d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, ffn_hidden_size=28, max_seq_len=256)
 
@@ -65,7 +67,7 @@ def talk(number: int, words: int) -> dict[str, Any]:
 
 def test_the_ids_are_chatml_and_text_never_becomes_a_special_token() -> None:
     tokenizer = load_tokenizer()
-    ids, _ = chat.encode(TALK, tokenizer)
+    ids, _ = chat.encode(TURNS, tokenizer)
     assert ids.tolist() == [*tokenizer.chat(TALK), tokenizer.eos_id]
     assert (ids == tokenizer.im_start_id).sum() == (ids == tokenizer.im_end_id).sum() == 5
     assert (ids == tokenizer.eos_id).sum() == 1
@@ -74,21 +76,21 @@ def test_the_ids_are_chatml_and_text_never_becomes_a_special_token() -> None:
 
 def test_answers_alone_are_trained_on_or_everything() -> None:
     tokenizer = load_tokenizer()
-    ids, loss = chat.encode(TALK, tokenizer)
+    ids, loss = chat.encode(TURNS, tokenizer)
     trained = tokenizer.decode(ids[loss == 1].tolist())
     assert trained == "4<|im_end|>It is 6 <|endoftext|>.<|im_end|>"
     assert tokenizer.decode(ids[loss == 0].tolist()).count("<|im_start|>assistant\n") == 2
-    again, every = chat.encode(TALK, tokenizer, "all")
+    again, every = chat.encode(TURNS, tokenizer, "all")
     assert again.tolist() == ids.tolist()
     assert every.tolist() == [1] * (len(ids) - 1) + [0], "only the mark between conversations is not"
-    assert chat.encode(TALK, tokenizer, skip=4)[1].sum() < loss.sum()
+    assert chat.encode(TURNS, tokenizer, skip=4)[1].sum() < loss.sum()
 
 
 def test_an_answer_that_begins_with_blanks_is_what_the_model_would_write() -> None:
     tokenizer = load_tokenizer()
-    turns = [{"role": "user", "content": "Code?"}, {"role": "assistant", "content": "\n\n    x = 1"}]
+    turns = [Turn("user", "Code?"), Turn("assistant", "\n\n    x = 1")]
     ids, loss = chat.encode(turns, tokenizer)
-    opened = tokenizer.chat(turns[:1], add_generation_prompt=True)
+    opened = tokenizer.chat([{"role": "user", "content": "Code?"}], add_generation_prompt=True)
     assert ids[: len(opened)].tolist() == opened
     assert tokenizer.decode(ids[loss == 1].tolist()) == "\n\n    x = 1<|im_end|>"
 
@@ -110,6 +112,38 @@ def test_every_form_of_a_line(row: dict[str, Any], question: str, tmp_path: Path
     expected = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\nHo<|im_end|><|endoftext|>"
     tokenizer = load_tokenizer()
     assert tokenizer.decode(tokens.tolist()) == expected + "<|pad|>" * (tokens == tokenizer.pad_id).sum()
+
+
+@pytest.mark.parametrize("loss", ["assistant", "all"])
+def test_turns_that_say_so_are_not_trained_on(loss: str, tmp_path: Path) -> None:
+    ask, bad = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "bad"}
+    good = {"role": "assistant", "content": "good", "weight": 1}
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    rows = [
+        {"messages": [ask, bad | {"weight": 0}, ask, good]},
+        {"messages": [ask | {"train": True}, bad | {"masked": True}, ask, good]},
+        {"messages": [ask, bad | {"train": False}]},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "good"}]},
+        {"messages": [ask, call, {"role": "tool", "content": "7", "name": "f"}, good]},
+    ]
+    path = write(tmp_path / "a.jsonl", rows)
+    summary = run(path, tmp_path / "out", ChatFormat(loss=loss), seq_len=256)
+    tokens, mask = samples(tmp_path / "out")
+    trained, masked = (load_tokenizer().decode(tokens[mask == on].tolist()) for on in (1, 0))
+    kinds = {kind: found.examples for kind, found in summary.manifest.problems.items()}
+    assert kinds.pop("field 'name' of a turn is not read") == [f"{path}:5"]
+    assert "field 'name' of a turn is not read: 1 (" in str(summary)
+    called = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call><|im_end|>'
+    if loss == "assistant":
+        assert trained == "good<|im_end|>" * 3 + called + "good<|im_end|>"
+        asks, left_out = sorted(kinds.items(), reverse=True)
+        assert asks[0].startswith("weight or train asks for a turn that is not the assistant's")
+        assert (asks[1], left_out) == ([f"{path}:2"], ("masked", [f"{path}:3"]))
+    else:
+        assert kinds == {}
+        assert (trained.count("good"), trained.count("Hi"), trained.count("tool\n7")) == (4, 7, 1)
+        assert (trained.count("bad"), masked.count("bad")) == (0, 3)
+        assert called in trained
 
 
 def test_conversations_are_packed_whole_and_none_is_lost(
@@ -190,9 +224,6 @@ def test_a_line_that_is_no_conversation_is_refused_with_its_place(
 
 
 def test_what_else_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.parquet").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"a.parquet: conversations are read from JSON lines"):
-        run(tmp_path / "a.parquet", tmp_path / "out")
     with pytest.raises(ValueError, match=r"loss: 'user' is not one of assistant, all"):
         ChatFormat(loss="user")
     path = write(tmp_path / "a.jsonl", [talk(0, 3)])
@@ -228,7 +259,7 @@ def test_a_packed_sample_trains_like_its_conversations_apart(tmp_path: Path) -> 
     packed = model(batch["input_ids"], **{key: batch[key] for key in keys})
     total, count = 0.0, 0
     for number in range(3):
-        turns = [{"role": role, "content": talk(number, 4 + 3 * number)[key]}
+        turns = [Turn(role, talk(number, 4 + 3 * number)[key])
                  for role, key in (("user", "prompt"), ("assistant", "response"))]  # fmt: skip
         ids, loss = chat.encode(turns, tokenizer)
         tokens = torch.from_numpy(ids.astype(np.int64))

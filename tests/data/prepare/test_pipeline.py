@@ -28,7 +28,7 @@ from dbrx_train.cli import data_prepare
 from dbrx_train.data import mds
 from dbrx_train.data.inspect import BOUNDARY, inspect
 from dbrx_train.data.manifest import check_dataset, read_manifest
-from dbrx_train.data.prepare import documents, long_lines, sources, workers
+from dbrx_train.data.prepare import long_lines, records, sources, workers
 from dbrx_train.data.prepare.long_lines import string_chunks
 from dbrx_train.data.prepare.pipeline import Summary, prepare
 from dbrx_train.data.tokenizer import load_tokenizer
@@ -426,7 +426,7 @@ def test_wrong_options_and_folders_are_refused_by_name(tmp_path: Path) -> None:
         ({"seq_len": 1}, "^seq_len: 1 is too short"),
         ({"val_fraction": 1.0}, r"^val_fraction: 1\.0 does not lie in \[0, 1\)"),
         ({"processes": 0}, "^processes: 0 is too few"),
-        ({"suffixes": ["txt"]}, "^suffixes: 'txt' must begin with a dot"),
+        ({"suffixes": ["txt"]}, "^--suffix: 'txt' must begin with a dot"),
     ):
         with pytest.raises(ValueError, match=message):
             run(file, tmp_path / "out", **options)
@@ -442,7 +442,7 @@ def test_wrong_options_and_folders_are_refused_by_name(tmp_path: Path) -> None:
 def test_lines_too_long_for_memory_are_read_in_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents, "LONG_LINE", 5000)
+    monkeypatch.setattr(records, "LONG_LINE", 5000)
     text = "".join(story(i) + ' "quoted" \\ 😀 é\t' for i in range(60))
     texts = [story(1), text, story(2), text[::-1]]
     file = tmp_path / "a.jsonl"
