@@ -1,25 +1,20 @@
 """The command line: one command per verb, each a thin call into one room.
 
 Exit codes: 0 done; 2 the user's input is wrong (one line); 75 stopped as asked, with all that was done saved;
-74 no progress for too long; 130 interrupted; 1 anything else.
+74 no progress for too long; 130 and 143 interrupted; 1 anything else. ``exits.py`` sees to them.
 """
 
 from __future__ import annotations
 
-import os
 import sys
-import time
-import warnings
 from enum import StrEnum, auto
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dbrx_train import __version__, logs
-from dbrx_train.errors import show
+from dbrx_train import __version__, exits, logs
 from dbrx_train.files import atomic_write
-from dbrx_train.redact import mask
 
 app = typer.Typer(
     name="dbrx-train",
@@ -72,35 +67,9 @@ class Long(StrEnum):
     drop = auto()
 
 
-_FIRST_SECONDS = 3.0  # for a host's first rank to make the same mistake
-
-
 def main() -> None:
-    """Entry point: turns a user's mistake into one line and exit code 2."""
-    warnings.formatwarning = _one_line
-    try:
-        logs.begin()
-        app()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        # Ranks that have met say whose error it is; before, all make the same mistake: once a host will do.
-        # A launcher passes on the code of the first that exits, and ends the others wherever they are.
-        first = os.environ.get("LOCAL_RANK", "0") == "0"
-        code = show(error, quiet=not first)
-        if not first:
-            time.sleep(_FIRST_SECONDS)
-        sys.exit(code)
-
-
-def _one_line(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    """A warning of ours without the place in the code, which means nothing to its reader."""
-    if not Path(filename).is_relative_to(Path(__file__).parent):
-        return mask(f"{filename}:{lineno}: {message}\n")
-    return mask(f"dbrx-train: warning: {message}\n") if os.environ.get("RANK", "0") == "0" else ""
+    """Run the command that the arguments say, and exit."""
+    exits.run(lambda: app(prog_name="dbrx-train", standalone_mode=False))
 
 
 def _show_version(wanted: bool) -> None:
@@ -130,6 +99,7 @@ def data_prepare(
     vocab_file: VocabFile = None,
 ) -> None:
     """Tokenize SOURCES into shards; interrupted, the same command goes on."""
+    exits.resumable()
     from dbrx_train.data.prepare.pipeline import TEXT_SUFFIXES, prepare
 
     summary = prepare(
@@ -160,6 +130,7 @@ def data_prepare_chat(
     vocab_file: VocabFile = None,
 ) -> None:
     """Turn conversations in SOURCES into shards: ChatML, whole within samples, with a loss mask."""
+    exits.resumable()
     from dbrx_train.data.prepare.conversations import ChatFormat
     from dbrx_train.data.prepare.pipeline import prepare
 
@@ -221,6 +192,7 @@ def data_quickstart(
     seq_len: SeqLen = 512,
 ) -> None:
     """Prepare the quickstart's corpus: the code and the texts of this machine's Python."""
+    exits.resumable()
     from dbrx_train.data.prepare.quickstart import prepare_quickstart
 
     for summary in prepare_quickstart(out, seq_len=seq_len).values():
@@ -233,6 +205,7 @@ def train(
     overrides: Overrides = None,
 ) -> None:
     """Train as CONFIG says; resume if a run of its name was started before."""
+    exits.resumable()
     from dbrx_train.config import load
 
     logs.outlive_readers()
@@ -394,6 +367,8 @@ def generate(
         aside=_aside,
     )
     print("" if chat else prompt, end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    finally:
+        print()

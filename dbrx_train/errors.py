@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -52,6 +53,8 @@ def _mistake(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # as of standard output
+        return error.strerror
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("dbrx_train"):
         return f"{error.name} is not installed; this needs: pip install 'dbrx-train[train]'"
     return None

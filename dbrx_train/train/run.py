@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import signal
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ from dbrx_train.checkpoint.weights import read_together
 from dbrx_train.config import ConfigError, RunConfig, flatten, for_record, naming, to_yaml
 from dbrx_train.data.tokenizer import load_tokenizer
 from dbrx_train.errors import STOPPED, exit_code, first_line, show
+from dbrx_train.exits import warn_of_failure
 from dbrx_train.files import atomic_write
 from dbrx_train.jsonl import EVENTS
 from dbrx_train.lease import Lease
@@ -52,15 +55,20 @@ def run(config: RunConfig) -> None:
     device = _device(config)
     if device == "cpu":
         keep_freed_memory()
-    with PreemptionHandler(config.preemption.seconds, config.stop_after_seconds) as stop:
-        environment.join_ranks(device, config.parallelism.timeout)
+    with PreemptionHandler(config.preemption.seconds, config.stop_after_seconds) as stop, ExitStack() as last:
+        _at_exit(last, "how to go on", lambda error: _say_how_to_go_on(config, stop, error))
+        with stop.before_training():
+            environment.join_ranks(device, config.parallelism.timeout)
         _train(config, device, stop)
 
 
 def _train(config: RunConfig, device: str, stop: PreemptionHandler) -> None:
     heartbeat, stacks = Heartbeat(), Path(config.folder) / "stacks"
-    with ExitStack() as afterwards, propagate_failures(show, heartbeat, stacks) as ending:
-        afterwards.push(lambda _, error, __: _say_how_to_go_on(config, stop, error))
+    with (
+        ExitStack() as afterwards,
+        propagate_failures(show, heartbeat, stacks) as ending,
+        stop.before_training(),
+    ):
         stop.tell = ending.tell
         check_world(config, dist.get_world_size())
         tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.vocab_file)
@@ -83,12 +91,13 @@ def _train(config: RunConfig, device: str, stop: PreemptionHandler) -> None:
         supervision = Supervision(HeartbeatCallback(heartbeat, *config.watchdog.seconds), stop, lease)
         trainer = build_trainer(config, tokenizer, device, store, peak, remote, supervision)
         stopping = callback_of(trainer.state, Preemption)
-        afterwards.push(lambda kind, *_: stopping.meet() if kind is StoppedTogether else None)
+        at_exit = partial(_at_exit, afterwards)
+        at_exit("ranks did not meet", lambda error: isinstance(error, StoppedTogether) and stopping.meet())
         # Trainer.close waits for all ranks, of which some may have failed.
-        afterwards.push(lambda kind, *_: trainer.close() if kind is None else trainer.engine.close())
-        afterwards.callback(_keep_events, config, store)
+        at_exit("not all was closed", lambda error: (trainer if error is None else trainer.engine).close())
+        at_exit(f"MLflow does not keep {EVENTS}", lambda _: _keep_events(config, store))
         base = config.init_from.path if config.lora.rank is not None else None
-        afterwards.push(lambda _, error, __: store.ends_with(exit_code(error)))
+        at_exit("MLflow", lambda error: store.ends_with(exit_code(error)))
         try:
             if weights:
                 with naming("init_from.path: "):
@@ -114,6 +123,16 @@ def _train(config: RunConfig, device: str, stop: PreemptionHandler) -> None:
         except SystemExit:  # of a signal before the first step, or once all is saved
             callback_of(trainer.state, Checkpoints).finish()
             raise
+
+
+def _at_exit(stack: ExitStack, trouble: str, action: Callable[[BaseException | None], object]) -> None:
+    """Have a stack do something, told of the error that the run ends with, which stays that if this fails."""
+
+    def close(_: object, error: BaseException | None, __: object) -> None:
+        with warn_of_failure(trouble):
+            action(error)
+
+    stack.push(close)
 
 
 def _say_how_to_go_on(config: RunConfig, stop: PreemptionHandler, error: BaseException | None) -> None:
@@ -195,7 +214,7 @@ def _record(config: RunConfig, store: MLflowStore, peak: str) -> None:
 
 def _report(config: RunConfig, store: MLflowStore, batch: int) -> None:
     """Draw the run, and say how it went and where it is; it ended, and was saved, at step ``batch``."""
-    try:
+    with warn_of_failure("no picture of the run, or its last figures"):
         if store.metric_history("loss/train/total"):  # else the store is out of reach, and has none
             path = Path(config.folder) / "training.png"
             with atomic_write(path) as partial:
@@ -205,8 +224,6 @@ def _report(config: RunConfig, store: MLflowStore, batch: int) -> None:
             (begin, first), (step, last) = points[0], points[-1]
             before = f"{first:.3f} after {_tokens(config, begin)}, " if len(points) > 1 else ""
             print_rank0(f"held-out {source}: loss {before}{last:.3f} after {_tokens(config, step)}")
-    except STORE_ERRORS as error:
-        print_rank0(f"no picture of the run, or its last figures: {first_line(error)}")
     print_rank0(f"checkpoint: {checkpoint_folder(config)}/ba{batch}")
     uri = config.logging.mlflow_uri
     page = f"#/experiments/{store.experiment_id}/runs/{store.run_id}"
@@ -222,10 +239,7 @@ def _keep_events(config: RunConfig, store: MLflowStore) -> None:
     """Have MLflow keep what happened to the run, however it ended."""
     path = Path(config.folder) / EVENTS
     if path.exists():
-        try:
-            store.log_artifact(path)
-        except STORE_ERRORS as error:
-            warnings.warn(f"MLflow: {path} is not kept there ({first_line(error)})", stacklevel=2)
+        store.log_artifact(path)
 
 
 def _tokens(config: RunConfig, step: int) -> str:
