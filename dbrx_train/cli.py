@@ -210,7 +210,8 @@ def train(
 
     logs.outlive_readers()
     loaded = load(config, overrides or [])
-    from dbrx_train.train.run import run
+    with exits.hearing_alone():
+        from dbrx_train.train.run import run
 
     run(loaded)
 

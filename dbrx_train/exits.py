@@ -11,11 +11,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
-__all__ = ["begin", "resumable", "run", "warn_of_failure"]
+__all__ = ["begin", "hearing_alone", "resumable", "run", "warn_of_failure"]
 
 _FIRST_SECONDS = 3.0  # for a host's first rank to make the same mistake
 _SAME_SECONDS = 2.0  # a launcher may pass on what its whole group has been sent: that is one signal
@@ -46,6 +46,17 @@ def resumable() -> None:
         signal.signal(signal.SIGUSR1, _hear)
 
 
+@contextmanager
+def hearing_alone() -> Iterator[None]:
+    """Within, no other handler of signals is taken: Composer has its own when it is imported."""
+    real = signal.signal
+    signal.signal = lambda number, _: signal.getsignal(number)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        signal.signal = real
+
+
 def run(command: Callable[[], object]) -> NoReturn:
     """Exit with what ``command`` comes to: the code that it returns or raises, or ``errors.exit_code``."""
     global _over
@@ -64,7 +75,7 @@ def run(command: Callable[[], object]) -> NoReturn:
 
 @contextmanager
 def warn_of_failure(what: str) -> Iterator[None]:
-    """While a process ends: what fails in the body is a line, and neither an error nor in the way of the rest."""
+    """While a process ends: what fails in the body is a line, and not in the way of the rest."""
     import warnings
 
     from dbrx_train.errors import first_line
@@ -72,7 +83,7 @@ def warn_of_failure(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        warnings.warn(f"{what} ({first_line(error)})", stacklevel=3)
+        warnings.warn(f"{what} ({first_line(error)})", stacklevel=1)
 
 
 def _outcome(command: Callable[[], object]) -> int:
@@ -151,10 +162,8 @@ def _line() -> str:
 def _say(line: str) -> None:
     """Once a host, past buffers that may be in the midst of a write."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        try:
+        with suppress(OSError):  # nobody listens
             os.write(2, f"dbrx-train: {line}\n".encode())
-        except OSError:  # nobody listens
-            pass
 
 
 def _flushed() -> int:

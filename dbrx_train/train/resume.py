@@ -114,14 +114,14 @@ def _fitting(config: RunConfig, weights: Weights) -> Weights:
             warnings.warn(
                 f"model.{key}: {now[key]} here, but {was[key]} in {weights.path}; the model will not compute "
                 f"what its weights were trained for",
-                stacklevel=2,
+                stacklevel=1,
             )
     ours, theirs = asdict(config.tokenizer), weights.config["tokenizer"]
     if not same_tokenizer(ours, theirs, weights.tokenizer_fingerprint):
         warnings.warn(
             f"tokenizer: {ours} here, but that of {weights.path} is {theirs or 'not known'}; ids must mean "
             f"what its weights were trained for",
-            stacklevel=2,
+            stacklevel=1,
         )
     with naming("init_from.upcycle: "):
         return upcycled(weights, config.model) if upcycle else weights

@@ -92,7 +92,7 @@ def _train(config: RunConfig, device: str, stop: PreemptionHandler) -> None:
         trainer = build_trainer(config, tokenizer, device, store, peak, remote, supervision)
         stopping = callback_of(trainer.state, Preemption)
         at_exit = partial(_at_exit, afterwards)
-        at_exit("ranks did not meet", lambda error: isinstance(error, StoppedTogether) and stopping.meet())
+        at_exit("ranks did not meet", lambda error: _meet(stopping, error))
         # Trainer.close waits for all ranks, of which some may have failed.
         at_exit("not all was closed", lambda error: (trainer if error is None else trainer.engine).close())
         at_exit(f"MLflow does not keep {EVENTS}", lambda _: _keep_events(config, store))
@@ -133,6 +133,11 @@ def _at_exit(stack: ExitStack, trouble: str, action: Callable[[BaseException | N
             action(error)
 
     stack.push(close)
+
+
+def _meet(stopping: Preemption, error: BaseException | None) -> None:
+    if isinstance(error, StoppedTogether):
+        stopping.meet()
 
 
 def _say_how_to_go_on(config: RunConfig, stop: PreemptionHandler, error: BaseException | None) -> None:
@@ -208,7 +213,7 @@ def _record(config: RunConfig, store: MLflowStore, peak: str) -> None:
         store.log_artifact(path)
     except STORE_ERRORS as error:
         warnings.warn(
-            f"MLflow: the configuration is not recorded, but in {path} ({first_line(error)})", stacklevel=2
+            f"MLflow: the configuration is not recorded, but in {path} ({first_line(error)})", stacklevel=1
         )
 
 

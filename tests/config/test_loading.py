@@ -196,7 +196,57 @@ def test_a_schedule_that_does_not_come_to_what_it_is_for_is_warned_of(yaml_file:
         load(yaml_file, [steps, "optimization.learning_rate.warmup=40ba"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load(yaml_file, [*wsd, "optimization.learning_rate.decay=5ba"])
+        load(yaml_file, [*wsd, "optimization.learning_rate.decay=5ba", "checkpoints.interval=20ba"])
+
+
+TOO_LONG = {
+    "checkpoints.interval": "only its end is saved, and a crash before costs all of it",
+    "checkpoints.keep_every": "no checkpoint is kept for good",
+    "checkpoints.export.interval": "only its end is exported",
+    "logging.interval": "what is logged that often never is",
+    "evaluation.interval": "it is evaluated before its first step and at its end only",
+}
+MIX = "data.mix=[{at: 0tok, weights: {web: 1}}, {at: %s, weights: {code: 1}, interpolation: %s}]"
+UNREACHED = {
+    MIX
+    % (
+        "1dur",
+        "step",
+    ): "data.mix[1].at: is at 51,200 tokens, and the run ends at 51,200; it is never mixed so",
+    MIX
+    % ("2dur", "linear"): "data.mix[1].at: is at 102,400 tokens, and the run ends at 51,200; its ramp is cut",
+    "profile.at=100ba": "profile.at: is at 51,200 tokens, and the run ends before; nothing is traced",
+    "optimization.learning_rate.decay=5ba": "decay: is of the schedule wsd; cosine does not heed it",
+} | {
+    f"{key}=101ba": f"{key}: its 51,712 tokens are more than the run's 51,200; {instead}"
+    for key, instead in TOO_LONG.items()
+}
+
+
+@pytest.mark.parametrize("override", UNREACHED)
+def test_what_a_run_never_reaches_is_a_line_that_says_what_happens_instead(
+    yaml_file: Path, override: str
+) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load(yaml_file, ["checkpoints.interval=100ba", override])
+    (line,) = (str(each.message) for each in caught)
+    assert line.endswith(UNREACHED[override])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        MIX % ("1dur", "linear"),
+        "evaluation={interval: 1M tok, max_samples: 0}",
+        "profile.at=99ba",
+        "checkpoints.keep_every=1dur",
+    ],
+)
+def test_what_a_run_reaches_is_not_warned_of(yaml_file: Path, override: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(yaml_file, ["checkpoints.interval=100ba", override])
 
 
 @pytest.mark.parametrize("name", ["lr:3e-4", "team/web-9b", "run#1 (2)", "v1~b"])

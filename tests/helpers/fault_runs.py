@@ -18,8 +18,8 @@ A fault is {"kind": ..., ...}; of several ranks, it happens to ``rank``, or to t
 - fill: the disk of the folder ``disk`` is filled at the operation ``at``
 - clock: the system's clock jumps by the next of ``seconds`` at every operation ``at``
 - deed: ``deed`` at the moment ``at`` of the run's ``step``: see ``deeds.py``
-- call: when ``of``, "module:name", is called for the ``time``-th time (the first), the process is sent the signal
-  ``signal``, or the call raises RuntimeError
+- call: when ``of``, "module:name", is called for the ``time``-th time (the first), the process is sent the
+  signal ``signal``, or the call raises RuntimeError or, of ``mistake``, ValueError
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def call(fault: dict[str, Any]) -> None:
     def faulty(*arguments: Any, **options: Any) -> Any:
         if next(times) == fault.get("time", 1):
             if "signal" not in fault:
-                raise RuntimeError("what a test raises")
+                raise (ValueError if fault.get("mistake") else RuntimeError)("what a test raises")
             os.kill(os.getpid(), fault["signal"])
         return real(*arguments, **options)
 

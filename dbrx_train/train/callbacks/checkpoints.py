@@ -139,7 +139,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
         try:
             self.wait()
         except Exception as error:  # the run ends for another reason
-            warnings.warn(f"the last checkpoint is lost ({first_line(error)})", stacklevel=2)
+            warnings.warn(f"the last checkpoint is lost ({first_line(error)})", stacklevel=1)
 
     def wait(self) -> None:
         """Until what is being written is whole; raises what went wrong."""
@@ -209,7 +209,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
             trouble = self._try(self.remote.prune, folders.step_of(path.name), self.keep, self.milestone)
             if trouble is not None:
                 warnings.warn(
-                    f"checkpoints.prune_remote: older ones are still there ({trouble})", stacklevel=2
+                    f"checkpoints.prune_remote: older ones are still there ({trouble})", stacklevel=1
                 )
 
     def _warn(self, path: Path, trouble: str) -> None:
@@ -218,7 +218,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
         if dist.get_global_rank() == 0:
             state = "is whole, but" if self.shared else "is lost:"
             where = "checkpoints.remote, which keeps older ones"
-            warnings.warn(f"{path} {state} it cannot be copied to {where} ({trouble})", stacklevel=2)
+            warnings.warn(f"{path} {state} it cannot be copied to {where} ({trouble})", stacklevel=1)
 
     def _try(self, action: Callable[..., None], *arguments: Any) -> str | None:
         """Do something with the store; returns what went wrong."""
