@@ -9,9 +9,10 @@ from __future__ import annotations
 import sys
 from enum import StrEnum, auto
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from dbrx_train import __version__, exits, logs
 from dbrx_train.files import atomic_write
@@ -65,6 +66,20 @@ class Long(StrEnum):
 
     truncate = auto()
     drop = auto()
+
+
+class _Command(typer.core.TyperCommand):
+    """A command whose refusals name its options as they are typed, where functions name their parameters."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ValueError as error:
+            name, colon, rest = str(error).partition(": ")
+            typed = next((each for each in self.params if each.name == name), None)
+            if typed is None or not colon:
+                raise
+            raise ValueError(f"{typed.opts[0] if typed.opts[0] != name else name.upper()}: {rest}") from error
 
 
 def main() -> None:
@@ -343,7 +358,10 @@ def generate(
         Path, typer.Argument(help="A run's folder, a checkpoint, its weights, or a Hugging Face folder.")
     ],
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 128,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Stop after this many tokens; default: 128, or what there is room for."),
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
     top_p: Annotated[
         float,
@@ -373,3 +391,8 @@ def generate(
             print(piece, end="", flush=True)
     finally:
         print()
+
+
+for _each in (app, data_app, checkpoint_app):
+    for _command in _each.registered_commands:
+        _command.cls = _Command

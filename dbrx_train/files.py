@@ -60,7 +60,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         ValueError: ``out`` exists.
     """
     if out.exists():
-        raise ValueError(f"{out}: exists already")
+        raise ValueError(f"{out}: exists already; choose another, or delete it")
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

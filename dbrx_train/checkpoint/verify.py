@@ -15,7 +15,7 @@ from dbrx_train.checkpoint.adapter import is_adapter
 from dbrx_train.checkpoint.huggingface import MANIFEST
 from dbrx_train.checkpoint.tensors import Reader, model_tensors
 from dbrx_train.checkpoint.weights import meta_model, open_weights
-from dbrx_train.errors import first_line
+from dbrx_train.errors import check_exists, first_line
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.hf.files import check_finite, open_files, open_folder
 from dbrx_train.model.hf.names import identity, table
@@ -49,6 +49,7 @@ def verify(path: Path) -> list[Verified]:
     Raises:
         ValueError: names the first file or tensor that is not as it should be, or there is nothing of these.
     """
+    check_exists(path)
     if path.is_file():
         open_weights(path, _unheard)  # holds names and shapes against its configuration
         stored = open_files(path, [path])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.adapter import base_of, check_base, is_adapter, read_merged
 from dbrx_train.checkpoint.tensors import Reader
-from dbrx_train.errors import first_line
+from dbrx_train.errors import check_exists, first_line
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.decoder import Dbrx
 from dbrx_train.model.hf.files import Stored, check_finite, map_file, open_files, open_folder, sync
@@ -98,6 +98,7 @@ def open_weights(path: Path, on_skip: Callable[[str], None]) -> Weights:
     Raises:
         ValueError: there are none, or they are not what their configuration says.
     """
+    check_exists(path)
     if path.is_file():
         return _open_file(path)
     if (path / "config.json").is_file():
@@ -308,7 +309,7 @@ def consolidate(path: Path, out: Path, dtype: torch.dtype, on_skip: Callable[[st
         ValueError: there is no checkpoint, a value is not finite, or ``out`` exists.
     """
     if out.exists():
-        raise ValueError(f"{out}: exists already")
+        raise ValueError(f"{out}: exists already; choose another, or delete it")
     with open_weights(path, on_skip) as weights:
         model = meta_model(weights.model)
         state = model.state_dict() | {name: tensor.to(dtype) for name, tensor in model.named_parameters()}

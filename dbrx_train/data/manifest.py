@@ -22,6 +22,7 @@ from typing import Any
 import xxhash
 
 from dbrx_train.data.untrusted import check_shard
+from dbrx_train.errors import seen_from
 from dbrx_train.files import seal
 
 __all__ = [
@@ -108,7 +109,9 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     """
     path = Path(folder, MANIFEST)
     if not path.parent.is_dir():
-        raise ValueError(f"{folder}: no such folder; make it with `dbrx-train data prepare`")
+        raise ValueError(
+            f"{folder}: no such folder{seen_from(folder)}; make it with `dbrx-train data prepare`"
+        )
     if not path.is_file():
         state = "half written" if any(path.parent.iterdir()) else "empty"
         raise ValueError(f"{folder}: {state}, it has no {MANIFEST}; run `dbrx-train data prepare` to its end")

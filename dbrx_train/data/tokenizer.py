@@ -22,6 +22,8 @@ import numpy as np
 import tiktoken
 from numpy.typing import NDArray
 
+from dbrx_train.errors import seen_from
+
 __all__ = ["CL100K_FINGERPRINT", "Tokenizer", "load_tokenizer"]
 
 _URL = "https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"
@@ -173,7 +175,8 @@ def _load(name: str, vocab_file: str | None) -> Tokenizer:
         try:
             return Tokenizer(name, _parse_ranks(Path(vocab_file).read_bytes(), vocab_file), vocab_file)
         except OSError as error:
-            raise ValueError(f"{vocab_file}: cannot be read ({error.strerror})") from error
+            missing = seen_from(vocab_file) if isinstance(error, FileNotFoundError) else ""
+            raise ValueError(f"{vocab_file}: cannot be read ({error.strerror}{missing})") from error
     if name != "cl100k_base":
         raise ValueError(f"tokenizer: {name!r} is unknown; use 'cl100k_base' or give a vocabulary file")
     data = _find_cl100k_base() or _download_cl100k_base()

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dbrx_train.errors import seen_from
+
 __all__ = ["Catalog", "Part", "Source", "Span", "find_files", "plan_parts"]
 
 Kind = Literal["text", "jsonl", "parquet"]
@@ -109,7 +111,7 @@ def _resolve(given: str, suffixes: Sequence[str]) -> Iterator[tuple[str, str]]:
     if os.path.isdir(path):
         matches = list(_walk(path, suffixes))
     elif os.path.lexists(path) or not glob.has_magic(path):
-        raise ValueError(f"{given}: no such file or folder")
+        raise ValueError(f"{given}: no such file or folder{seen_from(given)}")
     else:
         matches = []
         for hit in sorted(glob.glob(path, recursive=True)):
