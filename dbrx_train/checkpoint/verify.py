@@ -17,8 +17,8 @@ from dbrx_train.checkpoint.tensors import Reader, model_tensors
 from dbrx_train.checkpoint.weights import meta_model, open_weights
 from dbrx_train.errors import check_exists, first_line
 from dbrx_train.model.config import DbrxConfig
-from dbrx_train.model.hf.files import check_finite, open_files, open_folder
-from dbrx_train.model.hf.names import identity, table
+from dbrx_train.model.hf.files import check_finite, open_files, open_folder, open_model
+from dbrx_train.model.hf.names import identity
 from dbrx_train.model.lora import apply_lora
 
 __all__ = ["Verified", "verify"]
@@ -143,8 +143,8 @@ def _hugging_face(path: Path) -> Verified:
         _check_files(path, files, MANIFEST)
     config = DbrxConfig.from_hf(path)
     shapes = {name: tuple(tensor.shape) for name, tensor in meta_model(config).state_dict().items()}
-    stored = open_folder(path)
-    stored.check(table(config, shapes), shapes)
+    stored, parts = open_model(path, config, shapes)
+    stored.check(parts, shapes)
     stored.check_finite()
     found = files or {file.name: file.stat().st_size for file in {*stored.places.values()}}
     return _result(path, found, len(stored.shapes))

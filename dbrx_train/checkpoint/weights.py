@@ -19,8 +19,16 @@ from dbrx_train.checkpoint.tensors import Reader
 from dbrx_train.errors import check_exists, first_line
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.decoder import Dbrx
-from dbrx_train.model.hf.files import Stored, check_finite, map_file, open_files, open_folder, sync
-from dbrx_train.model.hf.names import Table, identity, table
+from dbrx_train.model.hf.files import (
+    Stored,
+    check_finite,
+    map_file,
+    open_files,
+    open_folder,
+    open_model,
+    sync,
+)
+from dbrx_train.model.hf.names import Table, identity
 from dbrx_train.model.init import is_norm
 from dbrx_train.model.lora import is_factor
 from dbrx_train.parallel.fsdp import local_rows
@@ -112,7 +120,9 @@ def open_weights(path: Path, on_skip: Callable[[str], None]) -> Weights:
         "holds": (hold,),
     }
     if ".metadata" not in found.metadata["files"]:  # imported
-        return replace(_stored(open_folder(found.folder), found.config, identity), **of_checkpoint)
+        folder = found.folder
+        imported = _stored(lambda _, shapes: (open_folder(folder), identity(shapes)), found.config)
+        return replace(imported, **of_checkpoint)
     reader = Reader(found.folder)
     if is_adapter(found.config):
         merged = _merged(found, reader, on_skip)
@@ -147,7 +157,7 @@ def _open_file(path: Path) -> Weights:
         raise ValueError(
             f"{path}: not weights that `checkpoint consolidate` wrote ({first_line(error)})"
         ) from None
-    stored = _stored(open_files(path, [path]), config, identity)
+    stored = _stored(lambda _, shapes: (open_files(path, [path]), identity(shapes)), config)
     return replace(stored, tokenizer_fingerprint=metadata.get("tokenizer"))
 
 
@@ -155,7 +165,7 @@ def _open_hugging_face(path: Path) -> Weights:
     model = DbrxConfig.from_hf(path)
     tokenizer, fingerprint = _tokenizer(path, model)
     config = {"model": model.to_dict(), "tokenizer": tokenizer}
-    stored = _stored(open_folder(path), config, functools.partial(table, model))
+    stored = _stored(functools.partial(open_model, path), config)
     return replace(stored, tokenizer_fingerprint=fingerprint)
 
 
@@ -178,12 +188,12 @@ def _tokenizer(path: Path, model: DbrxConfig) -> tuple[dict[str, Any] | None, st
 
 
 def _stored(
-    stored: Stored, config: dict[str, Any], parts_of: Callable[[dict[str, tuple[int, ...]]], Table]
+    opened: Callable[[DbrxConfig, dict[str, tuple[int, ...]]], tuple[Stored, Table]], config: dict[str, Any]
 ) -> Weights:
     """The weights in safetensors files, whose names and shapes must be those of the configuration."""
-    state = meta_model(DbrxConfig.from_dict(config["model"])).state_dict()
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    parts = parts_of(shapes)
+    model = DbrxConfig.from_dict(config["model"])
+    shapes = {name: tuple(tensor.shape) for name, tensor in meta_model(model).state_dict().items()}
+    stored, parts = opened(model, shapes)
     stored.check(parts, shapes)
 
     def read(tensors: dict[str, Tensor]) -> None:
