@@ -19,7 +19,7 @@ from torch import Tensor
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.tensors import Reader
 from dbrx_train.errors import check_exists, first_line
-from dbrx_train.files import new_folder
+from dbrx_train.lease import new_folder
 from dbrx_train.model.init import is_norm
 from dbrx_train.model.lora import factor_names, is_factor
 from dbrx_train.parallel.fsdp import local_rows

@@ -12,7 +12,7 @@ from dbrx_train import __version__
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.weights import MANIFEST, Weights, meta_model, open_weights, tokenizer_of
 from dbrx_train.errors import check_exists
-from dbrx_train.files import new_folder
+from dbrx_train.lease import new_folder
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.generation import STOP_IDS
 from dbrx_train.model.hf.files import MAX_SHARD_BYTES, outline, sync, write, write_json

@@ -17,6 +17,7 @@ from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.adapter import check_base
 from dbrx_train.checkpoint.folder import Checkpoint
 from dbrx_train.checkpoint.remote import Remote
+from dbrx_train.checkpoint.remote_lease import RemoteLease
 from dbrx_train.checkpoint.tensors import Reader, model_tensors
 from dbrx_train.checkpoint.weights import read_together
 from dbrx_train.config import ConfigError, RunConfig, flatten, for_record, naming, to_yaml
@@ -37,7 +38,14 @@ from dbrx_train.train.callbacks.preemption import Preemption
 from dbrx_train.train.data import check_sources
 from dbrx_train.train.environment import print_rank0
 from dbrx_train.train.reference import set_reference
-from dbrx_train.train.resume import check_folder, check_start, checkpoint_folder, newest, open_remote
+from dbrx_train.train.resume import (
+    check_folder,
+    check_start,
+    checkpoint_folder,
+    newest,
+    open_remote,
+    take_leases,
+)
 from dbrx_train.train.startup_summary import summary
 from dbrx_train.train.throughput import peak_flops
 from dbrx_train.train.tracking import events, plots
@@ -74,11 +82,9 @@ def _train(config: RunConfig, device: str, stop: PreemptionHandler) -> None:
         tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.vocab_file)
         check_sources(config, tokenizer)
         check_folder(config)
-        lease = None
+        remote, leases = open_remote(config), list[Lease | RemoteLease]()
         if dist.get_global_rank() == 0:
-            lease = Lease(Path(config.folder), lost=lambda what: ending.tell(what, 1), say=print_rank0)
-            afterwards.enter_context(lease)
-        remote = open_remote(config)
+            leases = [*take_leases(config, remote, afterwards, lost=lambda what: ending.tell(what, 1))]
         found = newest(config, remote)
         weights = check_start(config, found)
         if found and found.tokens >= config.clock.total_tokens:
@@ -88,7 +94,7 @@ def _train(config: RunConfig, device: str, stop: PreemptionHandler) -> None:
         store = _open_store(config, resume=found is not None)
         ending.at_end = store.end
         peak, origin = peak_flops(device, config.precision, config.logging.peak_flops)
-        supervision = Supervision(HeartbeatCallback(heartbeat, *config.watchdog.seconds), stop, lease)
+        supervision = Supervision(HeartbeatCallback(heartbeat, *config.watchdog.seconds), stop, leases)
         trainer = build_trainer(config, tokenizer, device, store, peak, remote, supervision)
         stopping = callback_of(trainer.state, Preemption)
         at_exit = partial(_at_exit, afterwards)
