@@ -36,7 +36,9 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")
 Out = Annotated[str, typer.Option(help="The folder to make.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens per sample.")]
 Processes = Annotated[int | None, typer.Option(help="Worker processes; default: one per core.")]
-VocabFile = Annotated[str | None, typer.Option(help="A .tiktoken vocabulary to use instead.")]
+VocabFile = Annotated[
+    str | None, typer.Option(help="A .tiktoken vocabulary, or a tokenizer.json, to use instead.")
+]
 Int8 = Annotated[bool, typer.Option("--int8", help="Hold the weights in 8 bits.")]
 
 

@@ -74,7 +74,7 @@ def our_loader(corpus: str, samples: int, seq_len: int, workers: int) -> Iterabl
     clock = Clock.of(f"{samples}sp", seq_len=seq_len, global_batch_size=BATCH)
     mix = MixSchedule.from_config([{"at": "0tok", "weights": SHARES}], clock)
     sources = {name: Source(f"{corpus}/{name}") for name in SHARES}
-    return build_loader(ScheduledDataset(sources, mix, clock), eos_id=EOS, num_workers=workers)
+    return build_loader(ScheduledDataset(sources, mix, clock), eos_id=EOS, pad_id=EOS, num_workers=workers)
 
 
 def plain_loader(corpus: str, _samples: int, _seq_len: int, workers: int) -> Iterable[Any]:
@@ -87,7 +87,9 @@ def plain_loader(corpus: str, _samples: int, _seq_len: int, workers: int) -> Ite
 
 def collate_plain(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     wide = [np.array(sample["tokens"], np.int64) for sample in samples]
-    return collate([{"tokens": t, "source": int(t[0]), "sample_id": int(t[1])} for t in wide], eos_id=EOS)
+    return collate(
+        [{"tokens": t, "source": int(t[0]), "sample_id": int(t[1])} for t in wide], eos_id=EOS, pad_id=EOS
+    )
 
 
 def held() -> float:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from corpora import prepare_sources
+from corpora import WORDS_VOCABULARY, prepare_sources, words
 from warm import STEPS, Runs, Warm
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -21,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two prepared sources, ``web`` and ``code``, and an MLflow store."""
     root = tmp_path_factory.mktemp("workplace")
-    prepare_sources(root, {"web": 0, "code": 1}, seq_len=32)
+    prepare_sources(root, {"web": 0, "code": 1}, seq_len=32, vocab_file=words(root))
     return root
 
 
@@ -43,7 +43,8 @@ run_name: any
 folder: {root}/${{run_name}}
 max_duration: {STEPS}ba
 model: {{d_model: 8, n_layers: 1, n_heads: 2, n_kv_heads: 1, ffn_hidden_size: 14, num_experts: 4, top_k: 2,
-  max_seq_len: 32, router_jitter: 0.1}}
+  max_seq_len: 32, router_jitter: 0.1, vocab_size: {WORDS_VOCABULARY}}}
+tokenizer: {{vocab_file: {workplace}/words.tiktoken}}
 data:
   seq_len: 32
   num_workers: 0

@@ -14,7 +14,6 @@ from dbrx_train.checkpoint.weights import MANIFEST, Weights, meta_model, open_we
 from dbrx_train.errors import check_exists
 from dbrx_train.lease import new_folder
 from dbrx_train.model.config import DbrxConfig
-from dbrx_train.model.generation import STOP_IDS
 from dbrx_train.model.hf.files import MAX_SHARD_BYTES, outline, sync, write, write_json
 from dbrx_train.model.hf.names import identity, table
 
@@ -101,9 +100,8 @@ def check_exportable(model: DbrxConfig) -> None:
 
 def _tokenizer(weights: Weights) -> Tokenizer | None:
     """The run's, if it is known and the model has a row for each of its ids."""
-    from dbrx_train.data.tokenizer import Tokenizer
-
-    return None if weights.model.vocab_size < Tokenizer.n_vocab else tokenizer_of(weights)
+    tokenizer = tokenizer_of(weights)
+    return None if tokenizer is None or weights.model.vocab_size < tokenizer.n_vocab else tokenizer
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer | None, model: DbrxConfig) -> list[str]:
@@ -115,7 +113,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer | None, model: DbrxConfi
     names = write_tokenizer(folder, tokenizer, model.max_seq_len)
     generation = {
         "bos_token_id": tokenizer.eos_id,
-        "eos_token_id": list(STOP_IDS),
+        "eos_token_id": list(tokenizer.stop_ids),
         "pad_token_id": tokenizer.pad_id,
     }
     write_json(folder / "generation_config.json", generation)

@@ -16,8 +16,8 @@ from dbrx_train.schedule import parse_span
 
 @dataclass
 class TokenizerConfig:
-    name: str = option("tiktoken encoding; DBRX's is `cl100k_base`", "cl100k_base")
-    vocab_file: str | None = option("a `.tiktoken` vocabulary file to read instead of downloading one", None)
+    name: str = option("`cl100k_base`, DBRX's, or what to call that of `vocab_file`", "cl100k_base")
+    vocab_file: str | None = option("a `.tiktoken` vocabulary, or a `tokenizer.json`, to use instead", None)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dbrx_train.data.manifest import Manifest, Split, check_dataset
 from dbrx_train.data.mds import INDEX, read_shard
-from dbrx_train.data.tokenizer import Tokenizer, load_tokenizer
+from dbrx_train.data.tokenizer import CL100K, Tokenizer, load_tokenizer
 
 __all__ = ["inspect"]
 
@@ -56,13 +56,14 @@ def inspect(
         for kind, problem in manifest.problems.items():
             lines.append(f"  {kind}: {problem.count:,}, first {', '.join(problem.examples)}")
     lines += ["", f"{documents} of {split} by length in tokens", *_histogram(manifest.splits[split].lengths)]
-    index, tokens, loss = _pick(Path(folder, split), manifest, split, sample)
+    tokenizer = _tokenizer(manifest, vocab_file)
+    index, tokens, loss = _pick(Path(folder, split), manifest, split, sample, tokenizer)
     title = f"sample {index:,} of {split}"
     if loss is not None:
         title += (
             f": {int(loss.sum()):,} of {len(tokens):,} tokens are trained on, not those in {' '.join(MASKED)}"
         )
-    lines += ["", title, *_decoded(tokens, loss, manifest, vocab_file, characters)]
+    lines += ["", title, *_decoded(tokens, loss, manifest.tokenizer, tokenizer, characters)]
     return "\n".join(lines)
 
 
@@ -82,8 +83,16 @@ def _histogram(lengths: list[int]) -> Iterator[str]:
         yield f"  {label:>27} {lengths[power]:>10,} {bar}".rstrip()
 
 
+def _tokenizer(manifest: Manifest, vocab_file: str | None) -> Tokenizer | None:
+    """That which the folder was prepared with; None if it is not at hand."""
+    if vocab_file is None and manifest.tokenizer != CL100K:
+        return None
+    tokenizer = load_tokenizer(manifest.tokenizer, vocab_file)
+    return tokenizer if tokenizer.fingerprint == manifest.tokenizer_fingerprint else None
+
+
 def _pick(
-    folder: Path, manifest: Manifest, split: str, wanted: int | None
+    folder: Path, manifest: Manifest, split: str, wanted: int | None, tokenizer: Tokenizer | None
 ) -> tuple[int, NDArray[np.uint32], NDArray[np.uint8] | None]:
     """A sample's number, its tokens, of shape [seq_len], and its loss mask, alike, if it has one."""
     samples = manifest.splits[split].samples
@@ -93,8 +102,9 @@ def _pick(
     for shard in json.loads((folder / INDEX).read_text(encoding="utf-8"))["shards"]:
         if wanted is None or wanted < first + shard["samples"]:
             rows = read_shard(folder, shard)
-            with_end = (rows == Tokenizer.eos_id).any(axis=1)
-            row = int(with_end.argmax()) if wanted is None else wanted - first
+            row = 0 if wanted is None else wanted - first
+            if wanted is None and tokenizer is not None:
+                row = int((rows == tokenizer.eos_id).any(axis=1).argmax())
             loss = read_shard(folder, shard, "loss")[row] if "loss" in shard["column_names"] else None
             return first + row, rows[row], loss
         first += shard["samples"]
@@ -104,13 +114,11 @@ def _pick(
 def _decoded(
     tokens: NDArray[np.uint32],
     loss: NDArray[np.uint8] | None,
-    manifest: Manifest,
-    vocab_file: str | None,
+    name: str,
+    tokenizer: Tokenizer | None,
     characters: int,
 ) -> Iterator[str]:
-    name = manifest.tokenizer
-    tokenizer = load_tokenizer(name, vocab_file) if vocab_file or name == "cl100k_base" else None
-    if tokenizer is None or tokenizer.fingerprint != manifest.tokenizer_fingerprint:
+    if tokenizer is None:
         yield f"  (not decoded: it needs the vocabulary file of {name!r} that it was prepared with)"
         return
     padding = int((tokens == tokenizer.pad_id).sum()) if loss is not None else 0

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
+import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
-from tokenizers import Tokenizer as FastTokenizer
 
-from dbrx_train.data.tokenizer import Tokenizer
+from dbrx_train.data.fast_tokenizer import FastTokenizer
+from dbrx_train.data.tokenizer import TiktokenTokenizer, Tokenizer
 
 __all__ = ["write_tokenizer"]
 
@@ -47,7 +48,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int) -> list
         "clean_up_tokenization_spaces": False,
     }
     files = {
-        "tokenizer.json": _tokenizer_json(tokenizer),
+        "tokenizer.json": _json_of(tokenizer),
         "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
     }
     for name, content in files.items():
@@ -56,7 +57,10 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int) -> list
 
 
 @lru_cache(maxsize=1)
-def _tokenizer_json(tokenizer: Tokenizer) -> str:
+def _json_of(tokenizer: Tokenizer) -> str:
+    if isinstance(tokenizer, FastTokenizer):
+        return tokenizer.json
+    assert isinstance(tokenizer, TiktokenTokenizer)
     letters = _byte_letters()
 
     def spell(token: bytes) -> str:
@@ -71,7 +75,7 @@ def _tokenizer_json(tokenizer: Tokenizer) -> str:
     # No piece of a text is one of these whole, so they are never met, but ids without a hole are expected.
     unused = set(range(tokenizer.vocab_size)) - set(vocabulary.values())
     vocabulary |= {tokenizer.decode([id_]): id_ for id_ in unused}
-    fast = FastTokenizer(
+    fast = tokenizers.Tokenizer(
         models.BPE(vocabulary, merges, fuse_unk=False, byte_fallback=False, ignore_merges=True)
     )
     split = pre_tokenizers.Split(Regex(_PATTERN), "isolated")

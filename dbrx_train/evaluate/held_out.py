@@ -13,7 +13,7 @@ from dbrx_train.config import ConfigError, RunConfig, naming
 from dbrx_train.data.stream.dataset import EvalDataset
 from dbrx_train.data.stream.held_out import held_out_samples
 from dbrx_train.data.stream.loader import collate, samples_of
-from dbrx_train.data.tokenizer import load_tokenizer
+from dbrx_train.data.tokenizer import Tokenizer, load_tokenizer
 from dbrx_train.model.decoder import Dbrx
 
 __all__ = ["HeldOut", "batches", "check_tokenizer", "held_out"]
@@ -50,12 +50,13 @@ def batches(config: RunConfig) -> Iterator[tuple[str, Iterator[Batch]]]:
             if part.dataset is None:
                 continue
             size = samples_of(config.evaluation.batch_size, config.data.seq_len, part.dataset.seq_len)
-            yield part.source, _batches(part.dataset, range(part.samples), size, tokenizer.eos_id)
+            yield part.source, _batches(part.dataset, range(part.samples), size, tokenizer)
 
 
-def _batches(data: EvalDataset, numbers: range, size: int, eos_id: int) -> Iterator[Batch]:
+def _batches(data: EvalDataset, numbers: range, size: int, tokenizer: Tokenizer) -> Iterator[Batch]:
     for begin in range(0, len(numbers), size):
-        yield collate([data[n] for n in numbers[begin : begin + size]], eos_id=eos_id)
+        samples = [data[n] for n in numbers[begin : begin + size]]
+        yield collate(samples, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
 
 
 def check_tokenizer(config: RunConfig, weights: Weights) -> None:

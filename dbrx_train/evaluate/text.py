@@ -9,7 +9,7 @@ import torch
 
 from dbrx_train.checkpoint.weights import load_model, open_weights, tokenizer_of
 from dbrx_train.data.tokenizer import Tokenizer
-from dbrx_train.model.generation import STOP_IDS, generate
+from dbrx_train.model.generation import generate
 from dbrx_train.model.quantize import quantize
 
 __all__ = ["NEW_TOKENS", "continue_text"]
@@ -64,6 +64,7 @@ def continue_text(
         min(NEW_TOKENS, room) if max_new_tokens is None else max_new_tokens,
         temperature=temperature,
         top_p=top_p,
+        stop_ids=tokenizer.stop_ids,
         generator=generator,
     )
     return _pieces(map(int, tokens), tokenizer)
@@ -72,7 +73,7 @@ def continue_text(
 def _pieces(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
     shown, new_ids = "", list[int]()
     for token in tokens:
-        if token in STOP_IDS:
+        if token in tokenizer.stop_ids:
             break
         new_ids.append(token)
         text = tokenizer.decode(new_ids)

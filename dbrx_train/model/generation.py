@@ -10,9 +10,7 @@ from torch import Tensor
 from dbrx_train.model.attention import KVCache
 from dbrx_train.model.decoder import Dbrx
 
-__all__ = ["STOP_IDS", "KVCache", "generate", "sample"]
-
-STOP_IDS = (100_257, 100_279)  # <|endoftext|> and <|im_end|>
+__all__ = ["KVCache", "generate", "sample"]
 
 
 def generate(
@@ -21,7 +19,7 @@ def generate(
     max_new_tokens: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    stop_ids: Collection[int] = STOP_IDS,
+    stop_ids: Collection[int] = (),
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
     """Continue input_ids [B, S]; yields the next token of every row, [B], as soon as it is known.

@@ -97,6 +97,7 @@ def train_data(
     loader = build_loader(
         train_dataset(config),
         eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
         num_workers=config.data.num_workers,
         pin_memory=torch.cuda.is_available(),
         arrived=arrived,

@@ -70,7 +70,7 @@ def evaluators(config: RunConfig, tokenizer: Tokenizer) -> list[Evaluator]:
             even,
             batch_size=samples_of(config.evaluation.batch_size, config.data.seq_len, part.dataset.seq_len),
             sampler=dist.get_sampler(even, shuffle=False),
-            collate_fn=partial(collate, eos_id=tokenizer.eos_id),
+            collate_fn=partial(collate, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id),
             generator=torch.Generator(),  # an iterator draws a number: not one of training's
         )
         interval = config.clock.interval(config.evaluation.interval)

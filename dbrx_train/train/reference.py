@@ -92,7 +92,8 @@ def _computed(config: RunConfig, trainer: Trainer, tokenizer: Tokenizer, data: E
             start = first + dist.get_global_rank() * size
             # A rank that has none left repeats the first sample, for all must take part.
             numbers = list(range(start, min(start + size, len(data)))) or [0]
-            batch = collate([data[number] for number in numbers], eos_id=tokenizer.eos_id)
+            samples = [data[number] for number in numbers]
+            batch = collate(samples, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
             output = state.model(state.device.batch_to_device(batch))
             documents = int(batch["document_ids"].max()) + 1
             ids = batch["document_ids"].to(output.log_probs.device)

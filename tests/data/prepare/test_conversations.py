@@ -206,14 +206,14 @@ def test_batches_mask_labels_and_padding_and_leave_plain_samples_alone(tmp_path:
     data = EvalDataset(str(tmp_path / "out"), seq_len=64, split="train")
     plain = {"tokens": np.arange(64), "source": 1, "sample_id": 0}
     tokenizer = load_tokenizer()
-    batch = collate([data[0], plain], eos_id=tokenizer.eos_id)
+    batch = collate([data[0], plain], eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
     tokens, labels, documents = (batch[key] for key in ("input_ids", "labels", "document_ids"))
     mask = torch.as_tensor(data[0]["loss"])
     assert torch.equal(labels[0], tokens[0].where(mask, -100))
     assert torch.equal(documents[0] == -1, tokens[0] == tokenizer.pad_id)
     assert documents[0].max() >= 1
     assert torch.equal(labels[1], tokens[1])
-    alone = collate([plain], eos_id=tokenizer.eos_id)
+    alone = collate([plain], eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
     assert torch.equal(alone["document_ids"][0], documents[1])
 
 
@@ -223,7 +223,7 @@ def test_a_packed_sample_trains_like_its_conversations_apart(tmp_path: Path) -> 
     tokenizer = load_tokenizer()
     data = EvalDataset(str(tmp_path / "out"), seq_len=64, split="train")
     model = Dbrx(SHAPE, seed=1)
-    batch = collate([data[i] for i in range(len(data))], eos_id=tokenizer.eos_id)
+    batch = collate([data[i] for i in range(len(data))], eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
     keys = ("labels", "document_ids")
     packed = model(batch["input_ids"], **{key: batch[key] for key in keys})
     total, count = 0.0, 0

@@ -242,7 +242,7 @@ def test_an_eos_belongs_to_the_document_that_it_ends() -> None:
     tokens = torch.tensor([[5, 9, 9, 6, 7, 9], [1, 2, 3, 4, 5, 6]])
     assert document_ids(tokens, 9).tolist() == [[0, 0, 1, 2, 2, 2], [0] * 6]
     samples = [{"tokens": row.numpy(), "source": i, "sample_id": 7} for i, row in enumerate(tokens)]
-    batch = collate(samples, eos_id=9)
+    batch = collate(samples, eos_id=9, pad_id=9)
     assert {key: (value.dtype, tuple(value.shape)) for key, value in batch.items()} == {
         "input_ids": (torch.int64, (2, 6)),
         "labels": (torch.int64, (2, 6)),
@@ -329,7 +329,7 @@ def test_another_sequence_length_is_refused(corpora: Path, workers: int) -> None
     data = dataset(corpora, clock=Clock.of("9ba", seq_len=16, global_batch_size=8))
     message = r"^sources.\w: has samples of 8 tokens, not seq_len 16; set seq_len to 8 or prepare it again"
     with pytest.raises(ValueError, match=message) as caught:
-        next(iter(build_loader(data, eos_id=0, num_workers=workers)))
+        next(iter(build_loader(data, eos_id=0, pad_id=0, num_workers=workers)))
     assert "\n" not in str(caught.value)
 
 

@@ -101,7 +101,7 @@ def long_run(root: Path, rank: int = 0, ranks: int = 1) -> ScheduledDataset:
 
 
 def shapes_and_samples(data: ScheduledDataset, count: int, workers: int = 0) -> list[Any]:
-    batches = itertools.islice(build_loader(data, eos_id=0, num_workers=workers), count)
+    batches = itertools.islice(build_loader(data, eos_id=0, pad_id=0, num_workers=workers), count)
     return [(tuple(b["input_ids"].shape), b["source"].tolist(), b["sample_id"].tolist()) for b in batches]
 
 
