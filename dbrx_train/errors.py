@@ -79,7 +79,12 @@ def check_exists(path: str | os.PathLike[str]) -> None:
 
 def seen_from(path: str | os.PathLike[str]) -> str:
     """To follow that there is no ``path``: the folder that it was looked for in, if it is relative."""
-    return "" if os.path.isabs(path) else f", seen from {os.getcwd()}"
+    if os.path.isabs(path):
+        return ""
+    try:
+        return f", seen from {os.getcwd()}"
+    except FileNotFoundError:
+        return ", seen from a folder that was deleted"
 
 
 def first_line(error: BaseException) -> str:

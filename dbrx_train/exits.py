@@ -31,11 +31,22 @@ def begin() -> None:
     What a signal interrupts is cleaned up, within ten seconds. Amid an import, where an exception may be
     swallowed or become another one, and once the command is over, the process exits at once.
     """
+    _mend_streams()
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and a shell's & want it
             signal.signal(number, _hear)
     for name in ("excepthook", "unraisablehook"):  # for what C code could not raise
         setattr(sys, name, _unless_heard(getattr(sys, name)))
+
+
+def _mend_streams() -> None:
+    """Standard streams that take whatever is printed: a closed one, or one of few letters, is no error."""
+    for name in ("stdout", "stderr"):
+        stream: Any = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        else:
+            stream.reconfigure(errors="backslashreplace")
 
 
 def resumable() -> None:

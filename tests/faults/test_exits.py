@@ -117,6 +117,10 @@ def test_what_fails_while_a_run_ends_is_a_line_and_its_exit_code_stays(runs: Run
     code, said = close("a mistake", {"of": f"{TRAIN}run:_record", "mistake": True}, closing)
     assert code == 2
     assert "dbrx-train: what a test raises" in said
+    # A store that takes no run has none to end
+    code, said = close("no run", {"of": "composer.loggers:MLFlowLogger.init", "mistake": True})
+    assert code == 2
+    assert said[-1] == "dbrx-train: what a test raises"
     code, said = close("a stop", {"of": f"{TRAIN}run:_record", "signal": int(TERM)}, closing)
     assert code == 75
     assert said[-1].startswith("stopped (SIGTERM); the same command goes on from the beginning")

@@ -171,7 +171,7 @@ class MLflowStore(MLFlowLogger):  # type: ignore[misc]
         self.post_close()
 
     def post_close(self) -> None:
-        if not self._enabled:
+        if not self._enabled or self._run_id is None:  # the store took no run
             return
         self.flush()
         try:
