@@ -1,4 +1,4 @@
-"""Standard output that is closed, full, of few letters, or not read: one line or none, and the right exit code."""
+"""Standard output that is closed, full, of few letters, or not read: one line or none, and an exit code."""
 
 from __future__ import annotations
 
