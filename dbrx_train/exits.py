@@ -37,6 +37,7 @@ def begin() -> None:
             signal.signal(number, _hear)
     for name in ("excepthook", "unraisablehook"):  # for what C code could not raise
         setattr(sys, name, _unless_heard(getattr(sys, name)))
+    os.register_at_fork(after_in_child=_in_child)
 
 
 def _mend_streams() -> None:
@@ -144,6 +145,13 @@ def _hear(number: int, frame: FrameType | None) -> None:
     timer.daemon = True
     timer.start()
     raise SystemExit(_code())
+
+
+def _in_child() -> None:
+    """A process forked from this one hears signals as any does."""
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        if signal.getsignal(number) is _hear:
+            signal.signal(number, usual)
 
 
 def _end() -> None:

@@ -38,3 +38,13 @@ def test_letters_that_a_terminal_lacks_are_escaped() -> None:
     few = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii", "PYTHONCOERCECLOCALE": "0"}
     program = "from dbrx_train import exits; exits.begin(); print('\\u2026')"
     assert shell(f'test "$({sys.executable} -c "{program}")" = \'\\u2026\'', **few) == (0, [])
+
+
+def test_a_forked_process_hears_signals_as_any_does() -> None:
+    program = (
+        "import os, signal; from dbrx_train import exits; exits.begin(); child = os.fork();"
+        "child or os.kill(os.getpid(), signal.SIGTERM);"
+        "assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")

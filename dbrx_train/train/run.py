@@ -64,7 +64,7 @@ def run(config: RunConfig) -> None:
     if device == "cpu":
         keep_freed_memory()
     with PreemptionHandler(config.preemption.seconds, config.stop_after_seconds) as stop, ExitStack() as last:
-        _at_exit(last, "how to go on", lambda error: _say_how_to_go_on(config, stop, error))
+        _at_exit(last, "how to go on is not known", lambda error: _say_how_to_go_on(config, stop, error))
         with stop.before_training():
             environment.join_ranks(device, config.parallelism.timeout)
         _train(config, device, stop)
@@ -103,7 +103,7 @@ def _train(config: RunConfig, device: str, stop: PreemptionHandler) -> None:
         at_exit("not all was closed", lambda error: (trainer if error is None else trainer.engine).close())
         at_exit(f"MLflow does not keep {EVENTS}", lambda _: _keep_events(config, store))
         base = config.init_from.path if config.lora.rank is not None else None
-        at_exit("MLflow", lambda error: store.ends_with(exit_code(error)))
+        at_exit("MLflow is not told how it ended", lambda error: store.ends_with(exit_code(error)))
         try:
             if weights:
                 with naming("init_from.path: "):
