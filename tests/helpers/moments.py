@@ -217,6 +217,7 @@ class _Interrupt:
 
 
 if __name__ == "__main__":  # moments.py MODULE SIGNAL ARGUMENTS...: dbrx-train, interrupted amid an import
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's & has had ignored
     _, module, number, *arguments = sys.argv
     sys.meta_path.insert(0, _Interrupt(module, int(number)))  # type: ignore[arg-type]
     sys.argv = ["dbrx-train", *arguments]
