@@ -17,7 +17,7 @@ from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.adapter import base_of, check_base, is_adapter, read_merged
 from dbrx_train.checkpoint.tensors import Reader
 from dbrx_train.errors import check_exists, first_line
-from dbrx_train.lease import scratch_folder
+from dbrx_train.files import atomic_write
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.decoder import Dbrx
 from dbrx_train.model.hf.files import (
@@ -319,17 +319,18 @@ def consolidate(path: Path, out: Path, dtype: torch.dtype, on_skip: Callable[[st
     Raises:
         ValueError: there is no checkpoint, a value is not finite, or ``out`` exists.
     """
-    with scratch_folder(out) as scratch, open_weights(path, on_skip) as weights:
+    if out.exists():
+        raise ValueError(f"{out}: exists already; choose another, or delete it")
+    with open_weights(path, on_skip) as weights:
         model = meta_model(weights.model)
         state = model.state_dict() | {name: tensor.to(dtype) for name, tensor in model.named_parameters()}
         about = {"config": json.dumps(weights.config)}
         if weights.tokenizer_fingerprint is not None:
             about["tokenizer"] = weights.tokenizer_fingerprint
-        partial = scratch / out.name
-        tensors = map_file(partial, state, about)
-        weights.read(tensors)
-        for name, tensor in tensors.items():
-            check_finite(weights.path, name, tensor)
-        sync(partial)
-        partial.rename(out)
+        with atomic_write(out) as partial:
+            tensors = map_file(partial, state, about)
+            weights.read(tensors)
+            for name, tensor in tensors.items():
+                check_finite(weights.path, name, tensor)
+            sync(partial)
     return out.stat().st_size

@@ -92,7 +92,7 @@ def test_a_run_exports_beside_training_and_another_begins_from_that(
     assert_equal(models(in_tmp / "next" / "checkpoints" / "ba1"), models(last))
     path = run_yaml(workplace, in_tmp, "wrong")
     for change, says in (
-        ("model.vocab_size=100353", r"model.vocab_size: 100353 here, but .*/ba8 was saved with 100352"),
+        ("model.vocab_size=513", r"model.vocab_size: 513 here, but .*/ba8 was saved with 512"),
         ("model.num_experts=4", "model.num_experts: 4 here, but .*/ba8 was saved with 16"),
         ("model.norm=rmsnorm", "model.norm: rmsnorm here, but .*/ba8 was saved with layernorm"),
         ("init_from.upcycle=true", "init_from.upcycle: .*/ba8: has 16 experts a layer already"),
@@ -177,6 +177,6 @@ def test_a_dense_run_is_upcycled(workplace: Path, in_tmp: Path, warm: Warm) -> N
         models(in_tmp / "one" / "checkpoints" / "ba1"), models(in_tmp / "two" / "checkpoints" / "ba1")
     )
     after = load_model(open_weights(in_tmp / "one", nobody))
-    ids = torch.randint(1000, (2, 30), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(512, (2, 30), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(after.eval()(ids).logits, before.eval()(ids).logits, rtol=1e-5, atol=1e-6)

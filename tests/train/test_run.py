@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -238,7 +239,7 @@ def test_a_changed_past_of_the_mix_is_refused(workplace: Path, in_tmp: Path) -> 
     [
         (["data.seq_len=16"], "data.sources.web: .* samples of 32 tokens, but the run asks for 16"),
         (["data.sources.web.local=nowhere"], "data.sources.web: nowhere"),
-        (["model.vocab_size=1000"], "vocabulary has only 1000"),
+        (["model.vocab_size=500"], "vocabulary has only 500"),
         (["device=gpu"], "device: gpu, but torch finds no CUDA GPU"),
         (["device=cpu", "profile.memory=true"], "profile.memory: is of a GPU, and this run is on a CPU"),
     ],
@@ -336,9 +337,10 @@ def test_on_resuming_the_configurations_options_rule(workplace: Path, in_tmp: Pa
 def test_a_disk_that_takes_no_more_is_one_line_and_loses_nothing_saved(workplace: Path, in_tmp: Path) -> None:
     path = run_yaml(workplace, in_tmp, "full")
     fixed = ["evaluation.max_samples=0", "data.mix=[{at: 0tok, weights: {web: 1, code: 1}}]"]
+    fixed.append("model.vocab_size=100352")
     run(load(path, [*fixed, "max_duration=2ba"]))
     # A limit on the size of a file (here 20 MB, a quarter of a checkpoint) fails a write as a full disk does.
-    limited = f"ulimit -f 20000; {DBRX_TRAIN} train {path} '{fixed[0]}' '{fixed[1]}'"
+    limited = f"ulimit -f 20000; {DBRX_TRAIN} train {path} {shlex.join(fixed)}"
     done = subprocess.run(["bash", "-c", limited], cwd=in_tmp, capture_output=True, text=True, timeout=300)
     folder = in_tmp / "full" / "checkpoints"
     assert done.returncode == 2, done.stderr
