@@ -273,7 +273,7 @@ def test_a_copy_that_fails_is_tried_again_then_reported_and_ends_nothing(
     assert s3.steps() == [8]
     client = boto3.client("s3", endpoint_url=os.environ["S3_ENDPOINT_URL"])
     left = client.list_objects_v2(Bucket="runs", Prefix="deep/er-cut/")["Contents"]
-    assert {each["Key"].split("/")[-2] for each in left} == {"ba8"}
+    assert {each["Key"].split("/")[2] for each in left} == {"ba8", ".lease.json"}
 
 
 @pytest.mark.slow
