@@ -1,5 +1,15 @@
-"""``python -m dbrx_train``: the command line, for launchers that want a module."""
+"""``dbrx-train`` and, for launchers that want a module, ``python -m dbrx_train``."""
 
-from dbrx_train.cli import main
+from dbrx_train import exits
 
-main()
+
+def main() -> None:
+    """Entry point of a process of its own."""
+    exits.begin()
+    from dbrx_train import cli
+
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,25 +1,21 @@
 """The command line: one command per verb, each a thin call into one room.
 
 Exit codes: 0 done; 2 the user's input is wrong (one line); 75 stopped as asked, with all that was done saved;
-74 no progress for too long; 130 interrupted; 1 anything else.
+74 no progress for too long; 130 and 143 interrupted; 1 anything else. ``exits.py`` sees to them.
 """
 
 from __future__ import annotations
 
-import os
 import sys
-import time
-import warnings
 from enum import StrEnum, auto
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
-from dbrx_train import __version__, logs
-from dbrx_train.errors import show
+from dbrx_train import __version__, exits, logs
 from dbrx_train.files import atomic_write
-from dbrx_train.redact import mask
 
 app = typer.Typer(
     name="dbrx-train",
@@ -74,35 +70,23 @@ class Long(StrEnum):
     drop = auto()
 
 
-_FIRST_SECONDS = 3.0  # for a host's first rank to make the same mistake
+class _Command(typer.core.TyperCommand):
+    """A command whose refusals name its options as they are typed, where functions name their parameters."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ValueError as error:
+            name, colon, rest = str(error).partition(": ")
+            typed = next((each for each in self.params if each.name == name), None)
+            if typed is None or not colon:
+                raise
+            raise ValueError(f"{typed.opts[0] if typed.opts[0] != name else name.upper()}: {rest}") from error
 
 
 def main() -> None:
-    """Entry point: turns a user's mistake into one line and exit code 2."""
-    warnings.formatwarning = _one_line
-    try:
-        logs.begin()
-        app()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        # Ranks that have met say whose error it is; before, all make the same mistake: once a host will do.
-        # A launcher passes on the code of the first that exits, and ends the others wherever they are.
-        first = os.environ.get("LOCAL_RANK", "0") == "0"
-        code = show(error, quiet=not first)
-        if not first:
-            time.sleep(_FIRST_SECONDS)
-        sys.exit(code)
-
-
-def _one_line(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    """A warning of ours without the place in the code, which means nothing to its reader."""
-    if not Path(filename).is_relative_to(Path(__file__).parent):
-        return mask(f"{filename}:{lineno}: {message}\n")
-    return mask(f"dbrx-train: warning: {message}\n") if os.environ.get("RANK", "0") == "0" else ""
+    """Run the command that the arguments say, and exit."""
+    exits.run(lambda: app(prog_name="dbrx-train", standalone_mode=False))
 
 
 def _show_version(wanted: bool) -> None:
@@ -139,6 +123,7 @@ def data_prepare(
     vocab_file: VocabFile = None,
 ) -> None:
     """Tokenize SOURCES into shards; interrupted, the same command goes on."""
+    exits.resumable()
     from dbrx_train.data.prepare.pipeline import TEXT_SUFFIXES, prepare
 
     summary = prepare(
@@ -170,6 +155,7 @@ def data_prepare_chat(
     vocab_file: VocabFile = None,
 ) -> None:
     """Turn conversations in SOURCES into shards: ChatML, whole within samples, with a loss mask."""
+    exits.resumable()
     from dbrx_train.data.prepare.conversations import ChatFormat
     from dbrx_train.data.prepare.pipeline import prepare
 
@@ -231,6 +217,7 @@ def data_quickstart(
     seq_len: SeqLen = 512,
 ) -> None:
     """Prepare the quickstart's corpus: the code and the texts of this machine's Python."""
+    exits.resumable()
     from dbrx_train.data.prepare.quickstart import prepare_quickstart
 
     for summary in prepare_quickstart(out, seq_len=seq_len).values():
@@ -243,11 +230,13 @@ def train(
     overrides: Overrides = None,
 ) -> None:
     """Train as CONFIG says; resume if a run of its name was started before."""
+    exits.resumable()
     from dbrx_train.config import load
 
     logs.outlive_readers()
     loaded = load(config, overrides or [])
-    from dbrx_train.train.run import run
+    with exits.hearing_alone():
+        from dbrx_train.train.run import run
 
     run(loaded)
 
@@ -379,7 +368,10 @@ def generate(
         Path, typer.Argument(help="A run's folder, a checkpoint, its weights, or a Hugging Face folder.")
     ],
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 128,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Stop after this many tokens; default: 128, or what there is room for."),
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
     top_p: Annotated[
         float,
@@ -404,6 +396,13 @@ def generate(
         aside=_aside,
     )
     print("" if chat else prompt, end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    finally:
+        print()
+
+
+for _each in (app, data_app, checkpoint_app):
+    for _command in _each.registered_commands:
+        _command.cls = _Command

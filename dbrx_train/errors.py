@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
 
 from dbrx_train.redact import mask
 
-__all__ = ["HUNG", "MISTAKE", "STOPPED", "Stopped", "exit_code", "first_line", "show"]
+__all__ = [
+    "HUNG",
+    "MISTAKE",
+    "STOPPED",
+    "Stopped",
+    "check_exists",
+    "exit_code",
+    "first_line",
+    "seen_from",
+    "show",
+]
 
 MISTAKE = 2
 """Exit code: the user's input is wrong."""
@@ -51,10 +62,29 @@ def _mistake(error: Exception) -> str | None:
     if isinstance(error, ValueError):
         return str(error)
     if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
-        return f"{error.filename}: {error.strerror}"
+        missing = isinstance(error, FileNotFoundError) and isinstance(error.filename, str)
+        return f"{error.filename}: {error.strerror}{seen_from(error.filename) if missing else ''}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # as of standard output
+        return error.strerror
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("dbrx_train"):
         return f"{error.name} is not installed; this needs: pip install 'dbrx-train[train]'"
     return None
+
+
+def check_exists(path: str | os.PathLike[str]) -> None:
+    """Raise ValueError if there is no file or folder of that name."""
+    if not os.path.lexists(path):
+        raise ValueError(f"{os.fspath(path)}: no such file or folder{seen_from(path)}")
+
+
+def seen_from(path: str | os.PathLike[str]) -> str:
+    """To follow that there is no ``path``: the folder that it was looked for in, if it is relative."""
+    if os.path.isabs(path):
+        return ""
+    try:
+        return f", seen from {os.getcwd()}"
+    except FileNotFoundError:
+        return ", seen from a folder that was deleted"
 
 
 def first_line(error: BaseException) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,11 @@ from typing import Any
 
 import xxhash
 
+<<<<<<< HEAD
 __all__ = ["atomic_write", "naming_file", "new_folder", "seal", "seen_from"]
+=======
+__all__ = ["atomic_write", "naming_file", "seal"]
+>>>>>>> exits
 
 
 @contextmanager
@@ -50,26 +53,6 @@ def atomic_write(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.filename == str(partial):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes ``out`` once it is whole.
-
-    Raises:
-        ValueError: ``out`` exists.
-    """
-    if out.exists():
-        raise ValueError(f"{out}: exists already")
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    partial.rename(out)
 
 
 def seal(values: Mapping[str, Any]) -> str:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
+import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -23,13 +25,27 @@ from typing import Any
 from dbrx_train.errors import Stopped
 from dbrx_train.files import atomic_write, naming_file
 
-__all__ = ["Lease", "LeaseLost"]
+__all__ = [
+    "FOLDER",
+    "Lease",
+    "LeaseHeld",
+    "LeaseLost",
+    "describe",
+    "holder",
+    "is_alive",
+    "new_folder",
+    "scratch_folder",
+]
 
 FOLDER = ".lease"
 RENEW_SECONDS = 10.0
 STALE_SECONDS = 60.0
 """A holder on another machine that does not renew its lease for so long is dead."""
 _JOBS = {"SLURM_JOB_ID": "Slurm job", "POD_NAME": "pod", "LSB_JOBID": "LSF job", "PBS_JOBID": "PBS job"}
+
+
+class LeaseHeld(ValueError):
+    """Another process holds it; the message says which."""
 
 
 class LeaseLost(Stopped):
@@ -45,7 +61,7 @@ class Lease:
         say: told what is being waited for.
 
     Raises:
-        ValueError: on entering, another process that lives holds the folder; the line says which.
+        LeaseHeld: on entering, another process that lives holds the folder; the line says which.
         OSError: on entering, nothing can be written there.
     """
 
@@ -77,7 +93,7 @@ class Lease:
     def check(self) -> None:
         """Raise LeaseLost if another process has taken the folder over."""
         if (successor := self._successor()) is not None:
-            raise LeaseLost(f"lost {self.folder} to {_described(successor)}")
+            raise LeaseLost(f"lost {self.folder} to {describe(successor)}")
 
     def _claim(self) -> bool:
         """Whether the folder is ours now; if not, try again."""
@@ -103,18 +119,16 @@ class Lease:
         return True
 
     def _refuse_if_held(self, path: Path) -> None:
-        holder = _read(path)
-        if "released" in holder:
+        found = _read(path)
+        if "released" in found:
             return
-        here = holder.get("machine") is not None and holder["machine"] == _machine()
-        if here and not _is_hidden(holder["pid"]):
-            alive = _started(holder["pid"]) == holder["started"] is not None
-        else:
-            alive = self._is_renewed(path, holder)
+        alive = is_alive(found)
+        if alive is None:
+            alive = self._is_renewed(path, found)
         if alive:
-            raise ValueError(f"{self.folder}: is in use by {_described(holder)}; wait for it, or stop it")
+            raise LeaseHeld(f"{self.folder}: is in use by {describe(found)}; wait for it, or stop it")
 
-    def _is_renewed(self, path: Path, holder: dict[str, Any]) -> bool:
+    def _is_renewed(self, path: Path, found: dict[str, Any]) -> bool:
         """Watch whether it is, without a look at any clock but this process' own."""
         began, first = time.monotonic(), _modified(path)
         told = False
@@ -123,7 +137,7 @@ class Lease:
             if _modified(path) != first:
                 return True
             if not told and time.monotonic() - began > 1.5 * RENEW_SECONDS:
-                who = _described(holder)
+                who = describe(found)
                 self._say(f"{self.folder}: waiting up to {STALE_SECONDS:.0f} s to see if {who} still lives")
                 told = True
         return False
@@ -159,7 +173,7 @@ class Lease:
         return None if latest.get("token") in (self._token, None) else latest
 
     def _text(self, **more: Any) -> str:
-        return json.dumps(_holder() | {"token": self._token, **more})
+        return json.dumps(holder() | {"token": self._token, **more})
 
     def _numbers(self) -> list[int]:
         return sorted(int(path.stem) for path in self._root.glob("*.json") if path.stem.isdecimal())
@@ -168,7 +182,42 @@ class Lease:
         return self._root / f"{number}.json"
 
 
-def _holder() -> dict[str, Any]:
+@contextmanager
+def scratch_folder(out: Path) -> Iterator[Path]:
+    """A new folder to make ``out`` in, which no other process makes meanwhile; it is gone in the end.
+
+    Raises:
+        ValueError: ``out`` exists, or is being made by another process.
+    """
+    if os.path.lexists(out):
+        raise ValueError(f"{out}: exists already; choose another, or delete it")
+    partial = out.with_name(f"{out.name}.partial")
+    with Lease(partial, lost=lambda _: None, say=_aside) as lease:
+        try:
+            for left in partial.iterdir():  # by a process that was killed
+                if left.name != FOLDER:
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+            yield partial
+            lease.check()
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes ``out`` once it is whole. Raises as ``scratch_folder``."""
+    with scratch_folder(out) as scratch:
+        filled = scratch / out.name
+        filled.mkdir()
+        yield filled
+        filled.rename(out)
+
+
+def _aside(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def holder() -> dict[str, Any]:
     """What tells this process from all others, and a person which one it is."""
     job = next((f"{name} {os.environ[key]}" for key, name in _JOBS.items() if key in os.environ), None)
     return {
@@ -179,6 +228,13 @@ def _holder() -> dict[str, Any]:
         "machine": _machine(),
         "started": _started(os.getpid()),
     }
+
+
+def is_alive(found: dict[str, Any]) -> bool | None:
+    """Whether a holder's process lives, if this machine can tell."""
+    if found.get("machine") is None or found["machine"] != _machine() or _is_hidden(found["pid"]):
+        return None
+    return bool(found["started"] is not None and _started(found["pid"]) == found["started"])
 
 
 def _machine() -> str | None:
@@ -231,9 +287,10 @@ def _modified(path: Path) -> int | None:
         return None
 
 
-def _described(holder: dict[str, Any]) -> str:
-    if "pid" not in holder:
+def describe(found: dict[str, Any]) -> str:
+    """A holder, for a person."""
+    if "pid" not in found:
         return "another process"
-    since = datetime.fromtimestamp(holder["since"], UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    found = [f"process {holder['pid']} on {holder['host']}", holder.get("job"), f"since {since}"]
-    return ", ".join(filter(None, found))
+    since = datetime.fromtimestamp(found["since"], UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    parts = [f"process {found['pid']} on {found['host']}", found.get("job"), f"since {since}"]
+    return ", ".join(filter(None, parts))

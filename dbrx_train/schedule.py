@@ -23,19 +23,20 @@ _TIME = re.compile(r"\s*(\d[\d_]*(?:\.\d+)?(?:e\d+)?)\s*([KMBT]?)\s*(tok|sp|ba|d
 _MAGNITUDE = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
-def parse_time(text: str | int, field: str) -> tuple[Fraction, Unit | Literal["dur"]]:
+def parse_time(text: str | int, field: str, relative: bool = True) -> tuple[Fraction, Unit | Literal["dur"]]:
     """Read ``"2_000_000tok"``, ``"2B tok"``, ``"100sp"``, ``"10ba"`` or ``"0.7dur"``: a number and its unit.
 
-    Units are tokens, samples, batches (optimizer steps) and the run's duration.
+    Units are tokens, samples, batches (optimizer steps) and, if it may be ``relative``, the run's duration.
 
     Raises:
         ValueError: anything else (a bare 0 is 0 tokens); the message begins with ``field``.
     """
     match = _TIME.fullmatch("0tok" if text in (0, "0") else str(text))
-    if not match:
-        raise ValueError(
-            f"{field}: {text!r} is not a time; write it like 2B tok, 1_000_000tok, 0.7dur or 10ba"
-        )
+    if not match or (match[3] == "dur" and not relative):
+        what = "is relative to the run's length" if match else "is not a time"
+        epochs = ", for sources of a mix have no epoch in common" if str(text).endswith("ep") else ""
+        like = "2B tok, 1_000_000tok, 0.7dur or 10ba" if relative else "2B tok, 1_000_000tok or 1000ba"
+        raise ValueError(f"{field}: {text!r} {what}{epochs}; write it like {like}")
     number, magnitude, unit = match.groups()
     return Fraction(number.replace("_", "")) * _MAGNITUDE[magnitude], cast(Unit, unit)
 
@@ -122,12 +123,13 @@ class Clock:
         Raises:
             ValueError: it is not, or is nothing.
         """
-        number, unit = parse_time(max_duration, "max_duration")
-        if unit == "dur" or number <= 0:
-            raise ValueError(f"max_duration: {max_duration!r} is no length of its own; give it in tok or ba")
+        number, unit = parse_time(max_duration, "max_duration", relative=False)
+        if number <= 0:
+            raise ValueError(f"max_duration: {max_duration!r} is no length; must be longer than nothing")
         if unit == "sp":
             number, unit = number * seq_len, "tok"
-        return cls((Stage(0, 0, 0, global_batch_size * seq_len, seq_len),), (number, unit))
+        end = number, cast(Unit, unit)
+        return cls((Stage(0, 0, 0, global_batch_size * seq_len, seq_len),), end)
 
     def with_batch_size(self, at: str, global_batch_size: int) -> Clock:
         """The clock with that many samples a step, from the first step that begins at ``at`` or later.
@@ -138,8 +140,7 @@ class Clock:
             ValueError: beginning with ``until``: it is out of order, or relative to the run, whose length
                 depends on it.
         """
-        if parse_time(at, "until")[1] == "dur":
-            raise ValueError(f"until: {at!r} is relative to the run's length; give it in tok or ba")
+        parse_time(at, "until", relative=False)
         edge = self.first_step(at)
         if edge.batch <= self.stages[-1].batch:
             raise ValueError(f"until: {at!r} leaves no step for this size; order the sizes by time")

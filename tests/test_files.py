@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dbrx_train.files import atomic_write, naming_file, new_folder
+from dbrx_train.files import atomic_write, naming_file
+from dbrx_train.lease import new_folder
 
 
 def write_half(path: Path, error: BaseException) -> None:

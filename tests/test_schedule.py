@@ -59,7 +59,7 @@ def test_changes_take_effect_at_the_first_step_that_begins_then_or_later() -> No
 
 
 def test_changes_out_of_order_or_relative_to_what_they_change_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"^until: '0.5dur' is relative to the run's length; give it in"):
+    with pytest.raises(ValueError, match=r"^until: '0.5dur' is relative to the run's length; write it like"):
         CLOCK.with_batch_size("0.5dur", 4)
     for early in ("0tok", "20tok"):
         with pytest.raises(ValueError, match=rf"^until: '{early}' leaves no step for this size"):

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.tensors import Reader
-from dbrx_train.errors import first_line
-from dbrx_train.files import new_folder
+from dbrx_train.errors import check_exists, first_line
+from dbrx_train.lease import new_folder
 from dbrx_train.model.init import is_norm
 from dbrx_train.model.lora import factor_names, is_factor
 from dbrx_train.parallel.fsdp import local_rows
@@ -118,6 +118,7 @@ def write_adapter(path: Path, out: Path, on_skip: Callable[[str], None]) -> list
     Raises:
         ValueError: there is no such checkpoint, or ``out`` exists.
     """
+    check_exists(path)
     held = folders.hold_newest(path, on_skip)
     if held is None:
         raise ValueError(f"{path}: neither a run with checkpoints nor a checkpoint")

@@ -11,7 +11,8 @@ import torch
 from dbrx_train import __version__
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.weights import MANIFEST, Weights, meta_model, open_weights, tokenizer_of
-from dbrx_train.files import new_folder
+from dbrx_train.errors import check_exists
+from dbrx_train.lease import new_folder
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.hf.files import MAX_SHARD_BYTES, outline, sync, write, write_json
 from dbrx_train.model.hf.names import identity, table
@@ -30,6 +31,7 @@ def import_folder(path: Path, out: Path, max_shard_bytes: int = MAX_SHARD_BYTES)
     Raises:
         ValueError: ``path`` is no such folder or its weights do not fit its config.json; ``out`` exists.
     """
+    check_exists(path)
     if not (path / "config.json").is_file():
         raise ValueError(f"{path}: no Hugging Face folder; must hold config.json")
     weights = open_weights(path, _unheard)

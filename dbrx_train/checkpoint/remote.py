@@ -43,6 +43,11 @@ class Remote:
     def __init__(self, store: ObjectStore, prefix: str) -> None:
         self._store, self._prefix = store, prefix.strip("/")
 
+    @property
+    def place(self) -> tuple[ObjectStore, str]:
+        """The store and the prefix in it."""
+        return self._store, self._prefix
+
     def upload(self, folder: Path, names: Iterable[str]) -> None:
         """Copy files of a checkpoint; give its mark last, when all ranks' files are there."""
         for name in names:

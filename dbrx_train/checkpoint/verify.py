@@ -15,10 +15,10 @@ from dbrx_train.checkpoint.adapter import is_adapter
 from dbrx_train.checkpoint.huggingface import MANIFEST
 from dbrx_train.checkpoint.tensors import Reader, model_tensors
 from dbrx_train.checkpoint.weights import meta_model, open_weights
-from dbrx_train.errors import first_line
+from dbrx_train.errors import check_exists, first_line
 from dbrx_train.model.config import DbrxConfig
-from dbrx_train.model.hf.files import check_finite, open_files, open_folder
-from dbrx_train.model.hf.names import identity, table
+from dbrx_train.model.hf.files import check_finite, open_files, open_folder, open_model
+from dbrx_train.model.hf.names import identity
 from dbrx_train.model.lora import apply_lora
 
 __all__ = ["Verified", "verify"]
@@ -49,6 +49,7 @@ def verify(path: Path) -> list[Verified]:
     Raises:
         ValueError: names the first file or tensor that is not as it should be, or there is nothing of these.
     """
+    check_exists(path)
     if path.is_file():
         open_weights(path, _unheard)  # holds names and shapes against its configuration
         stored = open_files(path, [path])
@@ -142,8 +143,8 @@ def _hugging_face(path: Path) -> Verified:
         _check_files(path, files, MANIFEST)
     config = DbrxConfig.from_hf(path)
     shapes = {name: tuple(tensor.shape) for name, tensor in meta_model(config).state_dict().items()}
-    stored = open_folder(path)
-    stored.check(table(config, shapes), shapes)
+    stored, parts = open_model(path, config, shapes)
+    stored.check(parts, shapes)
     stored.check_finite()
     found = files or {file.name: file.stat().st_size for file in {*stored.places.values()}}
     return _result(path, found, len(stored.shapes))

@@ -16,12 +16,20 @@ from torch import Tensor, nn
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.adapter import base_of, check_base, is_adapter, read_merged
 from dbrx_train.checkpoint.tensors import Reader
-from dbrx_train.errors import first_line
+from dbrx_train.errors import check_exists, first_line
 from dbrx_train.files import atomic_write
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.decoder import Dbrx
-from dbrx_train.model.hf.files import Stored, check_finite, map_file, open_files, open_folder, sync
-from dbrx_train.model.hf.names import Table, identity, table
+from dbrx_train.model.hf.files import (
+    Stored,
+    check_finite,
+    map_file,
+    open_files,
+    open_folder,
+    open_model,
+    sync,
+)
+from dbrx_train.model.hf.names import Table, identity
 from dbrx_train.model.init import is_norm
 from dbrx_train.model.lora import is_factor
 from dbrx_train.parallel.fsdp import local_rows
@@ -99,6 +107,7 @@ def open_weights(path: Path, on_skip: Callable[[str], None]) -> Weights:
     Raises:
         ValueError: there are none, or they are not what their configuration says.
     """
+    check_exists(path)
     if path.is_file():
         return _open_file(path)
     if (path / "config.json").is_file():
@@ -112,7 +121,9 @@ def open_weights(path: Path, on_skip: Callable[[str], None]) -> Weights:
         "holds": (hold,),
     }
     if ".metadata" not in found.metadata["files"]:  # imported
-        return replace(_stored(open_folder(found.folder), found.config, identity), **of_checkpoint)
+        folder = found.folder
+        imported = _stored(lambda _, shapes: (open_folder(folder), identity(shapes)), found.config)
+        return replace(imported, **of_checkpoint)
     reader = Reader(found.folder)
     if is_adapter(found.config):
         merged = _merged(found, reader, on_skip)
@@ -147,7 +158,7 @@ def _open_file(path: Path) -> Weights:
         raise ValueError(
             f"{path}: not weights that `checkpoint consolidate` wrote ({first_line(error)})"
         ) from None
-    stored = _stored(open_files(path, [path]), config, identity)
+    stored = _stored(lambda _, shapes: (open_files(path, [path]), identity(shapes)), config)
     return replace(stored, tokenizer_fingerprint=metadata.get("tokenizer"))
 
 
@@ -155,7 +166,7 @@ def _open_hugging_face(path: Path) -> Weights:
     model = DbrxConfig.from_hf(path)
     tokenizer, fingerprint = _tokenizer(path, model)
     config = {"model": model.to_dict(), "tokenizer": tokenizer}
-    stored = _stored(open_folder(path), config, functools.partial(table, model))
+    stored = _stored(functools.partial(open_model, path), config)
     return replace(stored, tokenizer_fingerprint=fingerprint)
 
 
@@ -178,12 +189,12 @@ def _tokenizer(path: Path, model: DbrxConfig) -> tuple[dict[str, Any] | None, st
 
 
 def _stored(
-    stored: Stored, config: dict[str, Any], parts_of: Callable[[dict[str, tuple[int, ...]]], Table]
+    opened: Callable[[DbrxConfig, dict[str, tuple[int, ...]]], tuple[Stored, Table]], config: dict[str, Any]
 ) -> Weights:
     """The weights in safetensors files, whose names and shapes must be those of the configuration."""
-    state = meta_model(DbrxConfig.from_dict(config["model"])).state_dict()
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    parts = parts_of(shapes)
+    model = DbrxConfig.from_dict(config["model"])
+    shapes = {name: tuple(tensor.shape) for name, tensor in meta_model(model).state_dict().items()}
+    stored, parts = opened(model, shapes)
     stored.check(parts, shapes)
 
     def read(tensors: dict[str, Tensor]) -> None:
@@ -309,7 +320,7 @@ def consolidate(path: Path, out: Path, dtype: torch.dtype, on_skip: Callable[[st
         ValueError: there is no checkpoint, a value is not finite, or ``out`` exists.
     """
     if out.exists():
-        raise ValueError(f"{out}: exists already")
+        raise ValueError(f"{out}: exists already; choose another, or delete it")
     with open_weights(path, on_skip) as weights:
         model = meta_model(weights.model)
         state = model.state_dict() | {name: tensor.to(dtype) for name, tensor in model.named_parameters()}

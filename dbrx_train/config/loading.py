@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,14 +12,22 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dbrx_train.config.errors import ConfigError, nearest, require
+from dbrx_train.config.errors import ConfigError, require
+from dbrx_train.config.kinds import unknown_keys, wrong_kinds
 from dbrx_train.config.run import RunConfig
+<<<<<<< HEAD
 from dbrx_train.errors import first_line
 from dbrx_train.files import seen_from
+=======
+from dbrx_train.errors import first_line, seen_from
+>>>>>>> exits
 from dbrx_train.options import check
 from dbrx_train.redact import mask_tree
 
 __all__ = ["RECORD", "flatten", "for_record", "load", "to_dict", "to_yaml"]
+
+
+_A_RUN = "a run is a mapping of keys, such as run_name and model"
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -35,16 +44,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         resolved = OmegaConf.to_container(given, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {first_line(error)}") from None
+        raise ConfigError(f"{path}: {error.full_key}: {first_line(error)}") from None
     assert isinstance(resolved, dict)
     resolved.pop("variables", None)
-    for key, hint in _unknown_keys(resolved, RunConfig):
-        raise ConfigError(f"{path}: unknown key {key}{hint}")
+    for trouble in (*unknown_keys(resolved, RunConfig), *wrong_kinds(resolved, RunConfig)):
+        raise ConfigError(f"{path}: {trouble}")
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), resolved))
-    except (OmegaConfBaseException, TypeError) as error:
-        where, line = str(getattr(error, "full_key", None) or ""), first_line(error)
-        raise ConfigError(f"{path}: {line if where in line else f'{where}: {line}'}") from None
     except ValueError as error:  # DbrxConfig checks itself when it is made
         raise ConfigError(f"{path}: model.{first_line(error)}") from None
     assert isinstance(config, RunConfig)
@@ -89,46 +95,43 @@ def _read_yaml(path: Path) -> DictConfig:
         given = OmegaConf.load(path)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file{seen_from(path)}") from None
+<<<<<<< HEAD
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({first_line(error)})") from None
+=======
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is no UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        if error.errno is None:  # OmegaConf's, of a single number
+            raise ConfigError(f"{path}: {_A_RUN}") from None
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+>>>>>>> exits
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or first_line(error)
         raise ConfigError(f"{path}{line}: not valid YAML: {problem}") from None
     if not isinstance(given, DictConfig):
-        raise ConfigError(f"{path}: a run is a mapping of keys, such as run_name and model")
+        raise ConfigError(f"{path}: {_A_RUN}")
+    if not given:
+        raise ConfigError(f"{path}: is empty; {_A_RUN}")
     return given
 
 
 def _override(given: DictConfig, override: str) -> DictConfig:
     key, equals, _ = override.partition("=")
-    require(bool(equals and key.strip()), f"{override!r}: an override has the form key=value")
+    require(
+        bool(equals) and all(part.strip() for part in key.split(".")),
+        f"{override!r}: an override has the form key=value",
+    )
     try:
-        merged = OmegaConf.merge(given, OmegaConf.from_dotlist([override]))
+        changes = OmegaConf.from_dotlist([override])
+        try:
+            merged = OmegaConf.merge(given, changes)
+        except TypeError:  # a list in place of a mapping, or the other way round
+            merged = copy.deepcopy(given)
+            OmegaConf.update(merged, key, OmegaConf.select(changes, key), merge=False, force_add=True)
     except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
         raise ConfigError(f"{override!r}: {first_line(error)}") from None
     assert isinstance(merged, DictConfig)
     return merged
-
-
-def _unknown_keys(given: dict[Any, Any], schema: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Each key of ``given`` that ``schema`` lacks, with the nearest one that it has."""
-    known = {f.name: f.type for f in dataclasses.fields(schema)}
-    for key, value in given.items():
-        if key not in known:
-            yield f"{prefix}{key}", nearest(str(key), known)
-            continue
-        inner: Any = known[key]
-        if dataclasses.is_dataclass(inner) and isinstance(value, dict):
-            yield from _unknown_keys(value, inner, f"{prefix}{key}.")
-        elif getattr(inner, "__origin__", None) is dict and isinstance(value, dict):
-            element = inner.__args__[1]
-            for name, item in value.items():
-                if dataclasses.is_dataclass(element) and isinstance(item, dict):
-                    yield from _unknown_keys(item, element, f"{prefix}{key}.{name}.")
-        elif getattr(inner, "__origin__", None) is list and isinstance(value, list):
-            element = inner.__args__[0]
-            for i, item in enumerate(value):
-                if dataclasses.is_dataclass(element) and isinstance(item, dict):
-                    yield from _unknown_keys(item, element, f"{prefix}{key}[{i}].")

@@ -1,7 +1,6 @@
 """One run: its sections, and what they ask of each other."""
 
 import dataclasses
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
@@ -24,6 +23,7 @@ from dbrx_train.config.sections import (
     TokenizerConfig,
     WatchdogConfig,
 )
+from dbrx_train.config.unreached import warn_of_unreached
 from dbrx_train.data.mix.schedule import MixSchedule
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.options import option
@@ -125,31 +125,7 @@ class RunConfig:
             )
         with naming("data."):
             self.mix_schedule().sample_lengths(clock)
-        self._warn_of_learning_rate(clock)
-        for stage in clock.stages:
-            if stage.batch >= clock.total_batches:
-                warnings.warn(
-                    f"the run ends at {clock.total_tokens:,} tokens, before {stage} is ever taken "
-                    f"(batch_size_warmup, or seq_len in the mix)",
-                    stacklevel=2,
-                )
-
-    def _warn_of_learning_rate(self, clock: Clock) -> None:
-        """Say what a schedule will not come to."""
-        given, total = self.optimization.learning_rate, clock.total_tokens
-        warmup = clock.tokens(given.warmup)
-        if warmup > total:
-            warnings.warn(
-                f"optimization.learning_rate.warmup: its {warmup:,} tokens are more than the run's "
-                f"{total:,}, so the learning rate ends at {total / warmup:.3g} of its peak and never falls",
-                stacklevel=3,
-            )
-        elif given.schedule == "wsd" and (decay := clock.tokens(given.decay)) > total - warmup:
-            warnings.warn(
-                f"optimization.learning_rate.decay: its {decay:,} tokens are more than the "
-                f"{total - warmup:,} that warmup leaves of the run's {total:,}; the decay takes these",
-                stacklevel=3,
-            )
+        warn_of_unreached(self)
 
     @property
     def stop_after_seconds(self) -> int | None:

@@ -20,6 +20,7 @@ import tiktoken
 from numpy.typing import NDArray
 
 from dbrx_train.data.cl100k import cl100k_file
+from dbrx_train.errors import seen_from
 
 __all__ = ["CL100K", "CL100K_FINGERPRINT", "TiktokenTokenizer", "Tokenizer", "load_tokenizer"]
 
@@ -224,7 +225,8 @@ def _load(name: str, vocab_file: str | None) -> Tokenizer:
     try:
         content = Path(vocab_file).read_bytes()
     except OSError as error:
-        raise ValueError(f"{vocab_file}: cannot be read ({error.strerror})") from error
+        missing = seen_from(vocab_file) if isinstance(error, FileNotFoundError) else ""
+        raise ValueError(f"{vocab_file}: cannot be read ({error.strerror}{missing})") from error
     if vocab_file.endswith(".json"):
         from dbrx_train.data.fast_tokenizer import FastTokenizer
 

@@ -12,14 +12,16 @@ from dbrx_train.data.tokenizer import Tokenizer
 from dbrx_train.model.generation import generate
 from dbrx_train.model.quantize import quantize
 
-__all__ = ["continue_text"]
+__all__ = ["NEW_TOKENS", "continue_text"]
+
+NEW_TOKENS = 128
 
 
 def continue_text(
     checkpoint: Path,
     prompt: str,
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     temperature: float,
     top_p: float,
     seed: int,
@@ -29,8 +31,9 @@ def continue_text(
 ) -> Iterator[str]:
     """Pieces of what the model in ``checkpoint`` writes after ``prompt``, each once its characters are whole.
 
-    ``chat``: the prompt is a user's turn, and the answer is what is written. ``int8``: hold the weights in 8
-    bits. ``aside`` hears of checkpoints that are passed over and of what 8 bits cost.
+    ``max_new_tokens``: by default ``NEW_TOKENS``, or what room the prompt leaves. ``chat``: the prompt is a
+    user's turn, and the answer is what is written. ``int8``: hold the weights in 8 bits. ``aside`` hears of
+    checkpoints that are passed over and of what 8 bits cost.
 
     Raises:
         ValueError: there are no weights, or not with a tokenizer that is known, or the options do not fit.
@@ -45,6 +48,12 @@ def continue_text(
         ids = tokenizer.chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
     if max(ids) >= model.config.vocab_size:
         raise ValueError(f"{checkpoint}: has {model.config.vocab_size} words, fewer than its tokenizer")
+    room = model.config.max_seq_len - len(ids)
+    if room < 1:
+        raise ValueError(
+            f"prompt: has {len(ids):,} tokens, and the model reads {model.config.max_seq_len:,}; must have "
+            f"fewer, for there is no room to continue it"
+        )
     input_ids = torch.tensor([ids])
     if int8:
         aside(f"int8: logits are off by {quantize(model, input_ids):.2%} (root mean square)")
@@ -52,7 +61,7 @@ def continue_text(
     tokens = generate(
         model,
         input_ids,
-        max_new_tokens,
+        min(NEW_TOKENS, room) if max_new_tokens is None else max_new_tokens,
         temperature=temperature,
         top_p=top_p,
         stop_ids=tokenizer.stop_ids,

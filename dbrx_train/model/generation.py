@@ -29,14 +29,17 @@ def generate(
     Raises ValueError at once for options or lengths that cannot work.
     """
     prompt, limit = input_ids.shape[1], model.config.max_seq_len
-    if prompt < 1:
-        raise ValueError("input_ids: is empty; must hold at least one token")
+    if not 1 <= prompt < limit:
+        raise ValueError(
+            f"input_ids: {prompt} tokens; must be at least 1, and at most {limit - 1} to leave room in "
+            f"max_seq_len {limit}"
+        )
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: {max_new_tokens} is too small; must be at least 1")
     if prompt + max_new_tokens > limit:
         raise ValueError(
             f"max_new_tokens: {prompt} prompt and {max_new_tokens} new tokens exceed max_seq_len {limit}; "
-            f"must be at most {max(limit - prompt, 0)}"
+            f"must be at most {limit - prompt}"
         )
     if temperature < 0:
         raise ValueError(f"temperature: {temperature} is negative; must be 0 (greedy) or more")

@@ -14,7 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from dbrx_train import jsonl
 from dbrx_train.config import RunConfig, load
-from dbrx_train.errors import first_line
+from dbrx_train.errors import check_exists, first_line, seen_from
 from dbrx_train.redact import MASK
 from dbrx_train.report.tracking_uri import sqlite_file
 
@@ -45,6 +45,7 @@ def read(folder: Path, uri: str | None = None) -> Record:
 
     ``uri`` defaults to the configuration's. Raises ValueError if there is no such run, or no such store.
     """
+    check_exists(folder)
     path = folder / "config.yaml"
     if not path.is_file():
         raise ValueError(f"{folder}: no run's folder, for it has no config.yaml")
@@ -80,7 +81,7 @@ def _check_file(uri: str) -> None:
     """Opening an SQLite store that is not there would make one."""
     file = sqlite_file(uri)
     if file is not None and not file.is_file():
-        raise ValueError(f"{uri}: no such file, seen from here; --tracking-uri names the run's MLflow store")
+        raise ValueError(f"{uri}: no such file{seen_from(file)}; --tracking-uri names the run's MLflow store")
 
 
 def _run(client: mlflow.MlflowClient, config: RunConfig, uri: str) -> Any:

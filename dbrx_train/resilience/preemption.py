@@ -9,7 +9,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -89,6 +90,19 @@ class PreemptionHandler:
             signal.signal(number, signal.SIG_IGN if leaving else before)
         self._wakes.close()
 
+    @contextmanager
+    def before_training(self) -> Iterator[None]:
+        """What a signal raises in the body before training begins stays what it is.
+
+        Amid an import or in C code it may become another error.
+        """
+        try:
+            yield
+        except Exception:
+            if self._leaving:
+                raise SystemExit(code_when_saved(self._number)) from None
+            raise
+
     def begin_training(self) -> None:
         """From here on, to exit would lose what was done since the last checkpoint."""
         if not self._training:
@@ -113,7 +127,7 @@ class PreemptionHandler:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not (self._training or self._leaving):  # a second one must not cut off what the first began
-            self._leaving = True
+            self._leaving, self._number = True, self._number or number
             raise SystemExit(code_when_saved(number))
 
     def _listen(self) -> None:
@@ -133,8 +147,11 @@ class PreemptionHandler:
         """Seconds that the process still has; None before it is to stop."""
         if not self._number or self._heard_at is None:
             return None
-        grace = self._grace if self._training else min(self._grace, _STARTING_SECONDS)
-        return max(0.0, self._heard_at + grace - time.monotonic())
+        return max(0.0, self._heard_at + self._seconds - time.monotonic())
+
+    @property
+    def _seconds(self) -> float:
+        return self._grace if self._training else min(self._grace, _STARTING_SECONDS)
 
     def _hear(self, number: int) -> None:
         if self._heard_at is not None:
@@ -143,12 +160,13 @@ class PreemptionHandler:
             return
         self._number, self._heard_at = number, time.monotonic()
         if self._training:
-            self._say(f"{cause(number)}: saves after this step, and stops; a second one ends it at once")
+            what = "all is saved, and it ends" if self.safe else "saves after this step, and stops"
+            self._say(f"{cause(number)}: {what}; a second one ends it at once")
 
     def _give_up(self) -> None:
         code = self._code(self._number)
         lost = "" if self.safe else ", and did not save in time"
-        what = f"was to stop ({cause(self._number)}) within {self._grace:g} s{lost}"
+        what = f"was to stop ({cause(self._number)}) within {self._seconds:g} s{lost}"
         self._say(what)
         self.tell(what, code)
         time.sleep(_TELL_SECONDS)

@@ -69,5 +69,5 @@ class Exports:
             shutil.rmtree(old, ignore_errors=True)
         except Exception as error:  # the checkpoint is there, and can be exported later
             warnings.warn(
-                f"checkpoints.export: {out} could not be written ({first_line(error)})", stacklevel=2
+                f"checkpoints.export: {out} could not be written ({first_line(error)})", stacklevel=1
             )

@@ -6,8 +6,8 @@ import heapq
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from math import inf
 from pathlib import Path
@@ -18,16 +18,26 @@ from composer.utils import dist, maybe_create_object_store_from_uri, parse_uri
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.folder import Checkpoint
 from dbrx_train.checkpoint.remote import Remote
+from dbrx_train.checkpoint.remote_lease import RemoteLease
 from dbrx_train.checkpoint.selection import select
 from dbrx_train.checkpoint.weights import Weights, open_weights, upcycled
 from dbrx_train.config import RECORD, ConfigError, RunConfig, flatten, naming, to_dict
 from dbrx_train.data.tokenizer import load_tokenizer
 from dbrx_train.errors import first_line
+from dbrx_train.lease import Lease, LeaseHeld
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.train.data import train_dataset
 from dbrx_train.train.environment import print_rank0
 
-__all__ = ["check_folder", "check_start", "checkpoint_folder", "newest", "open_remote", "same_tokenizer"]
+__all__ = [
+    "check_folder",
+    "check_start",
+    "checkpoint_folder",
+    "newest",
+    "open_remote",
+    "same_tokenizer",
+    "take_leases",
+]
 
 # What the weights' shapes depend on, and the optimizer's state beside them.
 _FIXED_WEIGHTS = (
@@ -114,14 +124,14 @@ def _fitting(config: RunConfig, weights: Weights) -> Weights:
             warnings.warn(
                 f"model.{key}: {now[key]} here, but {was[key]} in {weights.path}; the model will not compute "
                 f"what its weights were trained for",
-                stacklevel=2,
+                stacklevel=1,
             )
     ours, theirs = asdict(config.tokenizer), weights.config["tokenizer"]
     if not same_tokenizer(ours, theirs, weights.tokenizer_fingerprint):
         warnings.warn(
             f"tokenizer: {ours} here, but that of {weights.path} is {theirs or 'not known'}; ids must mean "
             f"what its weights were trained for",
-            stacklevel=2,
+            stacklevel=1,
         )
     with naming("init_from.upcycle: "):
         return upcycled(weights, config.model) if upcycle else weights
@@ -185,10 +195,28 @@ def open_remote(config: RunConfig) -> Remote | None:
     return Remote(store, prefix)
 
 
+def take_leases(
+    config: RunConfig, remote: Remote | None, stack: ExitStack, lost: Callable[[str], None]
+) -> Iterator[Lease | RemoteLease]:
+    """The leases of the run's folder and of its place on an object store, held until ``stack`` is closed.
+
+    Raises:
+        ValueError: another process holds one of them, or the store cannot be used.
+    """
+    yield stack.enter_context(Lease(Path(config.folder), lost=lost, say=print_rank0))
+    if remote is not None:
+        uri = config.checkpoints.remote
+        lease = RemoteLease(*remote.place, f"checkpoints.remote: {uri}", lost=lost, say=print_rank0)
+        with _store_errors(uri):
+            yield stack.enter_context(lease)
+
+
 @contextmanager
 def _store_errors(uri: str | None) -> Iterator[None]:
     try:
         yield
+    except LeaseHeld:
+        raise
     except Exception as error:  # every kind of store has its own
         raise ConfigError(f"checkpoints.remote: {uri} cannot be used ({first_line(error)})") from None
 

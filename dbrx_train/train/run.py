@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import signal
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,11 +17,13 @@ from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.adapter import check_base
 from dbrx_train.checkpoint.folder import Checkpoint
 from dbrx_train.checkpoint.remote import Remote
+from dbrx_train.checkpoint.remote_lease import RemoteLease
 from dbrx_train.checkpoint.tensors import Reader, model_tensors
 from dbrx_train.checkpoint.weights import read_together
 from dbrx_train.config import ConfigError, RunConfig, flatten, for_record, naming, to_yaml
 from dbrx_train.data.tokenizer import load_tokenizer
 from dbrx_train.errors import STOPPED, exit_code, first_line, show
+from dbrx_train.exits import warn_of_failure
 from dbrx_train.files import atomic_write
 from dbrx_train.jsonl import EVENTS
 from dbrx_train.lease import Lease
@@ -34,7 +38,14 @@ from dbrx_train.train.callbacks.preemption import Preemption
 from dbrx_train.train.data import check_sources
 from dbrx_train.train.environment import print_rank0
 from dbrx_train.train.reference import set_reference
-from dbrx_train.train.resume import check_folder, check_start, checkpoint_folder, newest, open_remote
+from dbrx_train.train.resume import (
+    check_folder,
+    check_start,
+    checkpoint_folder,
+    newest,
+    open_remote,
+    take_leases,
+)
 from dbrx_train.train.startup_summary import summary
 from dbrx_train.train.throughput import peak_flops
 from dbrx_train.train.tracking import events, plots
@@ -52,25 +63,28 @@ def run(config: RunConfig) -> None:
     device = _device(config)
     if device == "cpu":
         keep_freed_memory()
-    with PreemptionHandler(config.preemption.seconds, config.stop_after_seconds) as stop:
-        environment.join_ranks(device, config.parallelism.timeout)
+    with PreemptionHandler(config.preemption.seconds, config.stop_after_seconds) as stop, ExitStack() as last:
+        _at_exit(last, "how to go on is not known", lambda error: _say_how_to_go_on(config, stop, error))
+        with stop.before_training():
+            environment.join_ranks(device, config.parallelism.timeout)
         _train(config, device, stop)
 
 
 def _train(config: RunConfig, device: str, stop: PreemptionHandler) -> None:
     heartbeat, stacks = Heartbeat(), Path(config.folder) / "stacks"
-    with ExitStack() as afterwards, propagate_failures(show, heartbeat, stacks) as ending:
-        afterwards.push(lambda _, error, __: _say_how_to_go_on(config, stop, error))
+    with (
+        ExitStack() as afterwards,
+        propagate_failures(show, heartbeat, stacks) as ending,
+        stop.before_training(),
+    ):
         stop.tell = ending.tell
         check_world(config, dist.get_world_size())
         tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.vocab_file)
         check_sources(config, tokenizer)
         check_folder(config)
-        lease = None
+        remote, leases = open_remote(config), list[Lease | RemoteLease]()
         if dist.get_global_rank() == 0:
-            lease = Lease(Path(config.folder), lost=lambda what: ending.tell(what, 1), say=print_rank0)
-            afterwards.enter_context(lease)
-        remote = open_remote(config)
+            leases = [*take_leases(config, remote, afterwards, lost=lambda what: ending.tell(what, 1))]
         found = newest(config, remote)
         weights = check_start(config, found)
         if found and found.tokens >= config.clock.total_tokens:
@@ -80,15 +94,16 @@ def _train(config: RunConfig, device: str, stop: PreemptionHandler) -> None:
         store = _open_store(config, resume=found is not None)
         ending.at_end = store.end
         peak, origin = peak_flops(device, config.precision, config.logging.peak_flops)
-        supervision = Supervision(HeartbeatCallback(heartbeat, *config.watchdog.seconds), stop, lease)
+        supervision = Supervision(HeartbeatCallback(heartbeat, *config.watchdog.seconds), stop, leases)
         trainer = build_trainer(config, tokenizer, device, store, peak, remote, supervision)
         stopping = callback_of(trainer.state, Preemption)
-        afterwards.push(lambda kind, *_: stopping.meet() if kind is StoppedTogether else None)
+        at_exit = partial(_at_exit, afterwards)
+        at_exit("ranks did not meet", lambda error: _meet(stopping, error))
         # Trainer.close waits for all ranks, of which some may have failed.
-        afterwards.push(lambda kind, *_: trainer.close() if kind is None else trainer.engine.close())
-        afterwards.callback(_keep_events, config, store)
+        at_exit("not all was closed", lambda error: (trainer if error is None else trainer.engine).close())
+        at_exit(f"MLflow does not keep {EVENTS}", lambda _: _keep_events(config, store))
         base = config.init_from.path if config.lora.rank is not None else None
-        afterwards.push(lambda _, error, __: store.ends_with(exit_code(error)))
+        at_exit("MLflow is not told how it ended", lambda error: store.ends_with(exit_code(error)))
         try:
             if weights:
                 with naming("init_from.path: "):
@@ -114,6 +129,21 @@ def _train(config: RunConfig, device: str, stop: PreemptionHandler) -> None:
         except SystemExit:  # of a signal before the first step, or once all is saved
             callback_of(trainer.state, Checkpoints).finish()
             raise
+
+
+def _at_exit(stack: ExitStack, trouble: str, action: Callable[[BaseException | None], object]) -> None:
+    """Have a stack do something, told of the error that the run ends with, which stays that if this fails."""
+
+    def close(_: object, error: BaseException | None, __: object) -> None:
+        with warn_of_failure(trouble):
+            action(error)
+
+    stack.push(close)
+
+
+def _meet(stopping: Preemption, error: BaseException | None) -> None:
+    if isinstance(error, StoppedTogether):
+        stopping.meet()
 
 
 def _say_how_to_go_on(config: RunConfig, stop: PreemptionHandler, error: BaseException | None) -> None:
@@ -189,13 +219,13 @@ def _record(config: RunConfig, store: MLflowStore, peak: str) -> None:
         store.log_artifact(path)
     except STORE_ERRORS as error:
         warnings.warn(
-            f"MLflow: the configuration is not recorded, but in {path} ({first_line(error)})", stacklevel=2
+            f"MLflow: the configuration is not recorded, but in {path} ({first_line(error)})", stacklevel=1
         )
 
 
 def _report(config: RunConfig, store: MLflowStore, batch: int) -> None:
     """Draw the run, and say how it went and where it is; it ended, and was saved, at step ``batch``."""
-    try:
+    with warn_of_failure("no picture of the run, or its last figures"):
         if store.metric_history("loss/train/total"):  # else the store is out of reach, and has none
             path = Path(config.folder) / "training.png"
             with atomic_write(path) as partial:
@@ -205,8 +235,6 @@ def _report(config: RunConfig, store: MLflowStore, batch: int) -> None:
             (begin, first), (step, last) = points[0], points[-1]
             before = f"{first:.3f} after {_tokens(config, begin)}, " if len(points) > 1 else ""
             print_rank0(f"held-out {source}: loss {before}{last:.3f} after {_tokens(config, step)}")
-    except STORE_ERRORS as error:
-        print_rank0(f"no picture of the run, or its last figures: {first_line(error)}")
     print_rank0(f"checkpoint: {checkpoint_folder(config)}/ba{batch}")
     uri = config.logging.mlflow_uri
     page = f"#/experiments/{store.experiment_id}/runs/{store.run_id}"
@@ -222,10 +250,7 @@ def _keep_events(config: RunConfig, store: MLflowStore) -> None:
     """Have MLflow keep what happened to the run, however it ended."""
     path = Path(config.folder) / EVENTS
     if path.exists():
-        try:
-            store.log_artifact(path)
-        except STORE_ERRORS as error:
-            warnings.warn(f"MLflow: {path} is not kept there ({first_line(error)})", stacklevel=2)
+        store.log_artifact(path)
 
 
 def _tokens(config: RunConfig, step: int) -> str:

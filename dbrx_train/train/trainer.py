@@ -94,5 +94,5 @@ def check_world(config: RunConfig, world_size: int) -> None:
             warnings.warn(
                 f"optimization.microbatch_size: a microbatch of {micro} x {base} tokens becomes a sample of "
                 f"{stage.seq_len} after {stage.token:,} tokens",
-                stacklevel=2,
+                stacklevel=1,
             )

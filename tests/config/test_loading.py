@@ -84,7 +84,7 @@ def test_variables_interpolate_and_are_no_part_of_the_run(tmp_path: Path) -> Non
         ("optimization.microbatch_size=0", "optimization.microbatch_size: must be positive"),
         (
             "optimization.batch_size_warmup=[{until: 0.5dur, global_batch_size: 4}]",
-            "optimization.batch_size_warmup[0].until: '0.5dur' is relative to the run's length; give it",
+            "optimization.batch_size_warmup[0].until: '0.5dur' is relative to the run's length; write it",
         ),
         (
             (
@@ -135,8 +135,47 @@ def test_variables_interpolate_and_are_no_part_of_the_run(tmp_path: Path) -> Non
         ("profile.at=soon", "profile.at: 'soon' is not a time"),
         ("optimization.optimizer.name=sgd", "optimization.optimizer.name: 'sgd' is not one of adamw, lionw"),
         ("optimization.learning_rate.warmup=soon", "optimization.learning_rate.warmup: 'soon' is not a time"),
-        ("max_duration=1ep", "max_duration: '1ep' is not a time"),
-        ("max_duration=0.5dur", "max_duration: "),
+        ("max_duration=1ep", "write it like 2B tok, 1_000_000tok or 1000ba"),
+        (
+            "max_duration=0.5dur",
+            "'0.5dur' is relative to the run's length; write it like 2B tok",
+        ),
+        ("max_duration=0ba", "max_duration: '0ba' is no length"),
+        (
+            "evaluation.interval=1ep",
+            "'1ep' is not a time, for sources of a mix have no epoch in common",
+        ),
+        (
+            "data.sources=[web]",
+            "data.sources: must be a mapping of names, each to a mapping with local",
+        ),
+        (
+            "data.sources={web: data/web}",
+            "sources.web: must be a mapping with local, remote, max_epochs",
+        ),
+        (
+            "data.sources.web=null",
+            "sources.web: must be a mapping with local, remote, max_epochs, not null",
+        ),
+        ("data.mix=[0tok]", "data.mix[0]: must be a mapping with at, weights, interpolation, not '0tok'"),
+        ("data.mix=[{weights: {web: 1}}]", "data.mix[0].at: is missing; it says when: `0tok`"),
+        (
+            "data.mix=[{at: 0tok, weights: {web: much}}]",
+            "mix[0].weights.web: must be a number, not 'much'",
+        ),
+        (
+            "optimization.optimizer=adamw",
+            "optimization.optimizer: must be a mapping with name, lr, betas",
+        ),
+        ("optimization.optimizer.betas=0.9", "betas: must be a list, each a number, not 0.9"),
+        ("logging=null", "logging: must be a mapping with mlflow_uri, experiment, interval, not null"),
+        ("model.d_model=64.5", "model.d_model: must be a whole number, not 64.5"),
+        ("model.clip_qkv=x", "model.clip_qkv: must be a number or null, not 'x'"),
+        ("seed=true", "seed: must be a whole number, not True"),
+        ("compile=maybe", "compile: must be true or false, not 'maybe'"),
+        ("run_name=[a]", "run_name: must be text, not ['a']"),
+        ("run_name=${nowhere}", "run_name: Interpolation key 'nowhere' not found"),
+        ("model..d=3", "'model..d=3': an override has the form key=value"),
         ("device=tpu", "device: 'tpu' is not one of auto, cpu, gpu"),
         ("precision=fp8", "precision: 'fp8' is not one of fp32, amp_bf16"),
         ("notanoverride", "'notanoverride': an override has the form key=value"),
@@ -150,9 +189,18 @@ def test_wrong_values_are_named(yaml_file: Path, override: str, says: str) -> No
     assert "\n" not in message
 
 
+def test_what_is_no_utf_8_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(MINIMAL.encode("utf-16"))
+    with pytest.raises(ConfigError, match=r"run.yaml: is no UTF-8 text \(byte 0\); save it as UTF-8"):
+        load(path)
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
+        ("", "is empty; a run is a mapping of keys, such as run_name and model"),
+        ("3", "a run is a mapping of keys, such as run_name and model"),
         ("run_name: [", "not valid YAML"),
         ("just text", "unknown key just text"),
         ("- a\n- b", "a run is a mapping"),
@@ -173,9 +221,12 @@ def test_what_is_no_run_is_refused(tmp_path: Path, text: str, says: str) -> None
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nothing\.yaml: no such file"):
-        load(tmp_path / "nothing.yaml")
+def test_a_missing_file_is_named_with_the_folder_that_it_was_looked_for_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"^runs/x.yaml: no such file, seen from {tmp_path}$"):
+        load("runs/x.yaml")
 
 
 def test_a_size_that_the_run_never_reaches_is_warned_of(yaml_file: Path) -> None:
@@ -196,7 +247,57 @@ def test_a_schedule_that_does_not_come_to_what_it_is_for_is_warned_of(yaml_file:
         load(yaml_file, [steps, "optimization.learning_rate.warmup=40ba"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load(yaml_file, [*wsd, "optimization.learning_rate.decay=5ba"])
+        load(yaml_file, [*wsd, "optimization.learning_rate.decay=5ba", "checkpoints.interval=20ba"])
+
+
+TOO_LONG = {
+    "checkpoints.interval": "only its end is saved, and a crash before costs all of it",
+    "checkpoints.keep_every": "no checkpoint is kept for good",
+    "checkpoints.export.interval": "only its end is exported",
+    "logging.interval": "what is logged that often never is",
+    "evaluation.interval": "it is evaluated before its first step and at its end only",
+}
+MIX = "data.mix=[{at: 0tok, weights: {web: 1}}, {at: %s, weights: {code: 1}, interpolation: %s}]"
+UNREACHED = {
+    MIX
+    % (
+        "1dur",
+        "step",
+    ): "data.mix[1].at: is at 51,200 tokens, and the run ends at 51,200; it is never mixed so",
+    MIX
+    % ("2dur", "linear"): "data.mix[1].at: is at 102,400 tokens, and the run ends at 51,200; its ramp is cut",
+    "profile.at=100ba": "profile.at: is at 51,200 tokens, and the run ends before; nothing is traced",
+    "optimization.learning_rate.decay=5ba": "decay: is of the schedule wsd; cosine does not heed it",
+} | {
+    f"{key}=101ba": f"{key}: its 51,712 tokens are more than the run's 51,200; {instead}"
+    for key, instead in TOO_LONG.items()
+}
+
+
+@pytest.mark.parametrize("override", UNREACHED)
+def test_what_a_run_never_reaches_is_a_line_that_says_what_happens_instead(
+    yaml_file: Path, override: str
+) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load(yaml_file, ["checkpoints.interval=100ba", override])
+    (line,) = (str(each.message) for each in caught)
+    assert line.endswith(UNREACHED[override])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        MIX % ("1dur", "linear"),
+        "evaluation={interval: 1M tok, max_samples: 0}",
+        "profile.at=99ba",
+        "checkpoints.keep_every=1dur",
+    ],
+)
+def test_what_a_run_reaches_is_not_warned_of(yaml_file: Path, override: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(yaml_file, ["checkpoints.interval=100ba", override])
 
 
 @pytest.mark.parametrize("name", ["lr:3e-4", "team/web-9b", "run#1 (2)", "v1~b"])

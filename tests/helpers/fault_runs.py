@@ -18,12 +18,16 @@ A fault is {"kind": ..., ...}; of several ranks, it happens to ``rank``, or to t
 - fill: the disk of the folder ``disk`` is filled at the operation ``at``
 - clock: the system's clock jumps by the next of ``seconds`` at every operation ``at``
 - deed: ``deed`` at the moment ``at`` of the run's ``step``: see ``deeds.py``
+- call: when ``of``, "module:name", is called for the ``time``-th time (the first), the process is sent the
+  signal ``signal``, or the call raises RuntimeError or, of ``mistake``, ValueError
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -131,6 +135,24 @@ def deed(fault: dict[str, Any]) -> None:
     befall(fault)
 
 
+def call(fault: dict[str, Any]) -> None:
+    module, _, path = fault["of"].partition(":")
+    *owners, name = path.split(".")
+    owner: Any = importlib.import_module(module)
+    for each in owners:
+        owner = getattr(owner, each)
+    real, times = getattr(owner, name), itertools.count(1)
+
+    def faulty(*arguments: Any, **options: Any) -> Any:
+        if next(times) == fault.get("time", 1):
+            if "signal" not in fault:
+                raise (ValueError if fault.get("mistake") else RuntimeError)("what a test raises")
+            os.kill(os.getpid(), fault["signal"])
+        return real(*arguments, **options)
+
+    setattr(owner, name, faulty)
+
+
 def fill_up(disk: str) -> None:
     """Write a file until there is no room left."""
     with contextlib.suppress(OSError), open(os.path.join(disk, "filler"), "ab", buffering=0) as file:
@@ -140,7 +162,7 @@ def fill_up(disk: str) -> None:
                     pass
 
 
-FAULTS = {f.__name__: f for f in (fill, kill, torn, trace, worker, clock, deed)}
+FAULTS = {f.__name__: f for f in (fill, kill, torn, trace, worker, clock, deed, call)}
 
 
 def begin(job: dict[str, Any], rank: int, port: int) -> int:
@@ -168,7 +190,7 @@ def begin(job: dict[str, Any], rank: int, port: int) -> int:
             runpy.run_path(job["program"], run_name="__main__")
         else:
             sys.argv = ["dbrx-train", *job["command"]]
-            cli.main()
+            __main__.main()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
@@ -210,7 +232,7 @@ def warm_up() -> None:
 
 
 if __name__ == "__main__":
-    from dbrx_train import cli
+    from dbrx_train import __main__
 
     warm_up()
     for line in sys.stdin:

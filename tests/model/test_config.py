@@ -198,7 +198,6 @@ def test_to_hf_refuses_what_hugging_face_cannot_say(change: dict[str, Any], fiel
     ("change", "name"),
     [
         ({"model_type": "llama"}, "model_type"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"resid_pdrop": 0.1}, "resid_pdrop"),
         ({"ffn_config": {"ffn_act_fn": {"name": "gelu"}}}, "ffn_config.ffn_act_fn.name"),
         ({"ffn_config": {"moe_num_experts": 1}}, "num_experts"),

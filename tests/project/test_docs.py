@@ -27,6 +27,28 @@ def test_the_table_of_meshes_is_that_of_the_configurations() -> None:
     assert written == parallelism_docs.renewed(), "run: python scripts/parallelism_docs.py"
 
 
+def test_messages_and_interruptions_are_those_of_the_code() -> None:
+    import messages
+
+    written = messages.TARGET.read_text(encoding="utf-8")
+    assert written == messages.render(), "run: python scripts/messages.py"
+
+
+def test_the_list_of_messages_has_every_kind() -> None:
+    import messages
+
+    listed = dict.fromkeys(messages.messages())
+    for known in (
+        ("lease.py", "{folder}: is in use by {found}; wait for it, or stop it"),
+        ("config/run.py", "{key}: must be longer than nothing"),
+        ("config/unreached.py", "profile.at: is at {at} tokens, and the run ends before; nothing is traced"),
+        ("config/kinds.py", "{name}: is missing; it {metadata}"),
+        ("train/exports.py", "checkpoints.export: {out} could not be written ({error})"),
+        ("train/run.py", "no picture of the run, or its last figures"),
+    ):
+        assert known in listed
+
+
 def test_links_between_the_documents_lead_somewhere() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):

@@ -12,14 +12,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from dbrx_train.data.manifest import (
     MANIFEST,
@@ -38,14 +37,14 @@ from dbrx_train.data.prepare.text_template import text_template
 from dbrx_train.data.prepare.tokenize import EXAMPLES, SPLITS, Job, has_marks, read_mark
 from dbrx_train.data.prepare.workers import run_parts
 from dbrx_train.data.tokenizer import Tokenizer, load_tokenizer
+from dbrx_train.lease import FOLDER as LEASE
+from dbrx_train.lease import Lease
 
 __all__ = ["TEXT_SUFFIXES", "Summary", "prepare"]
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 WORK = ".prepare"
-LOCK = ".prepare.lock"
 REST = "rest"
-LOCK_SECONDS = 5.0  # workers of a run that was just killed need a moment to notice
 
 
 @dataclass(frozen=True)
@@ -152,13 +151,14 @@ def prepare(
         plan = _describe(catalog, vocabulary, options)
         if (folder / MANIFEST).is_file():
             return _already_done(folder, plan, started)
-        with _claimed(folder, plan):
+        with _claimed(folder, plan) as lease:
             if (folder / MANIFEST).is_file():  # another process finished while this one waited
                 return _already_done(folder, plan, started)
             parts = plan_parts(catalog, text if chat is None else None)
             job = Job(folder, folder / WORK, vocabulary, seq_len, text, val_fraction, chat)
             todo = [index for index in range(len(parts)) if read_mark(job, index) is None]
             run_parts(job, parts, todo, processes or _cores(), progress)
+            lease.check()
             manifest = _finish(job, len(parts), catalog, plan)
             _remove_traces(folder)
     except OSError as error:
@@ -229,19 +229,16 @@ def _already_done(folder: Path, plan: dict[str, Any], started: float) -> Summary
 
 
 @contextmanager
-def _claimed(folder: Path, plan: dict[str, Any]) -> Iterator[None]:
-    """The folder locked and ready to work in, or finished; refuses one that belongs to something else."""
-    begun = (folder / WORK).is_dir() or not folder.is_dir() or {*os.listdir(folder)} <= {LOCK}
+def _claimed(folder: Path, plan: dict[str, Any]) -> Iterator[Lease]:
+    """The folder leased and ready to work in, or finished; refuses one that belongs to something else."""
+    begun = (folder / WORK).is_dir() or not folder.is_dir() or {*os.listdir(folder)} <= {LEASE}
     if not begun and not (folder / MANIFEST).is_file():
         raise ValueError(f"{folder}: is not empty and holds no unfinished preparation; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / LOCK, timeout=LOCK_SECONDS):
-            if not (folder / MANIFEST).is_file():
-                _begin_or_resume(folder, plan)
-            yield
-    except Timeout as error:
-        raise ValueError(f"{folder}: is being prepared by another process; wait for it") from error
+    with Lease(folder, lost=_aside, say=_aside) as lease:
+        if not (folder / MANIFEST).is_file():
+            _begin_or_resume(folder, plan)
+        yield lease
 
 
 def _begin_or_resume(folder: Path, plan: dict[str, Any]) -> None:
@@ -257,10 +254,13 @@ def _begin_or_resume(folder: Path, plan: dict[str, Any]) -> None:
 
 
 def _remove_traces(folder: Path) -> None:
-    """Remove what served the work only. The lock goes only once the manifest is there to stop a newcomer."""
-    shutil.rmtree(folder / WORK, ignore_errors=True)
-    if (folder / LOCK).is_file():
-        (folder / LOCK).unlink(missing_ok=True)
+    """Remove what served the work only. The lease goes only once the manifest is there to stop a newcomer."""
+    for name in (WORK, LEASE):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _aside(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _clear(folder: Path) -> None:

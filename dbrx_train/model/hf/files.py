@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ from torch import Tensor
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.decoder import Dbrx
 from dbrx_train.model.hf.names import Part, Table, table
+from dbrx_train.model.hf.quantized import block_of, dequantize, is_of_activations, scales_of
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 BIN_FILE = "pytorch_model.bin"
 MAX_SHARD_BYTES = 5 * 10**9
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 _CHECKED_AT_ONCE = 2**24  # values; what is not finite is looked for in pieces, so that it takes no memory
@@ -41,9 +43,8 @@ def load(model_class: type[Dbrx], folder: str | os.PathLike[str], dtype: torch.d
     config = DbrxConfig.from_hf(folder)
     with torch.device("meta"):
         model = model_class(config)
-    stored = open_folder(folder)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    parts = table(config, shapes)
+    stored, parts = open_model(folder, config, shapes)
     stored.check(parts, shapes)
     model = model.to(dtype or stored.dtypes["lm_head.weight"]).to_empty(device="cpu")
     stored.fill(parts, {name: (tensor, 0) for name, tensor in model.state_dict().items()})
@@ -77,6 +78,13 @@ class Stored:
     places: Mapping[str, Path]
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, torch.dtype]
+    """Of what is in 8 bits with scales, bfloat16."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Names that stand for another tensor."""
+    scales: Mapping[str, str] = field(default_factory=dict)
+    """Those of weights in 8 bits."""
+    block: tuple[int, int] = (1, 1)
+    """Rows and columns that share a scale, where these are a matrix."""
 
     def check(self, parts: Table, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Hold names, shapes and dtypes against those of the parameters in ``shapes``.
@@ -86,14 +94,18 @@ class Stored:
         """
         wanted = {part.name: part.shape(shapes[ours]) for ours, all_of in parts.items() for part in all_of}
         troubles = [f"missing {name}" for name in wanted if name not in self.shapes]
-        troubles += [f"unexpected {name}" for name in self.shapes if name not in wanted]
+        known = {*wanted, *self.scales.values()}
+        troubles += [f"unexpected {name}" for name in self.shapes if name not in known]
         for name, shape in wanted.items():
             found, dtype = self.shapes.get(name, shape), self.dtypes.get(name, torch.float32)
             if found != shape:
                 troubles.append(f"{name} is {list(found)}, must be {list(shape)}")
             if dtype not in DTYPES:
-                known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-                troubles.append(f"{name} is {str(dtype).removeprefix('torch.')}, must be one of {known}")
+                accepted = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+                kind = (
+                    f"{str(dtype).removeprefix('torch.')}{' without scales' if dtype.itemsize == 1 else ''}"
+                )
+                troubles.append(f"{name} is {kind}, must be one of {accepted}")
         if troubles:
             raise ValueError(f"{self.path}: does not fit its configuration: {'; '.join(troubles)}")
 
@@ -112,9 +124,20 @@ class Stored:
         for path in sorted(jobs):  # one at a time, so that pages of no other stay mapped
             tensors = open_tensors(path)
             for part, source, target in jobs[path]:
-                tensor = tensors[part.name].T if part.transposed else tensors[part.name]
-                self._check_finite(part, tensor[source])
-                target.copy_(tensor[source])
+                values = self._values(tensors, part, source)
+                self._check_finite(part, values)
+                target.copy_(values)
+
+    def _values(self, tensors: Mapping[str, Tensor], part: Part, source: slice) -> Tensor:
+        """Rows of a part, of which ``tensors`` are the file's."""
+        tensor = tensors[self.aliases.get(part.name, part.name)]
+        scale = self.scales.get(part.name)
+        if scale is None:
+            return (tensor.T if part.transposed else tensor)[source]
+        factors = open_tensors(self.places[scale])[scale]
+        if part.transposed:
+            return dequantize(tensor, factors, slice(0, tensor.shape[0]), source, self.block).T
+        return dequantize(tensor, factors, source, slice(0, tensor.shape[1]), self.block)
 
     def _check_finite(self, part: Part, values: Tensor) -> None:
         values = values.T if part.transposed else values  # as it lies in the file
@@ -125,7 +148,7 @@ class Stored:
         size = 0
         for path in sorted(set(self.places.values())):
             for name, tensor in open_tensors(path).items():
-                self._check_finite(Part(name, 0), tensor)
+                check_finite(path, name, tensor)
                 size += tensor.nbytes
         return size
 
@@ -135,7 +158,9 @@ def check_finite(path: Path, name: str, values: Tensor) -> None:
     values = values if values.ndim else values[None]
     step = max(1, _CHECKED_AT_ONCE // max(1, math.prod(values.shape[1:])))
     for begin in range(0, len(values), step):
-        low, high = torch.aminmax(values[begin : begin + step])  # both are NaN if any value is
+        piece = values[begin : begin + step]
+        piece = piece.float() if piece.dtype in FLOAT8 else piece
+        low, high = torch.aminmax(piece)  # both are NaN if any value is
         if not torch.isfinite(low) or not torch.isfinite(high):
             raise ValueError(f"{path}: {name} holds values that are not finite")
 
@@ -171,6 +196,40 @@ def open_folder(folder: Path) -> Stored:
             _check_index(index, places, stored)
             return stored
     raise ValueError(f"{folder}: holds no weights; must have {SINGLE_FILE} or {INDEX_FILE}")
+
+
+def open_model(
+    folder: Path, config: DbrxConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[Stored, Table]:
+    """The weights of a Hugging Face folder, and where the parameters of ``shapes`` are among them.
+
+    Buffers of rotary embeddings and scales of activations are passed over. A head that is tied to the
+    embedding is the embedding once more; weights in float8 with scales are multiplied by these when they are
+    read. Raises as ``open_folder``.
+    """
+    stored, parts = open_folder(folder), table(config, shapes)
+    hf = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    dropped = {
+        name for name in stored.shapes if name.endswith("rotary_emb.inv_freq") or is_of_activations(name)
+    }
+    aliases = {}
+    if hf.get("tie_word_embeddings"):
+        (head,), (embedding,) = parts["lm_head.weight"], parts["transformer.wte.weight"]
+        if embedding.name in stored.shapes:  # transformers does not look at a head that is there, too
+            aliases[head.name] = embedding.name
+    kept = {name: name for name in stored.shapes if name not in dropped} | aliases
+    scales = scales_of(kept, stored.dtypes)
+    dtypes = {name: stored.dtypes[of] for name, of in kept.items()}
+    plain = replace(
+        stored,
+        places={name: stored.places[of] for name, of in kept.items()},
+        shapes={name: stored.shapes[of] for name, of in kept.items()},
+        dtypes=dtypes | dict.fromkeys(scales, torch.bfloat16),
+        aliases=aliases,
+        scales=scales,
+        block=block_of(hf),
+    )
+    return plain, parts
 
 
 def open_files(path: Path, files: Iterable[Path], index: Path | None = None) -> Stored:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dbrx_train.model.config import DbrxConfig
+from dbrx_train.model.hf.quantized import check_method
 
 __all__ = ["Family", "Part", "Table", "config_json", "config_values", "family_of", "identity", "table"]
 
@@ -58,7 +59,7 @@ def _dbrx_parts(config: DbrxConfig, name: str, rows: int) -> tuple[Part, ...]:
     return (Part(name, rows),)
 
 
-_FALSE, _ZERO = (False, None), (0.0, None)
+_EITHER, _ZERO = (False, None, True), (0.0, None)
 _SILU = ("silu", None)
 
 DBRX = Family(
@@ -83,7 +84,7 @@ DBRX = Family(
     },
     fixed={"norm": "layernorm", "norm_eps": 1e-5},
     required={
-        "tie_word_embeddings": _FALSE,
+        "tie_word_embeddings": _EITHER,
         "ffn_config.ffn_act_fn.name": _SILU,
         "resid_pdrop": _ZERO,
         "emb_pdrop": _ZERO,
@@ -142,7 +143,7 @@ MIXTRAL = Family(
     },
     fixed={"norm": "rmsnorm", "clip_qkv": None, "normalize_expert_weights": 1.0},
     required={
-        "tie_word_embeddings": _FALSE,
+        "tie_word_embeddings": _EITHER,
         "hidden_act": _SILU,
         "attention_dropout": _ZERO,
         "sliding_window": (None,),
@@ -165,6 +166,7 @@ def config_values(hf: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(kind, str) or kind not in families:
         raise ValueError(f"model_type: {kind!r} is not supported; must be one of {', '.join(families)}")
     family = families[kind]
+    check_method(hf)
     for key, accepted in family.required.items():
         value = _get(hf, key)
         if value not in accepted:

@@ -6,7 +6,7 @@ import shutil
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch.distributed import ProcessGroup, new_group
 
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.remote import Remote
+from dbrx_train.checkpoint.remote_lease import RemoteLease
 from dbrx_train.checkpoint.tensors import staged, write
 from dbrx_train.errors import first_line
 from dbrx_train.lease import Lease
@@ -42,7 +43,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
         prune_remote: keep there what stays in ``root``; else nothing is deleted there.
         timeout: seconds after which ranks give up waiting for each other.
         exports: which checkpoints to write in Hugging Face's form too; they are saved for it.
-        lease: of the run's folder, if another process might take that over.
+        leases: of what another process might take over.
     """
 
     def __init__(
@@ -58,13 +59,13 @@ class Checkpoints(Callback):  # type: ignore[misc]
         prune_remote: bool = False,
         timeout: float = 1800.0,
         exports: Exports | None = None,
-        lease: Lease | None = None,
+        leases: Sequence[Lease | RemoteLease] = (),
     ) -> None:
         self.root, self.keep, self.milestone, self.provenance = root, keep, milestone, provenance
         self.remote, self.prune_remote = remote, prune_remote
         self.not_copied = 0
         """Checkpoints that ``remote`` did not take."""
-        self.lease = lease
+        self.leases = leases
         self.exports, self.timeout = exports, timedelta(seconds=timeout)
         self.due = create_interval_scheduler(interval)
         self.writer = ThreadPoolExecutor(1, "checkpoints") if asynchronous else None
@@ -139,7 +140,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
         try:
             self.wait()
         except Exception as error:  # the run ends for another reason
-            warnings.warn(f"the last checkpoint is lost ({first_line(error)})", stacklevel=2)
+            warnings.warn(f"the last checkpoint is lost ({first_line(error)})", stacklevel=1)
 
     def wait(self) -> None:
         """Until what is being written is whole; raises what went wrong."""
@@ -166,6 +167,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
 
     def _write(self, partial: Path, content: dict[str, Tensor], mark: dict[str, Any], exported: bool) -> None:
         path = partial.with_suffix("")
+        self._check_leases()
         try:
             files = write(partial, content, self.group)
         except OSError as error:
@@ -209,7 +211,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
             trouble = self._try(self.remote.prune, folders.step_of(path.name), self.keep, self.milestone)
             if trouble is not None:
                 warnings.warn(
-                    f"checkpoints.prune_remote: older ones are still there ({trouble})", stacklevel=2
+                    f"checkpoints.prune_remote: older ones are still there ({trouble})", stacklevel=1
                 )
 
     def _warn(self, path: Path, trouble: str) -> None:
@@ -218,7 +220,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
         if dist.get_global_rank() == 0:
             state = "is whole, but" if self.shared else "is lost:"
             where = "checkpoints.remote, which keeps older ones"
-            warnings.warn(f"{path} {state} it cannot be copied to {where} ({trouble})", stacklevel=2)
+            warnings.warn(f"{path} {state} it cannot be copied to {where} ({trouble})", stacklevel=1)
 
     def _try(self, action: Callable[..., None], *arguments: Any) -> str | None:
         """Do something with the store; returns what went wrong."""
@@ -230,8 +232,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
 
     def _keep(self, partial: Path, mark: dict[str, Any]) -> None:
         """Make what was written a checkpoint, and prune older ones."""
-        if self.lease is not None:
-            self.lease.check()
+        self._check_leases()
         folders.commit(partial, mark)
         path = folders.publish(partial)
         # Folders that claim to be newer are damaged ones, passed over on resuming: they do not count as kept.
@@ -242,6 +243,10 @@ class Checkpoints(Callback):  # type: ignore[misc]
             old = folders.step_folder(self.root, step)
             if old not in needed:
                 folders.prune(old)
+
+    def _check_leases(self) -> None:
+        for lease in self.leases:
+            lease.check()
 
     def _gather(self, mine: str | None) -> list[str | None]:
         """What each rank says, once all have said it."""

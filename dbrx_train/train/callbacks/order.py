@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from composer.callbacks import MemoryMonitor, SpeedMonitor
 
 from dbrx_train.checkpoint.huggingface import check_exportable
 from dbrx_train.checkpoint.remote import Remote
+from dbrx_train.checkpoint.remote_lease import RemoteLease
 from dbrx_train.config import RunConfig, naming
 from dbrx_train.data.tokenizer import Tokenizer
 from dbrx_train.lease import Lease
@@ -49,8 +50,8 @@ class Supervision:
 
     heartbeat: HeartbeatCallback
     stop: PreemptionHandler
-    lease: Lease | None
-    """Of the run's folder, on the rank that holds it."""
+    leases: Sequence[Lease | RemoteLease]
+    """Of the run's folder, and of its place on an object store, on the rank that holds them."""
 
 
 def callbacks(
@@ -69,7 +70,7 @@ def callbacks(
     """
     clock, folder, optimization = config.clock, Path(config.folder), config.optimization
     often = clock.interval(config.logging.interval)
-    checkpoints = _checkpoints(config, tokenizer, remote, supervision.lease if supervision else None)
+    checkpoints = _checkpoints(config, tokenizer, remote, supervision.leases if supervision else ())
     bad_steps = BadSteps(config.bad_steps, folder) if config.bad_steps.skip else None
     found: list[Callback | None] = [
         # First, so that it knows where the run is when any other one hangs.
@@ -121,7 +122,7 @@ def _profiler(config: RunConfig) -> Profiler | None:
 
 
 def _checkpoints(
-    config: RunConfig, tokenizer: Tokenizer, remote: Remote | None, lease: Lease | None
+    config: RunConfig, tokenizer: Tokenizer, remote: Remote | None, leases: Sequence[Lease | RemoteLease]
 ) -> Checkpoints:
     options = config.checkpoints
     return Checkpoints(
@@ -135,7 +136,7 @@ def _checkpoints(
         prune_remote=options.prune_remote,
         timeout=config.parallelism.timeout,
         exports=_exports(config),
-        lease=lease,
+        leases=leases,
     )
 
 

@@ -29,7 +29,7 @@ def record(folder: Path, kind: str, *, step: int, tokens: int, **facts: Any) -> 
     try:
         append(folder / EVENTS, plain)
     except OSError as error:  # a full disk is no reason to stop training
-        warnings.warn(f"{folder / EVENTS}: {kind} is not kept ({first_line(error)})", stacklevel=2)
+        warnings.warn(f"{folder / EVENTS}: {kind} is not kept ({first_line(error)})", stacklevel=1)
 
 
 def _plain(value: Any) -> Any:

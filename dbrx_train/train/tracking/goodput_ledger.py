@@ -73,4 +73,4 @@ class GoodputLedger:
         try:
             jsonl.append(self.path, entry)
         except OSError as error:  # a full disk is no reason to stop training
-            warnings.warn(f"{self.path}: goodput is not kept ({first_line(error)})", stacklevel=2)
+            warnings.warn(f"{self.path}: goodput is not kept ({first_line(error)})", stacklevel=1)

@@ -119,7 +119,7 @@ class MLflowStore(MLFlowLogger):  # type: ignore[misc]
             _log.debug("%d metrics kept in %.3f s", waiting, time.monotonic() - begin)
             self._wait = _FLUSH_SECONDS
         except STORE_ERRORS as error:
-            warnings.warn(f"MLflow: {len(self._pending)} metrics wait ({reason(error)})", stacklevel=2)
+            warnings.warn(f"MLflow: {len(self._pending)} metrics wait ({reason(error)})", stacklevel=1)
             self._wait = min(2 * self._wait, _LONGEST_WAIT)
         self._flush_at = time.monotonic() + self._wait
 
@@ -171,7 +171,7 @@ class MLflowStore(MLFlowLogger):  # type: ignore[misc]
         self.post_close()
 
     def post_close(self) -> None:
-        if not self._enabled:
+        if not self._enabled or self._run_id is None:  # the store took no run
             return
         self.flush()
         try:
@@ -179,4 +179,4 @@ class MLflowStore(MLFlowLogger):  # type: ignore[misc]
             # The base knows no interruption.
             self._mlflow_client.set_terminated(self._run_id, status=self.end_status)
         except STORE_ERRORS as error:
-            warnings.warn(f"MLflow: the run's end is not recorded ({reason(error)})", stacklevel=2)
+            warnings.warn(f"MLflow: the run's end is not recorded ({reason(error)})", stacklevel=1)
