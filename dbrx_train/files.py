@@ -11,11 +11,7 @@ from typing import Any
 
 import xxhash
 
-<<<<<<< HEAD
-__all__ = ["atomic_write", "naming_file", "new_folder", "seal", "seen_from"]
-=======
 __all__ = ["atomic_write", "naming_file", "seal"]
->>>>>>> exits
 
 
 @contextmanager
@@ -58,8 +54,3 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def seal(values: Mapping[str, Any]) -> str:
     """The XXH3 of plain values, whatever the order of their keys."""
     return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True))
-
-
-def seen_from(path: str | os.PathLike[str]) -> str:
-    """Words for an error: from which folder a relative path that leads nowhere was looked for."""
-    return "" if os.path.isabs(os.path.expanduser(path)) else f", seen from {os.getcwd()}"

@@ -15,12 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dbrx_train.config.errors import ConfigError, require
 from dbrx_train.config.kinds import unknown_keys, wrong_kinds
 from dbrx_train.config.run import RunConfig
-<<<<<<< HEAD
-from dbrx_train.errors import first_line
-from dbrx_train.files import seen_from
-=======
 from dbrx_train.errors import first_line, seen_from
->>>>>>> exits
 from dbrx_train.options import check
 from dbrx_train.redact import mask_tree
 
@@ -95,17 +90,12 @@ def _read_yaml(path: Path) -> DictConfig:
         given = OmegaConf.load(path)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file{seen_from(path)}") from None
-<<<<<<< HEAD
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({first_line(error)})") from None
-=======
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is no UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except OSError as error:
         if error.errno is None:  # OmegaConf's, of a single number
             raise ConfigError(f"{path}: {_A_RUN}") from None
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
->>>>>>> exits
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""

@@ -23,12 +23,8 @@ from typing import Any
 import xxhash
 
 from dbrx_train.data.untrusted import check_shard
-<<<<<<< HEAD
-from dbrx_train.files import seal, seen_from
-=======
 from dbrx_train.errors import seen_from
 from dbrx_train.files import seal
->>>>>>> exits
 
 __all__ = [
     "MANIFEST",

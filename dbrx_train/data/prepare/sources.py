@@ -16,8 +16,6 @@ from typing import Literal
 from dbrx_train.data.prepare.content import COMPRESSION, holds_array
 from dbrx_train.data.prepare.parquet import check_columns, open_parquet
 from dbrx_train.data.prepare.text_template import TextTemplate
-from dbrx_train.files import seen_from
-
 from dbrx_train.errors import seen_from
 
 __all__ = ["Catalog", "Part", "Source", "Span", "find_files", "plan_parts"]
@@ -117,11 +115,7 @@ def _resolve(given: str, suffixes: Sequence[str]) -> Iterator[tuple[str, str]]:
     if os.path.isdir(path):
         matches = list(_walk(path, suffixes))
     elif os.path.lexists(path) or not glob.has_magic(path):
-<<<<<<< HEAD
         raise ValueError(f"{given}: no such file or folder{seen_from(path)}")
-=======
-        raise ValueError(f"{given}: no such file or folder{seen_from(given)}")
->>>>>>> exits
     else:
         matches = []
         for hit in sorted(glob.glob(path, recursive=True)):
