@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from dbrx_train.config.errors import naming, require
+from dbrx_train.config.plan import PlanConfig
 from dbrx_train.config.sections import (
     BadStepsConfig,
     CheckpointsConfig,
@@ -65,6 +66,7 @@ class RunConfig:
     evaluation: EvaluationConfig = option("held-out loss per source", EvaluationConfig)
     preemption: PreemptionConfig = option("at SIGTERM, SIGUSR1 or `stop_after`", PreemptionConfig)
     watchdog: WatchdogConfig = option("when a run that makes no progress ends, with 74", WatchdogConfig)
+    plan: PlanConfig = option("what `dbrx-train plan` reckons with; training does not look at it", PlanConfig)
 
     def check(self) -> None:
         """What the sections ask of each other; each alone has been checked before."""

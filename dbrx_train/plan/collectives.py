@@ -14,9 +14,17 @@ from dbrx_train.plan.hardware import GPU
 from dbrx_train.plan.step_time import CALIBRATED, Calibration
 from dbrx_train.plan.units import FLOAT32, HasItemsize, units
 
-__all__ = ["Collective", "collectives"]
+__all__ = ["Collective", "Way", "collectives"]
 
 _INT64 = 8
+
+
+@dataclass(frozen=True)
+class Way:
+    """How long bytes are on their way, and over which link, ``NVLink`` or the ``network``, longest."""
+
+    slower: str
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -56,19 +64,20 @@ class Collective:
             return self.sent * (self.ranks - within) / (self.ranks - 1)
         return self.sent * machines / self.ranks
 
-    def seconds(
+    def way(
         self, gpu: GPU, machine: int, network: float | None = None, constants: Calibration = CALIBRATED
-    ) -> float:
-        """Alone on its links: the slower of the two, and the way from rank to rank.
+    ) -> Way:
+        """Alone on its links: the slower of the two, and the hops from rank to rank.
 
         ``network``: bytes/s of a GPU's adapter, if not the GPU's usual one.
         """
         away = self.over_network(machine)
-        attained = (network or gpu.network) * constants.network
+        outside = away / ((network or gpu.network) * constants.network)
+        inside = (self.sent - away) / (gpu.nvlink * constants.nvlink)
         hops = 1 if self.kind == "exchanged" else self.ranks - 1
         hops *= 2 if self.kind == "reduced" else 1
-        way = self.calls * hops * constants.hop if self.sent else 0.0
-        return max((self.sent - away) / gpu.nvlink, away / attained) + way
+        slower = "network" if outside > inside else "NVLink"
+        return Way(slower, max(inside, outside) + self.calls * hops * constants.hop)
 
 
 def collectives(

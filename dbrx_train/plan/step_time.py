@@ -10,15 +10,29 @@ p is 1 where nothing overlaps and infinite where all does. docs/planning.md expl
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.plan.hardware import GPU
 
-__all__ = ["CALIBRATED", "Architecture", "Calibration", "Compute", "compute", "optimizer_seconds"]
+__all__ = [
+    "CALIBRATED",
+    "RUNTIME",
+    "Architecture",
+    "Calibration",
+    "Compute",
+    "StepTime",
+    "compute",
+    "optimizer_seconds",
+    "retries",
+    "with_overlap",
+]
 
+RUNTIME = 4e9
+"""Bytes of a GPU's memory that no tensor can have: CUDA's context, NCCL's buffers, cuBLAS's workspace."""
 _LOGIT_PASSES = 16.0
-"""Bytes of memory that the loss reads and writes a logit: bfloat16 and float32 copies, and their gradients."""
+"""Bytes of memory that the loss reads and writes a logit: two dtypes, values and gradients."""
 _OPTIMIZER_PASSES = 36.0
 """Bytes that clipping and AdamW read and write a parameter, all float32."""
 
@@ -29,17 +43,19 @@ class Calibration:
 
     memory: float = 0.8
     """Share of a GPU's memory bandwidth that is attained."""
-    passes: float = 1.7
+    passes: float = 2.47
     """Times that elementwise kernels move what `Architecture.elementwise` counts, for none is fused."""
-    overlap: float = 1.12
+    overlap: float = 1.07
     """The p of computing and communication."""
-    hop: float = 4e-6
+    hop: float = 3.7e-6
     """Seconds that a ring's chunk takes from one rank to the next."""
+    nvlink: float = 0.8
+    """Share of NVLink's bandwidth in one direction that is attained."""
     network: float = 0.74
     """Share of the network adapter's bandwidth that is attained."""
     tight: float = 0.9
     """Share of a GPU's usable memory beyond which the allocator frees and asks anew."""
-    retries: float = 1.25
+    retries: float = 1.29
     """How much longer steps then take."""
 
 
@@ -109,9 +125,7 @@ class Compute:
 
     @property
     def total(self) -> float:
-        return (
-            self.dense_products + self.expert_products + self.head + self.attention + self.elementwise
-        )
+        return self.dense_products + self.expert_products + self.head + self.attention + self.elementwise
 
 
 def compute(
@@ -123,8 +137,9 @@ def compute(
     activation_checkpointing: str = "none",
     local_experts: int | None = None,
     imbalance: float = 1.0,
-    square_attention: bool = False,
+    masked: bool = False,
     old_kernels: bool = False,
+    frozen: bool = False,
     constants: Calibration = CALIBRATED,
 ) -> Compute:
     """The roofline: FLOPs over what is attained of the peak, plus bytes over what is attained of memory.
@@ -134,13 +149,17 @@ def compute(
         activation_checkpointing: as ``checkpoint_activations`` takes it.
         local_experts: how many experts of a layer the GPU holds; by default all.
         imbalance: tokens of the fullest GPU's experts, relative to the mean.
-        square_attention: every query meets every key, as under a mask of all pairs.
+        masked: attention is given a mask of all pairs: every query meets every key, by a kernel that is not
+            made for the GPU, and so is taken to be as slow as those of 2023.
         old_kernels: attention as in 2023.
+        frozen: weights get no gradient, as beside adapters.
     """
     flops, bandwidth = gpu.peak * gpu.products, gpu.memory_bandwidth * constants.memory
-    # Forward once and backward twice; once more what is computed again.
-    block = {"full": 4, "selective": 3, "norm_attn_norm": 3, "none": 3}[activation_checkpointing]
-    attention_block = 4 if activation_checkpointing in ("full", "norm_attn_norm") else 3
+    # Forward once and backward twice (once where weights are frozen); once more what is computed again.
+    once = 2 if frozen else 3
+    block = once + (activation_checkpointing == "full")
+    attention_again = activation_checkpointing in ("full", "norm_attn_norm")
+    attention_block = once + attention_again
 
     def product(rows: float, k: int, n: int, weights: int = 1) -> float:
         """Seconds of [rows, k] x [k, n], over ``weights`` matrices among which the rows are divided."""
@@ -154,10 +173,10 @@ def compute(
     rows, held = tokens * model.top_k * imbalance, local_experts or model.num_experts
     experts = model.ffn_matrices * product(rows, d, model.ffn_hidden_size, held)
 
-    pairs = seq_len * (2 if square_attention else 1) / 2
+    pairs = seq_len if masked else seq_len / 2
     # Two products forward, five backward (arXiv 2205.14135), and two more if computed again.
-    passes = 2 + 5 + (2 if activation_checkpointing in ("full", "norm_attn_norm") else 0)
-    attained = gpu.peak * (gpu.attention_2023 if old_kernels else gpu.attention)
+    passes = 2 + 5 + 2 * attention_again
+    attained = gpu.peak * (gpu.attention_2023 if old_kernels or masked else gpu.attention)
     attention = 2 * passes * tokens * pairs * model.query_width / attained
 
     def passed(part: str, again: bool) -> float:
@@ -169,18 +188,65 @@ def compute(
     return Compute(
         dense_products=layers * (attention_block * projections + block * shared),
         expert_products=layers * block * experts,
-        head=3 * product(tokens, d, model.vocab_size) + logits,
+        head=once * product(tokens, d, model.vocab_size) + logits,
         attention=layers * attention,
         elementwise=layers * tokens * moved * constants.passes / bandwidth,
     )
 
 
-def with_overlap(computing: float, communicating: float, constants: Calibration = CALIBRATED) -> float:
-    """Seconds that both take together."""
-    p = constants.overlap
-    return (computing**p + communicating**p) ** (1 / p)
+def with_overlap(computing: float, communicating: float, p: float) -> float:
+    """Seconds that both take together; all overlaps where ``p`` is infinite."""
+    if math.isinf(p):
+        return max(computing, communicating)
+    return float((computing**p + communicating**p) ** (1 / p))
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """An optimizer step, in seconds, and what it is made of."""
+
+    compute: Compute
+    """Of a microbatch."""
+    accumulated: int
+    """Microbatches of the step."""
+    weights: float
+    """Of a microbatch: gathering parameters and scattering gradients, alone on their links."""
+    tokens: float
+    """Of a microbatch: tokens to their experts and back, which nothing hides."""
+    replicas: float
+    """Gradients between replicas, in the last microbatch."""
+    optimizer: float
+    retries: float
+    """Factor on all, for memory that is nearly full."""
+    constants: Calibration = CALIBRATED
+
+    @property
+    def total(self) -> float:
+        return self._total(self.constants.overlap)
+
+    @property
+    def at_best(self) -> float:
+        """With all communication of weights and gradients hidden that can be."""
+        return self._total(math.inf)
+
+    @property
+    def exposed(self) -> float:
+        """Seconds of communication that no computing hides."""
+        computing = self.accumulated * self.compute.total + self.optimizer
+        return self.total / self.retries - computing
+
+    def _total(self, p: float) -> float:
+        first = with_overlap(self.compute.total, self.weights, p)
+        last = with_overlap(self.compute.total, self.weights + self.replicas, p)
+        both = (self.accumulated - 1) * first + last
+        return self.retries * (both + self.accumulated * self.tokens + self.optimizer)
 
 
 def optimizer_seconds(elements: float, gpu: GPU, constants: Calibration = CALIBRATED) -> float:
     """Seconds of clipping and AdamW over a rank's ``elements``."""
     return elements * _OPTIMIZER_PASSES / (gpu.memory_bandwidth * constants.memory)
+
+
+def retries(held: float, gpu: GPU, constants: Calibration = CALIBRATED) -> float:
+    """How much longer a step takes because little of the GPU's memory is left beside ``held`` bytes."""
+    return constants.retries if held > constants.tight * (gpu.memory - RUNTIME) else 1.0

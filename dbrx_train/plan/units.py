@@ -1,4 +1,4 @@
-"""What FSDP gathers together, by arithmetic on the model's shape: no tensor is made and torch is not needed."""
+"""What FSDP gathers together, by arithmetic on the model's shape: without tensors, and without torch."""
 
 from __future__ import annotations
 

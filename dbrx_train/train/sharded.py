@@ -16,36 +16,17 @@ from composer import Callback, Logger, State, Trainer
 from composer.utils import dist
 from torch.distributed.fsdp import FSDPModule
 
-from dbrx_train.config import ConfigError, RunConfig
+from dbrx_train.config import RunConfig
 from dbrx_train.model.compiling import compile_dense
 from dbrx_train.model.decoder import Dbrx
 from dbrx_train.model.lora import apply_lora, cast_frozen
-from dbrx_train.parallel import GlobalBatchLoad, MeshShape, checkpoint_activations, parallelize
+from dbrx_train.parallel import GlobalBatchLoad, checkpoint_activations, parallelize
+from dbrx_train.plan.world import mesh_shape
 from dbrx_train.train.composer_model import ComposerDbrx
 from dbrx_train.train.preferences import Batch
 from dbrx_train.train.train_state import model_of
 
-__all__ = ["ReduceOnce", "build_model", "check_left_alone", "mesh_shape"]
-
-
-def mesh_shape(config: RunConfig, world_size: int) -> MeshShape:
-    """The run's mesh on so many ranks.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    parallelism = config.parallelism
-    try:
-        shape = MeshShape.of(
-            world_size,
-            replicate=None if parallelism.replicate == "auto" else int(parallelism.replicate),
-            shard=None if parallelism.shard == "auto" else int(parallelism.shard),
-            expert=parallelism.expert,
-        )
-        shape.check(config.model)
-    except ValueError as error:
-        raise ConfigError(f"parallelism.{error}") from None
-    return shape
+__all__ = ["ReduceOnce", "build_model", "check_left_alone"]
 
 
 def build_model(config: RunConfig, device: str) -> Dbrx:
