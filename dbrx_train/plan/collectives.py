@@ -6,6 +6,7 @@ them, each rank sends (n - 1) / n B; all-reduced over them, twice that.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from dbrx_train.model.config import DbrxConfig
@@ -14,8 +15,9 @@ from dbrx_train.plan.hardware import GPU
 from dbrx_train.plan.step_time import CALIBRATED, Calibration
 from dbrx_train.plan.units import FLOAT32, HasItemsize, units
 
-__all__ = ["Collective", "Way", "collectives"]
+__all__ = ["KINDS", "Collective", "Way", "collectives"]
 
+KINDS = ("gathered", "scattered", "reduced", "exchanged")
 _INT64 = 8
 
 
@@ -36,7 +38,7 @@ class Collective:
     """
 
     kind: str
-    """``gathered``, ``scattered``, ``reduced`` or ``exchanged`` (all-to-all)."""
+    """One of ``KINDS``; ``exchanged`` is all-to-all."""
     what: str
     """``dense`` parameters, ``experts``, or ``tokens``."""
     sent: float
@@ -94,7 +96,7 @@ def collectives(
 
     Norms of gradients, a few bytes each, are left out.
     """
-    parts = units(config, shape, param_dtype, reshard_after_forward, activation_checkpointing)
+    parts = Counter(units(config, shape, param_dtype, reshard_after_forward, activation_checkpointing))
     found: dict[tuple[str, str], Collective] = {}
 
     def add(kind: str, what: str, sent: float, ranks: int, stride: int, calls: int) -> None:
@@ -102,15 +104,14 @@ def collectives(
         sent, calls = (sent, calls) if before is None else (sent + before.sent, calls + before.calls)
         found[kind, what] = Collective(kind, what, sent, ranks, stride, calls)
 
-    for unit in parts:
-        sent = _ring(unit.padded * unit.itemsize, unit.ranks) * unit.gathers * microbatches
-        add("gathered", unit.what, sent, unit.ranks, unit.stride, unit.gathers * microbatches)
-    for unit in parts:
-        sent = _ring(unit.padded * FLOAT32.itemsize, unit.ranks) * microbatches
-        add("scattered", unit.what, sent, unit.ranks, unit.stride, microbatches)
-    for unit in parts:
-        sent = 2 * _ring(unit.padded // unit.ranks * FLOAT32.itemsize, shape.replicate)
-        add("reduced", unit.what, sent, shape.replicate, shape.shard, 1)
+    for unit, number in parts.items():
+        gathers, scatters = unit.gathers * microbatches * number, microbatches * number
+        sent = _ring(unit.padded * unit.itemsize, unit.ranks) * gathers
+        add("gathered", unit.what, sent, unit.ranks, unit.stride, gathers)
+        sent = _ring(unit.padded * FLOAT32.itemsize, unit.ranks) * scatters
+        add("scattered", unit.what, sent, unit.ranks, unit.stride, scatters)
+        sent = 2 * _ring(unit.padded // unit.ranks * FLOAT32.itemsize, shape.replicate) * number
+        add("reduced", unit.what, sent, shape.replicate, shape.shard, number)
 
     again = activation_checkpointing in ("full", "selective")
     away = (shape.expert - 1) / shape.expert
@@ -120,7 +121,7 @@ def collectives(
     rows += _INT64 * config.num_experts * away * counts
     times = config.n_layers * microbatches
     add("exchanged", "tokens", rows * times, shape.expert, 1, (ways + counts) * times)
-    return [each for each in found.values() if each.sent]
+    return sorted((each for each in found.values() if each.sent), key=lambda each: KINDS.index(each.kind))
 
 
 def _ring(size: int, ranks: int) -> int:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from dbrx_train.config import RunConfig
+from dbrx_train.plan.adapters import trained
 from dbrx_train.plan.hardware import GPU
 from dbrx_train.schedule import parse_time
 
@@ -75,7 +76,7 @@ def cost(
     config: RunConfig, gpu: GPU, gpus: int, *, shard: int, seconds: float, tokens_per_second: float
 ) -> Cost:
     """Of a run whose steps take ``seconds`` in all; evaluation is left out."""
-    given, params = config.plan, config.model.num_params
+    given, params = config.plan, trained(config)
     checkpoint = params * (12 if config.optimization.optimizer.name == "adamw" else 8)
     write = checkpoint / (given.storage * 1e9)
     copy = checkpoint / shard / _TO_HOST
@@ -94,7 +95,7 @@ def cost(
     on_machine = min(given.machine, gpus)
     per_rank = checkpoint / shard if asynchronous else 0.0
     if config.parallelism.cpu_offload:
-        per_rank += 16 * params / shard
+        per_rank += 16 * config.model.num_params / shard
     largest = max(stage.tokens_per_batch for stage in config.clock.stages) / gpus
     # Ids, labels and documents of two batches ahead, int64, a worker.
     per_rank += max(1, config.data.num_workers) * 2 * 3 * 8 * largest

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.parallel.mesh import MeshShape
-from dbrx_train.plan.collectives import collectives
+from dbrx_train.plan.collectives import KINDS, collectives
 from dbrx_train.plan.units import HasItemsize, units
 
 __all__ = ["Memory", "Traffic", "memory", "traffic"]
@@ -61,7 +61,7 @@ def traffic(
 
     Norms of gradients and counts of tokens, a few bytes each, are left out.
     """
-    sent = dict.fromkeys(("gathered", "scattered", "reduced", "exchanged"), 0.0)
+    sent = dict.fromkeys(KINDS, 0.0)
     for each in collectives(
         config,
         shape,

@@ -8,7 +8,8 @@ from dbrx_train.config import ConfigError, RunConfig
 from dbrx_train.model.config import LONGEST_MASK
 from dbrx_train.parallel.mesh import MeshShape
 from dbrx_train.plan import hardware, step_time
-from dbrx_train.plan.collectives import Collective, collectives
+from dbrx_train.plan.adapters import frozen_memory, trained
+from dbrx_train.plan.collectives import KINDS, Collective, collectives
 from dbrx_train.plan.cost import Cost, cost
 from dbrx_train.plan.estimates import Memory, memory
 from dbrx_train.plan.hardware import GPU
@@ -129,17 +130,21 @@ def count(config: RunConfig) -> int:
 def held(config: RunConfig, ranks: int) -> Held:
     """Bytes of a rank, at the largest microbatch of all stages."""
     tokens = max(microbatch(config, stage, ranks).tokens for stage in config.clock.stages)
+    shape, offloaded = mesh_shape(config, ranks), config.parallelism.cpu_offload
     found = memory(
         config.model,
-        mesh_shape(config, ranks),
+        shape,
         tokens=tokens,
         param_dtype=_dtype(config),
         activation_checkpointing=config.parallelism.activation_checkpointing,
     )
     kinds = {each.name: int(getattr(found, each.name)) for each in fields(Memory)}
-    if ranks == 1 and not config.parallelism.cpu_offload:
+    if config.lora.rank is not None:
+        kinds |= frozen_memory(config, shape, _dtype(config))
+    if ranks == 1 and not offloaded:
         del kinds["gathered"]
-    return Held(kinds, kinds["shards"] if config.parallelism.cpu_offload else 0)
+    on_host = kinds["shards"] + kinds.get("frozen_weights", 0) if offloaded else 0
+    return Held(kinds, on_host)
 
 
 def plan(config: RunConfig, gpus: int | None = None) -> Plan:
@@ -185,7 +190,7 @@ def _step(
     )
     if frozen:
         sent = [each for each in sent if each.kind in ("gathered", "exchanged")]
-    seconds = dict.fromkeys(("gathered", "scattered", "reduced", "exchanged"), 0.0)
+    seconds = dict.fromkeys(KINDS, 0.0)
     for each in sent:
         seconds[each.kind] += each.way(gpu, given.machine, _network(config)).seconds
     computing = step_time.compute(
@@ -199,14 +204,13 @@ def _step(
         masked=config.model.mask_documents and stage.seq_len <= LONGEST_MASK,
         frozen=frozen,
     )
-    trained = 0 if frozen else config.model.num_params / shape.shard
     return sent, StepTime(
         compute=computing,
         accumulated=batch.per_step,
         weights=(seconds["gathered"] + seconds["scattered"]) / batch.per_step,
         tokens=seconds["exchanged"] * given.imbalance / batch.per_step,
         replicas=seconds["reduced"],
-        optimizer=step_time.optimizer_seconds(trained, gpu),
+        optimizer=step_time.optimizer_seconds(trained(config) / shape.shard, gpu),
         retries=step_time.retries(holds, gpu),
     )
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 
 from dbrx_train.config import ConfigError, RunConfig
 from dbrx_train.model.config import ACTIVATION_CHECKPOINTING
 from dbrx_train.plan.hardware import GPUS
-from dbrx_train.plan.planner import Plan, plan
+from dbrx_train.plan.planner import Plan, held, kind, plan
+from dbrx_train.plan.step_time import RUNTIME
+from dbrx_train.plan.world import check_world
 
 __all__ = ["changes", "nearest", "search"]
 
@@ -18,8 +21,7 @@ _MOST_GPUS = 16_384
 
 def search(config: RunConfig, gpus: int) -> list[Plan]:
     """All plans on ``gpus`` GPUs that fit, the quickest first."""
-    found = [each for each in _all(config, gpus) if each.fits]
-    return sorted(found, key=lambda each: each.step.total)
+    return sorted(_fitting(config, gpus), key=lambda each: each.step.total)
 
 
 def changes(config: RunConfig, found: Plan) -> list[str]:
@@ -48,30 +50,36 @@ def nearest(config: RunConfig, gpus: int) -> str:
     return "nothing that was tried would; try shorter samples, or a smaller model"
 
 
-def _all(config: RunConfig, gpus: int) -> Iterator[Plan]:
-    """Plans of all that divides."""
-    share = max(stage.tokens_per_batch for stage in config.clock.stages) // gpus // config.data.seq_len
-    for shard in _divisors(gpus):
-        for expert in _divisors(config.model.num_experts):
-            if shard % expert:
+def _fitting(config: RunConfig, gpus: int) -> Iterator[Plan]:
+    room = kind(config).memory - RUNTIME
+    for tried in _all(config, gpus):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                check_world(tried, gpus)
+            except ConfigError:
                 continue
-            for recomputed in ACTIVATION_CHECKPOINTING:
-                for samples in _divisors(max(1, share)):
-                    spread = replace(
-                        config.parallelism,
-                        replicate=gpus // shard,
-                        shard=shard,
-                        expert=expert,
-                        activation_checkpointing=recomputed,
-                    )
-                    batches = replace(config.optimization, microbatch_size=samples)
-                    tried = replace(config, parallelism=spread, optimization=batches)
-                    with warnings.catch_warnings():
-                        warnings.simplefilter("ignore")
-                        try:
-                            yield plan(tried, gpus)
-                        except ConfigError:
-                            continue
+            if held(tried, gpus).total <= room:
+                yield plan(tried, gpus)
+
+
+def _all(config: RunConfig, gpus: int) -> Iterator[RunConfig]:
+    """The configuration with everything that divides."""
+    share = max(stage.tokens_per_batch for stage in config.clock.stages) // gpus // config.data.seq_len
+    batches = [replace(config.optimization, microbatch_size=n) for n in _divisors(max(1, share))]
+    meshes = product(_divisors(gpus), _divisors(config.model.num_experts), ACTIVATION_CHECKPOINTING)
+    for shard, expert, recomputed in meshes:
+        if shard % expert:
+            continue
+        spread = replace(
+            config.parallelism,
+            replicate=gpus // shard,
+            shard=shard,
+            expert=expert,
+            activation_checkpointing=recomputed,
+        )
+        for batch in batches:
+            yield replace(config, parallelism=spread, optimization=batch)
 
 
 def _resolved(config: RunConfig, gpus: int) -> list[int | str]:

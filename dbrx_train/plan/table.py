@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from dbrx_train.config import RunConfig
+from dbrx_train.plan.adapters import trained
 from dbrx_train.plan.planner import Plan
 from dbrx_train.plan.search import changes
 
@@ -151,7 +152,8 @@ def _head(plan: Plan) -> list[str]:
         ),
     ]
     if config.lora.rank is not None:
-        lines.append("  adapters  memory is at most this: it is that of training all weights")
+        factors = counted(trained(config))
+        lines.append(f"  adapters  {factors} parameters train; activations are at most those below")
     return lines
 
 
