@@ -12,7 +12,7 @@ from dbrx_train.plan.adapters import trained
 from dbrx_train.plan.planner import Plan
 from dbrx_train.plan.search import changes
 
-__all__ = ["as_dict", "counted", "gigabytes", "label", "ranking", "render"]
+__all__ = ["as_dict", "counted", "gigabytes", "label", "ranking", "render", "rounded"]
 
 _NAMES = {
     ("gathered", "dense"): "gather dense",
@@ -202,7 +202,7 @@ def _step(plan: Plan) -> list[str]:
     lines = [
         f"step {total:.3g} s ({range_}; with perfect overlap {step.at_best:.3g}); limit: {plan.limit}",
         *_aligned([(name, f"{seconds:.3g}", f"{seconds / total:.0%}") for name, seconds in rows]),
-        f"  {mfu}, {_rounded(speed)} tokens/s, {_rounded(speed / plan.gpus)} a GPU",
+        f"  {mfu}, {rounded(speed)} tokens/s, {rounded(speed / plan.gpus)} a GPU",
     ]
     if step.compute.total / plan.config.model.n_layers < _SMALL:
         lines.append("  so small a step takes longer: launching kernels is left out")
@@ -215,7 +215,7 @@ def _run(plan: Plan) -> list[str]:
         return ["run: never ends, for it fails more often than it saves; see the best interval"]
 
     def about(value: float) -> str:
-        return f"{_rounded(value)} ({_rounded(value * (1 - error))} to {_rounded(value * (1 + error))})"
+        return f"{rounded(value)} ({rounded(value * (1 - error))} to {rounded(value * (1 + error))})"
 
     money = f"set plan.gpu_hour_price: no price of {plan.gpu.name} is known"
     if cost.dollars is not None:
@@ -277,7 +277,7 @@ def counted(number: int) -> str:
     return f"{number:,}"
 
 
-def _rounded(value: float) -> str:
+def rounded(value: float) -> str:
     """To three digits."""
     return f"{value:.3g}" if value < 100 else f"{float(f'{value:.3g}'):,.0f}"
 
