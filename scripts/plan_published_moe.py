@@ -3,8 +3,8 @@
     python scripts/plan_published_moe.py
 
 The publications (docs/data/measured_moe.csv) do not say what a GPU's microbatch was, nor all of the mesh. It
-is one sample of 4,096 tokens here, accumulated 8 to 32 times, of which nothing is computed again; experts over
-the ranks named below, the rest of the parameters over all, gathered and scattered in bfloat16, or not sent at
+is one sample of 4,096 tokens here, accumulated 8 to 32 times, of which nothing is computed again; experts are
+spread over the ranks named below, all else over all ranks, gathered and scattered in bfloat16, or not sent at
 all where they are Megatron's.
 """
 
