@@ -152,10 +152,7 @@ class RunConfig:
                 f"{total:,}, so the learning rate ends at {total / warmup:.3g} of its peak and never falls",
                 stacklevel=3,
             )
-        elif (
-            given.schedule in ("wsd", "inverse_sqrt")
-            and (decay := clock.tokens(given.decay)) > total - warmup
-        ):
+        elif given.decays_last and (decay := clock.tokens(given.decay)) > total - warmup:
             warnings.warn(
                 f"optimization.learning_rate.decay: its {decay:,} tokens are more than the "
                 f"{total - warmup:,} that warmup leaves of the run's {total:,}; the decay takes these",

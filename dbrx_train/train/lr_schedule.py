@@ -17,8 +17,8 @@ def learning_rate_factor(config: LearningRateConfig, clock: Clock, tokens: int) 
     - ``linear``: 1 - (1 - final)·x
     - ``cosine``: final + (1 - final)·(1 + cos πx)/2 (arXiv 1608.03983, one half-period)
     - ``wsd``: 1, and over the last ``decay`` tokens a straight line to ``final`` (arXiv 2404.06395)
-    - ``inverse_sqrt``: floor + (1 - floor) / sqrt(1 + t / scale), with t tokens since the warm-up, and over the
-      last ``decay`` tokens a straight line from there down to ``final`` (LLM Foundry's
+    - ``inverse_sqrt``: floor + (1 - floor)/√(1 + t/scale), with t tokens since the warm-up, and over the last
+      ``decay`` tokens a straight line from there down to ``final`` (LLM Foundry's
       ``InverseSquareRootWithWarmupScheduler``)
     """
     warmup = clock.tokens(config.warmup)
@@ -27,7 +27,7 @@ def learning_rate_factor(config: LearningRateConfig, clock: Clock, tokens: int) 
     if config.schedule == "constant":
         return 1.0
     start, peak = warmup, 1.0
-    if config.schedule in ("wsd", "inverse_sqrt"):
+    if config.decays_last:
         start = max(warmup, clock.before_end(config.decay))
     if config.schedule == "inverse_sqrt":
         scale = clock.tokens(config.scale or config.warmup)
