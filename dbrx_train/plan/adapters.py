@@ -5,7 +5,7 @@ from __future__ import annotations
 from dbrx_train.config import RunConfig
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.parallel.mesh import MeshShape
-from dbrx_train.plan.units import FLOAT32, HasItemsize, units
+from dbrx_train.plan.units import FLOAT32, HasItemsize, fsdp_units
 
 __all__ = ["frozen_memory", "trained"]
 
@@ -23,13 +23,13 @@ def frozen_memory(config: RunConfig, shape: MeshShape, dtype: HasItemsize | None
 
     Frozen weights lie in ``dtype``, the embedding and the factors in float32; no gradient of a block is made.
     """
-    embedding, *blocks, _, head = units(config.model, shape, dtype, True, "none")
-    itemsize = (dtype or FLOAT32).itemsize
+    embedding, *blocks, _, head = fsdp_units(config.model, shape, dtype, True, "none")
+    itemsize = dtype.itemsize if dtype else FLOAT32
     matrices = sum(unit.padded // unit.ranks for unit in (*blocks, head)) * itemsize
     block = sum(unit.padded for unit in blocks) // config.model.n_layers
     return {
-        "frozen_weights": matrices + embedding.padded // embedding.ranks * FLOAT32.itemsize,
-        "shards": trained(config) * 4 * FLOAT32.itemsize // shape.shard,
+        "frozen_weights": matrices + embedding.padded // embedding.ranks * FLOAT32,
+        "shards": trained(config) * 4 * FLOAT32 // shape.shard,
         "gathered": (2 * block + head.padded) * itemsize,
     }
 

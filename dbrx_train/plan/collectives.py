@@ -13,7 +13,7 @@ from dbrx_train.model.config import DbrxConfig
 from dbrx_train.parallel.mesh import MeshShape
 from dbrx_train.plan.hardware import GPU
 from dbrx_train.plan.step_time import CALIBRATED, Calibration
-from dbrx_train.plan.units import FLOAT32, HasItemsize, units
+from dbrx_train.plan.units import FLOAT32, HasItemsize, fsdp_units
 
 __all__ = ["KINDS", "Collective", "Way", "collectives"]
 
@@ -96,7 +96,7 @@ def collectives(
 
     Norms of gradients, a few bytes each, are left out.
     """
-    parts = Counter(units(config, shape, param_dtype, reshard_after_forward, activation_checkpointing))
+    parts = Counter(fsdp_units(config, shape, param_dtype, reshard_after_forward, activation_checkpointing))
     found: dict[tuple[str, str], Collective] = {}
 
     def add(kind: str, what: str, sent: float, ranks: int, stride: int, calls: int) -> None:
@@ -108,16 +108,23 @@ def collectives(
         gathers, scatters = unit.gathers * microbatches * number, microbatches * number
         sent = _ring(unit.padded * unit.itemsize, unit.ranks) * gathers
         add("gathered", unit.what, sent, unit.ranks, unit.stride, gathers)
-        sent = _ring(unit.padded * FLOAT32.itemsize, unit.ranks) * scatters
+        sent = _ring(unit.padded * FLOAT32, unit.ranks) * scatters
         add("scattered", unit.what, sent, unit.ranks, unit.stride, scatters)
-        sent = 2 * _ring(unit.padded // unit.ranks * FLOAT32.itemsize, shape.replicate) * number
+        sent = 2 * _ring(unit.padded // unit.ranks * FLOAT32, shape.replicate) * number
         add("reduced", unit.what, sent, shape.replicate, shape.shard, number)
 
     again = activation_checkpointing in ("full", "selective")
     away = (shape.expert - 1) / shape.expert
     # Two ways, forward and backward; both again if the block is computed again. Counts go ahead of them.
     ways, counts = (6, 2) if again else (4, 1)
-    rows = tokens * config.top_k * config.d_model * (param_dtype or FLOAT32).itemsize * away * ways
+    rows = (
+        tokens
+        * config.top_k
+        * config.d_model
+        * (param_dtype.itemsize if param_dtype else FLOAT32)
+        * away
+        * ways
+    )
     rows += _INT64 * config.num_experts * away * counts
     times = config.n_layers * microbatches
     add("exchanged", "tokens", rows * times, shape.expert, 1, (ways + counts) * times)

@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.parallel.mesh import MeshShape
 from dbrx_train.plan.collectives import KINDS, collectives
-from dbrx_train.plan.units import HasItemsize, units
+from dbrx_train.plan.units import FLOAT32, HasItemsize, fsdp_units
 
 __all__ = ["Memory", "Traffic", "memory", "traffic"]
-
-_FLOAT32 = 4
 
 
 @dataclass(frozen=True)
@@ -92,16 +90,16 @@ def memory(
 
     Left out are what the allocator cannot use, the communication library's buffers, and attention's masks.
     """
-    parts = units(config, shape, param_dtype, True, "none")
-    itemsize = param_dtype.itemsize if param_dtype else _FLOAT32
+    parts = fsdp_units(config, shape, param_dtype, True, "none")
+    itemsize = param_dtype.itemsize if param_dtype else FLOAT32
     _, *blocks, _, head = parts
     block = sum(u.padded for u in blocks) // config.n_layers
     # The gradient is scattered in float32.
-    gathered = block * (2 * itemsize + itemsize + _FLOAT32) + head.padded * (head.itemsize + _FLOAT32)
+    gathered = block * (2 * itemsize + itemsize + FLOAT32) + head.padded * (head.itemsize + FLOAT32)
     kept, most = _activations(config, activation_checkpointing, itemsize, exchanged=shape.expert > 1)
-    logits = config.loss_chunk_size * config.vocab_size * (_FLOAT32 + itemsize)
+    logits = config.loss_chunk_size * config.vocab_size * (FLOAT32 + itemsize)
     return Memory(
-        shards=sum(u.padded // u.ranks for u in parts) * 4 * _FLOAT32,
+        shards=sum(u.padded // u.ranks for u in parts) * 4 * FLOAT32,
         gathered=gathered,
         activations=tokens * (kept * config.n_layers + max(most - kept, 0)) + logits,
     )
@@ -113,7 +111,7 @@ def _activations(config: DbrxConfig, what: str, itemsize: int, exchanged: bool =
     ``exchanged``: tokens travel to experts on other ranks; what comes back is kept too, to be weighted.
     """
     d, kv = config.d_model, config.n_kv_heads * config.head_dim
-    stream = 2 * d * _FLOAT32  # before attention and before the experts
+    stream = 2 * d * FLOAT32  # before attention and before the experts
     # Normalised input; q, k, v before and after clamping and rotation, heads repeated; attention's output
     attention = itemsize * (2 * d + 2 * (d + 2 * kv) + 3 * d)
     experts = itemsize * config.top_k * ((2 if exchanged else 1) * d + 2 * config.ffn_hidden_size)
@@ -122,8 +120,8 @@ def _activations(config: DbrxConfig, what: str, itemsize: int, exchanged: bool =
     products = itemsize * (2 * d + 2 * kv + config.top_k * (d + 2 * config.ffn_hidden_size))
     kept = {
         "none": everything,
-        "full": d * _FLOAT32,
-        "selective": d * _FLOAT32 + products,
+        "full": d * FLOAT32,
+        "selective": d * FLOAT32 + products,
         "norm_attn_norm": stream + experts,
     }
     return kept[what], everything
