@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from dbrx_train.config import RunConfig
-from dbrx_train.data.stream.loader import samples_of
 from dbrx_train.plan.estimates import memory
-from dbrx_train.train.sharded import mesh_shape
+from dbrx_train.plan.rank import mesh_shape
+from dbrx_train.schedule import samples_of
 
 __all__ = ["summary"]
 
