@@ -43,7 +43,8 @@ class TokenDispatcher:
         place_M = inverse(order_M)
 
         x_MD = _AllToAll.apply(x_ND, leaving, arriving, self.group, float(self.ranks))  # type: ignore[no-untyped-call]
-        y_MD = experts(dispatch(x_MD, order_M, place_M[:, None]), got_Re.sum(0))
+        x_MD = dispatch(x_MD, order_M, place_M[:, None])  # by rank they are not needed any more
+        y_MD = experts(x_MD, got_Re.sum(0))
         y_MD = dispatch(y_MD, place_M, order_M[:, None])
         y_ND: Tensor = _AllToAll.apply(y_MD, arriving, leaving, self.group, 1 / self.ranks)  # type: ignore[no-untyped-call]
         return y_ND

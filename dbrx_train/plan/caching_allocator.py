@@ -60,7 +60,7 @@ class _Pool:
 
 
 class CachingAllocator:
-    """``expandable``: with ``PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True``, one growing segment a pool."""
+    """``expandable``: one growing segment a pool (``PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True``)."""
 
     def __init__(self, *, expandable: bool) -> None:
         self.expandable = expandable
@@ -75,7 +75,9 @@ class CachingAllocator:
         size = rounded(size)
         small = size <= _SMALL
         pool = self._pools.setdefault((stream, small), _Pool(small))
-        block = pool.take(size) or (self._expanded(pool, size) if self.expandable else self._segment(pool, size))
+        block = pool.take(size) or (
+            self._expanded(pool, size) if self.expandable else self._segment(pool, size)
+        )
         rest = block.size - size
         if rest >= 512 if small or self.expandable else rest > _SMALL:
             left = _Block(block.address + size, rest, pool, before=block, after=block.after)

@@ -131,14 +131,12 @@ def _check(config: RunConfig, ranks: int) -> None:
             raise ConfigError(f"{key}: is not simulated by a dry run; leave it out there")
     for stage in config.clock.stages:
         if stage.global_batch_size % ranks:
-            raise ConfigError(
-                f"optimization.global_batch_size: {stage} does not split over {ranks} ranks"
-            )
+            raise ConfigError(f"optimization.global_batch_size: {stage} does not split over {ranks} ranks")
 
 
 @contextmanager
 def _fake_rank(ranks: int) -> Iterator[Any]:
-    """A FakeTensorMode, on rank 0 of a fake process group. Both are private to torch, as is what they need."""
+    """A FakeTensorMode, on rank 0 of a fake process group; both are private to torch."""
     if dist.is_initialized():
         raise ConfigError("a dry run needs a process that no process group has been made in")
     try:
