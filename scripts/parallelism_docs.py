@@ -37,8 +37,9 @@ def row(config: RunConfig, gpus: int) -> str | None:
         "param_dtype": torch.bfloat16,
         "activation_checkpointing": parallelism.activation_checkpointing,
     }
-    held = memory(config.model, shape, **common)
-    sent = traffic(config.model, shape, microbatches=batch // gpus // micro, **common)
+    microbatches = batch // gpus // micro
+    held = memory(config.model, shape, accumulates=microbatches > 1, **common)
+    sent = traffic(config.model, shape, microbatches=microbatches, **common)
     assert held.total < GPU_GB * 1e9, (config.run_name, gpus)
     mesh = f"{shape.replicate} x {shape.shard}"
     if shape.expert > 1:

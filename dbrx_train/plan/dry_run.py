@@ -23,6 +23,7 @@ from dbrx_train.model.decoder import Dbrx
 from dbrx_train.parallel import MeshShape, clip_grad_norm
 from dbrx_train.parallel.expert_parallel import TokenDispatcher
 from dbrx_train.parallel.mesh import Meshes
+from dbrx_train.plan.memory import Memory, memory
 from dbrx_train.plan.memory_tracker import Collectives, MemoryTracker, Peak
 from dbrx_train.plan.rank import (
     Microbatch,
@@ -33,7 +34,7 @@ from dbrx_train.plan.rank import (
     param_dtype,
 )
 
-__all__ = ["DryRun", "StepMemory", "dry_run", "worst_skew"]
+__all__ = ["DryRun", "StepMemory", "dry_run", "estimated", "worst_skew"]
 
 BuildOptimizer = Callable[[Dbrx, OptimizerConfig], torch.optim.Optimizer]
 
@@ -93,9 +94,10 @@ def dry_run(
     Raises:
         ConfigError: the run does not fit so many ranks, or is of a kind that has no dry run.
     """
-    _check(config, ranks)
     began = time.monotonic()
-    shape, micro = mesh_shape(config, ranks), largest_microbatch(config, ranks)
+    shape = mesh_shape(config, ranks)
+    _check(config, ranks)
+    micro = largest_microbatch(config, ranks)
     model = config.model
     if shape.expert == 1:
         skews = (1.0,)
@@ -120,6 +122,21 @@ def dry_run(
                 sent = tracker.collectives
         del rank
     return DryRun(shape, micro, tuple(steps), sent, microbatches, time.monotonic() - began)
+
+
+def estimated(config: RunConfig, run: DryRun, skew: float) -> Memory:
+    """What the closed form says of the same step."""
+    return memory(
+        config.model,
+        run.shape,
+        tokens=run.microbatch.tokens,
+        param_dtype=param_dtype(config),
+        activation_checkpointing=config.parallelism.activation_checkpointing,
+        reshard_after_forward=config.parallelism.reshard_after_forward,
+        accumulates=run.microbatches > 1,
+        skew=skew,
+        moments=2 if config.optimization.optimizer.name == "adamw" else 1,
+    )
 
 
 def _check(config: RunConfig, ranks: int) -> None:

@@ -110,7 +110,7 @@ def memory(
     local = sum(unit.padded // unit.ranks for unit in parts) * FLOAT32
     held = {"parameters": local, "optimizer state": moments * local}
     stream = tokens * config.d_model * FLOAT32
-    work = _work(config, tokens, b, activation_checkpointing, shape.expert > 1, skew)
+    work = _work(config, tokens, b, activation_checkpointing, spread=shape.expert > 1, skew=skew)
     kept_gathered = 0 if reshard_after_forward else sum(u.padded for u in inner) * b * config.n_layers
     before = local if accumulates else 0
 
@@ -118,24 +118,18 @@ def memory(
         names = ("gradients", "gathered", "gather_buffers", "scattered", "head", "activations", "backward")
         return held | {name.replace("_", " "): kinds.get(name, 0) for name in names}
 
-    def block(layers: int) -> Kinds:
-        """The backward pass of a block, with so many blocks' activations left, itself included."""
-        done = before or local * (config.n_layers - layers) // config.n_layers
+    def block(left: int) -> list[Kinds]:
+        """The backward pass of a block, of as many as ``left`` whose activations are still there."""
+        done = before or local * (config.n_layers - left) // config.n_layers
+        common = {"gradients": done, "activations": work.kept * left}
         found = []
-        for at_work in _block_moments(inner, work, b, reshard_after_forward):
-            gathered = at_work.pop("gathered") if reshard_after_forward else kept_gathered
-            extra = at_work.pop("backward") + stream
-            found.append(
-                moment(
-                    gradients=done,
-                    gathered=gathered,
-                    activations=work.kept * layers,
-                    backward=extra,
-                    **at_work,
-                )
-            )
-        return max(found, key=lambda kinds: sum(kinds.values()))
+        for added in _block_moments(inner, work, b, first=left == config.n_layers, last=left == 1):
+            if not reshard_after_forward:
+                added |= {"gathered": kept_gathered, "gather_buffers": 0}
+            found.append(moment(**common, **added | {"backward": added["backward"] + stream}))
+        return found
 
+    blocks_backward = [kinds for left in range(1, config.n_layers + 1) for kinds in block(left)]
     logits = min(config.loss_chunk_size, tokens) * config.vocab_size * (FLOAT32 + b)
     ends = {"activations": work.kept * config.n_layers + 3 * stream + tokens * config.d_model * b}
     total, lower = head.padded * FLOAT32, head.padded * b
@@ -152,45 +146,47 @@ def memory(
             "head backward": moment(
                 gradients=before, gathered=lower + kept_gathered, head=total + lower, **ends
             ),
-            "last block's backward": block(config.n_layers),
-            "first block's backward": block(1),
-            "embedding's backward": moment(
+            "blocks backward": max(blocks_backward, key=lambda kinds: sum(kinds.values())),
+            "embedding backward": moment(
                 gradients=local, scattered=wte.padded * FLOAT32, backward=wte.padded * FLOAT32 + stream
             ),
         }
     )
 
 
-def _block_moments(inner: list[Unit], work: _Work, b: int, reshard: bool) -> list[Kinds]:
-    """What FSDP and the backward pass of a block add: at the experts', at a scattering, at attention's."""
+def _block_moments(inner: list[Unit], work: _Work, b: int, *, first: bool, last: bool) -> list[Kinds]:
+    """What FSDP and the backward pass of a block add: at the experts', at a scattering, at attention's.
+
+    ``first`` and ``last``, of all blocks, in the order of the backward pass.
+    """
     sizes = [unit.padded for unit in inner]
-    # Of spread experts the first of two; the block's own is scattered last, and its buffer then kept.
-    experts, own = (sizes[0], sizes[-1]) if len(sizes) > 1 else (sizes[0], sizes[0])
-    every = sum(sizes)
-    buffers = b * (every + experts) if reshard else 0  # of what is gathered ahead, and the latest that was
+    # Spread experts are a unit of their own, the first of two.
+    experts, own, every = sizes[0], sizes[-1], sum(sizes)
+    ahead = 0 if last else b * every  # the next block, which is gathered meanwhile
     return [
         {
             "gathered": b * every,
-            "gather_buffers": buffers,
-            "scattered": FLOAT32 * own,
+            "gather_buffers": ahead,
+            # What the block before scattered is freed when this one scatters.
+            "scattered": 0 if first else FLOAT32 * own,
             "backward": work.again + work.experts + b * experts,
         },
         {
             "gathered": b * (every - experts),
-            "gather_buffers": buffers,
+            "gather_buffers": ahead,
             "scattered": FLOAT32 * experts,
             "backward": work.again + b * experts,
         },
         {
             "gathered": b * every,
-            "gather_buffers": buffers,
+            "gather_buffers": ahead,
             "scattered": FLOAT32 * experts,
-            "backward": work.attention + (b * every if len(sizes) == 1 else b * own),
+            "backward": work.attention + b * own,
         },
     ]
 
 
-def _work(config: DbrxConfig, tokens: int, b: int, what: str, spread: bool, skew: float) -> _Work:
+def _work(config: DbrxConfig, tokens: int, b: int, what: str, *, spread: bool, skew: float) -> _Work:
     d, kv, ffn = config.d_model, config.n_kv_heads * config.head_dim, config.ffn_hidden_size
     rows = config.top_k * (skew if spread else 1.0)
     stream = FLOAT32 * d

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from dbrx_train.config import RunConfig
 from dbrx_train.plan.estimates import memory
-from dbrx_train.plan.rank import mesh_shape
+from dbrx_train.plan.rank import largest_microbatch, mesh_shape, param_dtype
 from dbrx_train.schedule import samples_of
 
 __all__ = ["summary"]
@@ -42,17 +40,15 @@ def _batch(config: RunConfig, world_size: int) -> str:
 
 
 def _mesh(config: RunConfig, device: str, world_size: int) -> str:
-    shape = mesh_shape(config, world_size)
-    mine = max(stage.tokens_per_batch for stage in config.clock.stages) // world_size
-    longest = max(stage.seq_len for stage in config.clock.stages)
-    micro = config.optimization.microbatch_size
-    tokens = mine if micro is None else min(mine, max(micro * config.data.seq_len, longest))
+    shape, micro = mesh_shape(config, world_size), largest_microbatch(config, world_size)
     held = memory(
         config.model,
         shape,
-        tokens=tokens,
-        param_dtype=torch.bfloat16 if config.precision == "amp_bf16" else None,
+        tokens=micro.tokens,
+        param_dtype=param_dtype(config),
         activation_checkpointing=config.parallelism.activation_checkpointing,
+        reshard_after_forward=config.parallelism.reshard_after_forward,
+        accumulates=micro.per_step > 1,
     )
     where = " on the host" if config.parallelism.cpu_offload else ""
     parts = f"weights, gradients and optimizer {_bytes(held.shards)}{where}"
