@@ -242,6 +242,30 @@ def train(
     run(loaded)
 
 
+@app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(help="How many GPUs; plan.gpus.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Their kind, such as h100; plan.gpu.")] = None,
+    machine: Annotated[int | None, typer.Option(help="GPUs of one machine; plan.machine.")] = None,
+    price: Annotated[
+        float | None, typer.Option(help="Dollars for a GPU and an hour; plan.gpu_hour_price.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes and seconds.")] = False,
+    search: Annotated[
+        bool, typer.Option("--search", help="Try all meshes, microbatches and activation checkpointings.")
+    ] = False,
+) -> None:
+    """Show what CONFIG will need on given GPUs: memory, traffic, time, money; 2 if it does not fit."""
+    from dbrx_train.config import load
+    from dbrx_train.plan.report import report
+
+    given = {"gpus": gpus, "gpu": gpu, "machine": machine, "gpu_hour_price": price}
+    options = [f"plan.{key}={value}" for key, value in given.items() if value is not None]
+    report(load(config, [*(overrides or []), *options]), as_json=as_json, searching=search)
+
+
 @app.command("eval")
 def evaluate(
     config: Config,

@@ -21,7 +21,7 @@ from dbrx_train.model.attention import (
     additive_mask,
     document_lengths,
 )
-from dbrx_train.model.config import DbrxConfig
+from dbrx_train.model.config import LONGEST_MASK, DbrxConfig
 from dbrx_train.model.init import init_weights
 from dbrx_train.model.loss import IGNORE_INDEX, HeadLoss, LMHead
 from dbrx_train.model.moe import load_balancing
@@ -29,9 +29,6 @@ from dbrx_train.model.moe.layer import MoE
 from dbrx_train.model.moe.load_balancing import RoutingStats
 from dbrx_train.model.moe.router import Routing
 from dbrx_train.model.precision import compute_dtype
-
-# A mask of S x S entries is quick while it is small; in longer samples each document is attended to apart.
-LONGEST_MASK = 8192
 
 Mask: TypeAlias = Tensor | list[list[int]] | None
 """What attention takes to keep documents apart: `additive_mask`, `document_lengths`, or nothing."""

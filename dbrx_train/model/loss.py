@@ -250,8 +250,9 @@ def _scaled(total: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == total.dtype:
         return total * scale
     result = torch.empty_like(total, dtype=dtype)
-    for rows, into in zip(total.split(_ROWS), result.split(_ROWS), strict=True):
-        into.copy_(rows * scale)
+    for start in range(0, total.shape[0], _ROWS):
+        rows = slice(start, start + _ROWS)
+        result[rows] = total[rows] * scale
     return result
 
 

@@ -25,14 +25,8 @@ from dbrx_train.parallel.expert_parallel import TokenDispatcher
 from dbrx_train.parallel.mesh import Meshes
 from dbrx_train.plan.memory import Memory, memory
 from dbrx_train.plan.memory_tracker import Collectives, MemoryTracker, Peak
-from dbrx_train.plan.rank import (
-    Microbatch,
-    build_model,
-    is_sharded,
-    largest_microbatch,
-    mesh_shape,
-    param_dtype,
-)
+from dbrx_train.plan.rank import build_model, is_sharded, param_dtype
+from dbrx_train.plan.world import Microbatch, check_world, largest_microbatch, mesh_shape
 
 __all__ = ["DryRun", "StepMemory", "dry_run", "estimated", "worst_skew"]
 
@@ -95,9 +89,9 @@ def dry_run(
         ConfigError: the run does not fit so many ranks, or is of a kind that has no dry run.
     """
     began = time.monotonic()
-    shape = mesh_shape(config, ranks)
-    _check(config, ranks)
-    micro = largest_microbatch(config, ranks)
+    _check(config)
+    check_world(config, ranks)
+    shape, micro = mesh_shape(config, ranks), largest_microbatch(config, ranks)
     model = config.model
     if shape.expert == 1:
         skews = (1.0,)
@@ -139,16 +133,13 @@ def estimated(config: RunConfig, run: DryRun, skew: float) -> Memory:
     )
 
 
-def _check(config: RunConfig, ranks: int) -> None:
+def _check(config: RunConfig) -> None:
     for unfit, key in (
         (config.parallelism.cpu_offload, "parallelism.cpu_offload"),
         (config.preferences.beta is not None, "preferences.beta"),
     ):
         if unfit:
             raise ConfigError(f"{key}: is not simulated by a dry run; leave it out there")
-    for stage in config.clock.stages:
-        if stage.global_batch_size % ranks:
-            raise ConfigError(f"optimization.global_batch_size: {stage} does not split over {ranks} ranks")
 
 
 @contextmanager
@@ -164,7 +155,7 @@ def _fake_rank(ranks: int) -> Iterator[Any]:
         raise ConfigError(
             f"torch {torch.__version__} has no dry run ({error}); it is known to work with 2.7"
         ) from None
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)  # type: ignore[no-untyped-call]
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         yield FakeTensorMode()
     finally:
@@ -219,7 +210,7 @@ class _Rank:
                 assumed = _AssumedLoad(dispatcher.group)
                 block.ffn.experts.token_dispatcher = assumed
                 self.dispatchers.append(assumed)
-        self.model.transformer.document_lengths = lambda ids: [[micro.seq_len]] * micro.samples  # type: ignore[method-assign,assignment]
+        self.model.transformer.document_lengths = lambda ids: [[micro.seq_len]] * micro.samples  # type: ignore[assignment]
         self.optimizer = build_optimizer(self.model, config.optimization.optimizer)
         self._watch_moments()
         self.tracker.tag(self.model.parameters(), "parameters")
@@ -234,7 +225,7 @@ class _Rank:
 
         def after_norm(module: Any, args: Any, hidden: Tensor) -> None:
             # Its gradient is there when the head's backward pass is over.
-            hidden.register_hook(enter("blocks backward", "backward"))
+            hidden.register_hook(enter("blocks backward", "backward"))  # type: ignore[no-untyped-call]
 
         self.model.transformer.norm_f.register_forward_hook(after_norm)
         self.model.lm_head.register_forward_pre_hook(enter("head forward", "head"))

@@ -31,10 +31,14 @@ def table(config: RunConfig, run: DryRun) -> str:
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
-        f"rank 0 of {shape.replicate * shape.shard:,} ({mesh}); "
-        f"{run.microbatches} x {micro.samples} x {micro.seq_len:,} tokens in a step; {run.seconds:.0f} s",
-        f"sends gathered {_gb(sent.gathered)}, scattered {_gb(sent.scattered)}, between replicas "
-        f"{_gb(sent.reduced)}, tokens {_gb(sent.exchanged)} GB in that step",
+        (
+            f"rank 0 of {shape.replicate * shape.shard:,} ({mesh}); "
+            f"{run.microbatches} x {micro.samples} x {micro.seq_len:,} tokens in a step; {run.seconds:.0f} s"
+        ),
+        (
+            f"sends gathered {_gb(sent.gathered)}, scattered {_gb(sent.scattered)}, between replicas "
+            f"{_gb(sent.reduced)}, tokens {_gb(sent.exchanged)} GB in that step"
+        ),
     ]
     for name, *cells in rows:
         right = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))

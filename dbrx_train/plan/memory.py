@@ -11,15 +11,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.parallel.mesh import MeshShape
-from dbrx_train.plan.units import FLOAT32, Unit, fsdp_units
+from dbrx_train.plan.units import FLOAT32, HasItemsize, Unit, fsdp_units
 
-__all__ = ["Memory", "memory"]
+__all__ = ["PARTS", "Memory", "memory"]
 
 Kinds = dict[str, int]
+
+PARTS = ("shards", "gathered", "activations")
+"""Of a `Memory`'s total; together they are all of it."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def memory(
     shape: MeshShape,
     *,
     tokens: int,
-    param_dtype: torch.dtype | None = None,
+    param_dtype: HasItemsize | None = None,
     activation_checkpointing: str = "none",
     reshard_after_forward: bool = True,
     accumulates: bool = False,
@@ -104,7 +105,7 @@ def memory(
     masks, at most 0.1 GB.
     """
     parts = fsdp_units(config, shape, param_dtype, True, "none")
-    b = (param_dtype or torch.float32).itemsize
+    b = param_dtype.itemsize if param_dtype else FLOAT32
     wte, *blocks, _, head = parts
     inner = [unit for unit in blocks[: len(blocks) // config.n_layers] if unit.itemsize == b or b == FLOAT32]
     local = sum(unit.padded // unit.ranks for unit in parts) * FLOAT32

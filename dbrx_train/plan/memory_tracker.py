@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,7 +75,7 @@ class MemoryTracker(TorchDispatchMode):
     """Observes operators on fakes; its ``moment`` and the kind of new tensors are its user's to set."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.moment, self.default_kind = "", "activations"
         self.collectives = Collectives()
         self.allocators = {
@@ -85,8 +85,8 @@ class MemoryTracker(TorchDispatchMode):
         self.peaks: dict[str, Peak] = {}
         self._now: Counter[str] = Counter()
         self._total = self._keys = 0
-        self._storages = WeakIdKeyDictionary()
-        self._dispatched = {
+        self._storages: Any = WeakIdKeyDictionary()  # type: ignore[no-untyped-call]
+        self._dispatched: dict[Any, Callable[..., Any]] = {
             torch.ops.dbrx_train.grouped_glu.default: _glu_forward,
             torch.ops.dbrx_train.grouped_glu_backward.default: _glu_backward,
         }

@@ -1,63 +1,16 @@
-"""One rank of a run: the mesh that it is part of, the microbatch that it runs, its part of the model."""
+"""The part of a run's model that one rank has."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from dbrx_train.config import ConfigError, RunConfig
+from dbrx_train.config import RunConfig
 from dbrx_train.model.compiling import compile_dense
 from dbrx_train.model.decoder import Dbrx
 from dbrx_train.model.lora import apply_lora, cast_frozen
 from dbrx_train.parallel import GlobalBatchLoad, MeshShape, checkpoint_activations, parallelize
-from dbrx_train.schedule import samples_of
 
-__all__ = ["Microbatch", "build_model", "is_sharded", "largest_microbatch", "mesh_shape", "param_dtype"]
-
-
-@dataclass(frozen=True)
-class Microbatch:
-    """What a rank runs forward and backward at a time, and how often in an optimizer step."""
-
-    samples: int
-    seq_len: int
-    per_step: int
-
-    @property
-    def tokens(self) -> int:
-        return self.samples * self.seq_len
-
-
-def mesh_shape(config: RunConfig, ranks: int) -> MeshShape:
-    """The run's mesh on so many ranks.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    parallelism = config.parallelism
-    try:
-        shape = MeshShape.of(
-            ranks,
-            replicate=None if parallelism.replicate == "auto" else int(parallelism.replicate),
-            shard=None if parallelism.shard == "auto" else int(parallelism.shard),
-            expert=parallelism.expert,
-        )
-        shape.check(config.model)
-    except ValueError as error:
-        raise ConfigError(f"parallelism.{error}") from None
-    return shape
-
-
-def largest_microbatch(config: RunConfig, ranks: int) -> Microbatch:
-    """The microbatch with most tokens of all stages of the run."""
-    base, micro = config.data.seq_len, config.optimization.microbatch_size
-    found = []
-    for stage in config.clock.stages:
-        mine = max(1, stage.global_batch_size // ranks)
-        part = mine if micro is None else min(mine, samples_of(micro, base, stage.seq_len))
-        found.append(Microbatch(part, stage.seq_len, mine // part))
-    return max(found, key=lambda m: (m.tokens, m.per_step))
+__all__ = ["build_model", "is_sharded", "param_dtype"]
 
 
 def param_dtype(config: RunConfig) -> torch.dtype | None:

@@ -1,19 +1,34 @@
-"""The units that FSDP makes of a model: which parameters are gathered and scattered together."""
+"""What FSDP gathers together, by arithmetic on the model's shape: without tensors, and without torch."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-
-import torch
+from typing import Protocol
 
 from dbrx_train.model.config import DbrxConfig
-from dbrx_train.model.decoder import Dbrx
 from dbrx_train.parallel.mesh import MeshShape
 
-__all__ = ["FLOAT32", "Unit", "fsdp_units"]
+__all__ = ["BFLOAT16", "FLOAT32", "ElementType", "HasItemsize", "Unit", "fsdp_units"]
+
+
+class HasItemsize(Protocol):
+    """A dtype, as far as it is asked here; torch's are."""
+
+    @property
+    def itemsize(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class ElementType:
+    """A dtype for those who have not loaded torch."""
+
+    itemsize: int
+
 
 FLOAT32 = 4
 """Bytes."""
+BFLOAT16 = ElementType(2)
 
 
 @dataclass(frozen=True)
@@ -26,34 +41,46 @@ class Unit:
     itemsize: int
     gathers: int
     """How often, in a forward and a backward pass."""
+    what: str = "dense"
+    """``dense`` parameters, or a layer's ``experts``."""
+    stride: int = 1
+    """How far apart the ranks are that gather it."""
 
 
 def fsdp_units(
-    config: DbrxConfig, shape: MeshShape, param_dtype: torch.dtype | None, reshard: bool, recomputed: str
+    config: DbrxConfig, shape: MeshShape, param_dtype: HasItemsize | None, reshard: bool, recomputed: str
 ) -> list[Unit]:
     """As ``parallelize`` makes them: embedding, parts of blocks, final norm, head."""
-    with torch.device("meta"):
-        model = Dbrx(config)
-    lower = (param_dtype or torch.float32).itemsize
-    twice, outer = (2 if reshard else 1), shape.shard // shape.expert
+    lower = param_dtype.itemsize if param_dtype else FLOAT32
+    twice, shard, outer = (2 if reshard else 1), shape.shard, shape.shard // shape.expert
     # What lies inside a block that is computed again is gathered for that too.
     inside = 3 if recomputed in ("full", "selective") else 2
-    units = [Unit(_padded(model.transformer.wte, shape.shard), shape.shard, FLOAT32, 1)]
-    for block in model.transformer.blocks:
-        exact, experts = 0, 0
-        if param_dtype is not None:
-            parts = [block.norm_attn_norm.norm_1, block.norm_attn_norm.norm_2, block.ffn.router]
-            exact = sum(_padded(part, shape.shard) for part in parts if part is not None)
-            units.append(Unit(exact, shape.shard, FLOAT32, 1))
-        if shape.expert > 1:
-            experts = _padded(block.ffn.experts, shape.shard)
-            again = inside if reshard else 1
-            units.append(Unit(experts // shape.expert, outer, lower, again))
-        units.append(Unit(_padded(block, shape.shard) - exact - experts, shape.shard, lower, twice))
-    units.append(Unit(_padded(model.transformer.norm_f, shape.shard), shape.shard, FLOAT32, 2))
-    units.append(Unit(_padded(model.lm_head, shape.shard), shape.shard, lower, 1))
-    return units
+    d, vocab = config.d_model, config.vocab_size
+    attention = [(d + 2 * config.n_kv_heads * config.head_dim, d), (d, d)]
+    norms = [(d, 1), (d, 1)]
+    router = [] if config.is_dense else [(config.num_experts, d)]
+    experts = [(config.num_experts * config.ffn_hidden_size, d)] * 3
+
+    def dense(shapes: Iterable[tuple[int, int]], itemsize: int, gathers: int) -> Unit:
+        return Unit(_padded(shapes, shard), shard, itemsize, gathers)
+
+    block = []
+    exact = [*norms, *router]
+    if param_dtype is not None:
+        block.append(dense(exact, FLOAT32, 1))
+    if shape.expert > 1:
+        again = inside if reshard else 1
+        mine = _padded(experts, shard) // shape.expert
+        block.append(Unit(mine, outer, lower, again, "experts", shape.expert))
+    rest = [*attention, *(exact if param_dtype is None else []), *(experts if shape.expert == 1 else [])]
+    block.append(dense(rest, lower, twice))
+    return [
+        dense([(vocab, d)], FLOAT32, 1),
+        *(block * config.n_layers),
+        dense([(d, 1)], FLOAT32, 2),
+        dense([(vocab, d)], lower, 1),
+    ]
 
 
-def _padded(module: torch.nn.Module, ranks: int) -> int:
-    return sum(-(-p.shape[0] // ranks) * ranks * p[0].numel() for p in module.parameters())
+def _padded(shapes: Iterable[tuple[int, int]], ranks: int) -> int:
+    return sum(-(-rows // ranks) * ranks * width for rows, width in shapes)

@@ -199,6 +199,15 @@ def test_a_schedule_that_does_not_come_to_what_it_is_for_is_warned_of(yaml_file:
         load(yaml_file, [*wsd, "optimization.learning_rate.decay=5ba"])
 
 
+def test_an_inverse_square_root_needs_a_scale(yaml_file: Path) -> None:
+    schedule = "optimization.learning_rate.schedule=inverse_sqrt"
+    with pytest.raises(ConfigError, match="scale: is that of warmup, which is nothing; set either"):
+        load(yaml_file, [schedule])
+    with pytest.raises(ConfigError, match="scale: must be longer than nothing"):
+        load(yaml_file, [schedule, "optimization.learning_rate.scale=0tok"])
+    load(yaml_file, [schedule, "optimization.learning_rate.warmup=1ba"])
+
+
 @pytest.mark.parametrize("name", ["lr:3e-4", "team/web-9b", "run#1 (2)", "v1~b"])
 def test_other_names_are_the_users_own(yaml_file: Path, name: str) -> None:
     assert load(yaml_file, [f"run_name='{name}'"]).folder == f"runs/{name}"
