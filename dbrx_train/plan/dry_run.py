@@ -28,7 +28,7 @@ from dbrx_train.plan.memory_tracker import Collectives, MemoryTracker, Peak
 from dbrx_train.plan.rank import build_model, is_sharded, param_dtype
 from dbrx_train.plan.world import Microbatch, check_world, largest_microbatch, mesh_shape
 
-__all__ = ["DryRun", "StepMemory", "dry_run", "estimated", "worst_skew"]
+__all__ = ["BuildOptimizer", "DryRun", "StepMemory", "dry_run", "estimated", "worst_skew"]
 
 BuildOptimizer = Callable[[Dbrx, OptimizerConfig], torch.optim.Optimizer]
 

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from dbrx_train.config import RunConfig
-from dbrx_train.plan.dry_run import DryRun, StepMemory, estimated
+from dbrx_train.config import ConfigError, RunConfig
+from dbrx_train.plan.dry_run import BuildOptimizer, DryRun, StepMemory, dry_run, estimated
+from dbrx_train.plan.planner import count, kind
+from dbrx_train.plan.step_time import RUNTIME
 
-__all__ = ["table"]
+__all__ = ["report_dry_run", "table"]
 
 _SHOWN = 5 * 10**6
 """Bytes that a kind must have somewhere to have a line."""
+
+
+def report_dry_run(config: RunConfig, build_optimizer: BuildOptimizer) -> None:
+    """Print the dry run of ``config`` on the GPUs that its plan is for.
+
+    Raises:
+        ConfigError: it is impossible, or does not fit even with evenly loaded experts.
+    """
+    run, card = dry_run(config, count(config), build_optimizer), kind(config)
+    print(table(config, run))
+    reserved, room = run.steps[0].reserved["expandable"], card.memory - RUNTIME
+    if reserved > room:
+        raise ConfigError(
+            f"a rank would reserve {_gb(reserved)} GB, and tensors can have {room / 1e9:.1f} of a {card.name}; "
+            f"dbrx-train plan --search ranks what fits"
+        )
 
 
 def table(config: RunConfig, run: DryRun) -> str:

@@ -140,6 +140,7 @@ def held(config: RunConfig, ranks: int) -> Held:
         activation_checkpointing=given.activation_checkpointing,
         reshard_after_forward=given.reshard_after_forward,
         accumulates=micro.per_step > 1,
+        skew=config.plan.imbalance,
         moments=1 if config.optimization.optimizer.name == "lionw" else 2,
     )
     kinds = {part: int(getattr(found, part)) for part in PARTS}

@@ -18,6 +18,7 @@ from dbrx_train.model.decoder import Dbrx
 from dbrx_train.parallel import MeshShape
 from dbrx_train.plan.caching_allocator import CachingAllocator
 from dbrx_train.plan.dry_run import dry_run, estimated, worst_skew
+from dbrx_train.plan.dry_run_table import table
 from dbrx_train.plan.estimates import traffic
 from dbrx_train.plan.memory_tracker import MemoryTracker
 from dbrx_train.plan.rank import param_dtype
@@ -71,6 +72,9 @@ def test_memory_and_traffic_are_those_of_the_formulas(name: str, ranks: int, opt
         itemsize = (param_dtype(config) or torch.float32).itemsize
         assert step.moments["head backward"].by_kind["head"] < (4 + itemsize + 1) * words + 0.2e9
     assert not dist.is_initialized()
+    shown = table(config, run).splitlines()
+    assert f"{run.steps[-1].peak.allocated / 1e9:.1f}" in next(s for s in shown if s.startswith("allocated"))
+    assert len({len(line) for line in shown[2:]}) == 1  # columns
 
 
 def test_the_worst_load_sends_every_token_to_a_rank_as_often_as_it_has_experts_for_it() -> None:
@@ -82,7 +86,7 @@ def test_the_worst_load_sends_every_token_to_a_rank_as_often_as_it_has_experts_f
 @pytest.mark.parametrize(
     ("ranks", "options", "says"),
     [
-        (12, [], "parallelism.shard: 8 does not divide 12 ranks; use 12"),
+        (12, [], "parallelism.shard: 8 does not divide 12 ranks; use 6"),
         (
             1024,
             [],
