@@ -24,7 +24,7 @@ def report_dry_run(config: RunConfig, build_optimizer: BuildOptimizer) -> None:
     reserved, room = run.steps[0].reserved["expandable"], card.memory - RUNTIME
     if reserved > room:
         raise ConfigError(
-            f"a rank would reserve {_gb(reserved)} GB, and tensors can have {room / 1e9:.1f} of a {card.name}; "
+            f"a rank would reserve {_gb(reserved)} GB; tensors can have {room / 1e9:.1f} of a {card.name}; "
             f"dbrx-train plan --search ranks what fits"
         )
 

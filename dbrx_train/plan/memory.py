@@ -126,7 +126,7 @@ def memory(
         found = []
         for added in _block_moments(inner, work, b, first=left == config.n_layers, last=left == 1):
             if not reshard_after_forward:
-                added |= {"gathered": kept_gathered, "gather_buffers": 0}
+                added |= {"gathered": kept_gathered * left // config.n_layers, "gather_buffers": 0}
             found.append(moment(**common, **added | {"backward": added["backward"] + stream}))
         return found
 
@@ -164,12 +164,12 @@ def _block_moments(inner: list[Unit], work: _Work, b: int, *, first: bool, last:
     # Spread experts are a unit of their own, the first of two.
     experts, own, every = sizes[0], sizes[-1], sum(sizes)
     ahead = 0 if last else b * every  # the next block, which is gathered meanwhile
+    before = 0 if first else FLOAT32 * own  # what the block before scattered; freed when this one scatters
     return [
         {
             "gathered": b * every,
             "gather_buffers": ahead,
-            # What the block before scattered is freed when this one scatters.
-            "scattered": 0 if first else FLOAT32 * own,
+            "scattered": before,
             "backward": work.again + work.experts + b * experts,
         },
         {
@@ -181,7 +181,7 @@ def _block_moments(inner: list[Unit], work: _Work, b: int, *, first: bool, last:
         {
             "gathered": b * every,
             "gather_buffers": ahead,
-            "scattered": FLOAT32 * experts,
+            "scattered": FLOAT32 * experts if len(sizes) > 1 else before,
             "backward": work.attention + b * own,
         },
     ]

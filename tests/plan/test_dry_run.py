@@ -37,11 +37,7 @@ def family(name: str, *options: str) -> RunConfig:
     [
         ("dbrx-9b", 8, []),  # microbatches are accumulated
         ("dbrx-9b", 64, ["precision=fp32", "parallelism.activation_checkpointing=none"]),
-        (
-            "dense-a",
-            512,
-            ["parallelism.activation_checkpointing=selective", "parallelism.reshard_after_forward=false"],
-        ),
+        ("dense-a", 512, ["parallelism.reshard_after_forward=false"]),
         ("dbrx-132b", 3072, []),
     ],
 )
@@ -66,7 +62,7 @@ def test_memory_and_traffic_are_those_of_the_formulas(name: str, ranks: int, opt
         assert sum(peak.by_kind.values()) == peak.allocated
         for kind in ("parameters", "optimizer state"):
             assert expected.peak[kind] == pytest.approx(peak.by_kind[kind], rel=0.01)
-        assert peak.allocated < step.reserved["expandable"] < 1.4 * peak.allocated
+        assert peak.allocated < step.reserved["expandable"] < 1.5 * peak.allocated
         # One copy of the head's gradient in float32, and one in what it is scattered from
         words = config.model.vocab_size * config.model.d_model
         itemsize = (param_dtype(config) or torch.float32).itemsize
