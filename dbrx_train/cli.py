@@ -256,6 +256,9 @@ def plan(
     search: Annotated[
         bool, typer.Option("--search", help="Try all meshes, microbatches and activation checkpointings.")
     ] = False,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="Run steps of one rank on fake tensors: its memory, observed.")
+    ] = False,
 ) -> None:
     """Show what CONFIG will need on given GPUs: memory, traffic, time, money; 2 if it does not fit."""
     from dbrx_train.config import load
@@ -263,7 +266,16 @@ def plan(
 
     given = {"gpus": gpus, "gpu": gpu, "machine": machine, "gpu_hour_price": price}
     options = [f"plan.{key}={value}" for key, value in given.items() if value is not None]
-    report(load(config, [*(overrides or []), *options]), as_json=as_json, searching=search)
+    run = load(config, [*(overrides or []), *options])
+    if not dry:
+        report(run, as_json=as_json, searching=search)
+        return
+    if as_json or search:
+        raise ValueError("--dry-run: is one table of one mesh; leave out --json and --search")
+    from dbrx_train.plan.dry_run_table import report_dry_run
+    from dbrx_train.train.optim import build_optimizer
+
+    report_dry_run(run, build_optimizer)
 
 
 @app.command("eval")

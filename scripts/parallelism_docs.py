@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 
 from dbrx_train.config import ConfigError, RunConfig, load
 from dbrx_train.plan.collectives import KINDS
-from dbrx_train.plan.estimates import Memory
+from dbrx_train.plan.memory import PARTS
 from dbrx_train.plan.planner import plan
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +40,7 @@ def _line(cells: list[str]) -> str:
 
 
 def render() -> str:
-    rows, kinds = [], " | ".join(each.name for each in fields(Memory))
+    rows, kinds = [], " | ".join(PARTS)
     for name in NAMES:
         config = load(ROOT / "configs" / "pretrain" / f"{name}.yaml")
         rows += [_line(line) for gpus in CLUSTERS if (line := row(config, gpus)) is not None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from dbrx_train.config import ConfigError, RunConfig
 from dbrx_train.model.config import LONGEST_MASK
@@ -11,11 +11,11 @@ from dbrx_train.plan import hardware, step_time
 from dbrx_train.plan.adapters import frozen_memory, trained
 from dbrx_train.plan.collectives import KINDS, Collective, collectives
 from dbrx_train.plan.cost import Cost, cost
-from dbrx_train.plan.estimates import Memory, memory
 from dbrx_train.plan.hardware import GPU
+from dbrx_train.plan.memory import PARTS, memory
 from dbrx_train.plan.step_time import RUNTIME, Architecture, StepTime
 from dbrx_train.plan.units import BFLOAT16, ElementType
-from dbrx_train.plan.world import Microbatch, check_world, mesh_shape, microbatch
+from dbrx_train.plan.world import Microbatch, check_world, largest_microbatch, mesh_shape, microbatch
 from dbrx_train.schedule import Stage
 
 __all__ = ["DENSE_ERROR", "MOE_ERROR", "Held", "Plan", "count", "held", "kind", "plan"]
@@ -130,16 +130,20 @@ def count(config: RunConfig) -> int:
 
 def held(config: RunConfig, ranks: int) -> Held:
     """Bytes of a rank, at the largest microbatch of all stages."""
-    tokens = max(microbatch(config, stage, ranks).tokens for stage in config.clock.stages)
-    shape, offloaded = mesh_shape(config, ranks), config.parallelism.cpu_offload
+    micro, given = largest_microbatch(config, ranks), config.parallelism
+    shape, offloaded = mesh_shape(config, ranks), given.cpu_offload
     found = memory(
         config.model,
         shape,
-        tokens=tokens,
+        tokens=micro.tokens,
         param_dtype=_dtype(config),
-        activation_checkpointing=config.parallelism.activation_checkpointing,
+        activation_checkpointing=given.activation_checkpointing,
+        reshard_after_forward=given.reshard_after_forward,
+        accumulates=micro.per_step > 1,
+        skew=config.plan.imbalance,
+        moments=1 if config.optimization.optimizer.name == "lionw" else 2,
     )
-    kinds = {each.name: int(getattr(found, each.name)) for each in fields(Memory)}
+    kinds = {part: int(getattr(found, part)) for part in PARTS}
     if config.lora.rank is not None:
         kinds |= frozen_memory(config, shape, _dtype(config))
     if ranks == 1 and not offloaded:

@@ -9,7 +9,7 @@ from dbrx_train.config import ConfigError, RunConfig
 from dbrx_train.parallel.mesh import MeshShape
 from dbrx_train.schedule import Stage, samples_of
 
-__all__ = ["Microbatch", "check_world", "mesh_shape", "microbatch"]
+__all__ = ["Microbatch", "check_world", "largest_microbatch", "mesh_shape", "microbatch"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,12 @@ def microbatch(config: RunConfig, stage: Stage, ranks: int) -> Microbatch:
     mine = stage.global_batch_size // ranks
     part = mine if micro is None else min(mine, samples_of(micro, base, stage.seq_len))
     return Microbatch(part, stage.seq_len, mine // part)
+
+
+def largest_microbatch(config: RunConfig, ranks: int) -> Microbatch:
+    """The microbatch with most tokens of all stages that `check_world` has passed."""
+    found = [microbatch(config, stage, ranks) for stage in config.clock.stages]
+    return max(found, key=lambda micro: (micro.tokens, micro.per_step))
 
 
 def check_world(config: RunConfig, world_size: int) -> None:

@@ -8,12 +8,14 @@ from composer.utils import dist
 from dbrx_train.checkpoint.remote import Remote
 from dbrx_train.config import RunConfig
 from dbrx_train.data.tokenizer import Tokenizer
+from dbrx_train.plan.rank import build_model
+from dbrx_train.plan.world import mesh_shape
 from dbrx_train.train.callbacks.order import Supervision, callbacks
 from dbrx_train.train.composer_model import ComposerDbrx
 from dbrx_train.train.data import train_data
 from dbrx_train.train.evaluators import evaluators
 from dbrx_train.train.optim import build_optimizer
-from dbrx_train.train.sharded import build_model, check_left_alone
+from dbrx_train.train.sharded import check_left_alone
 from dbrx_train.train.tracking.mlflow import MLflowStore
 
 __all__ = ["build_trainer"]
@@ -34,7 +36,7 @@ def build_trainer(
     """
     on_cpu = device == "cpu"
     model = ComposerDbrx(
-        build_model(config, device),
+        build_model(config, device, mesh_shape(config, dist.get_world_size())),
         cpu_autocast=on_cpu and config.precision == "amp_bf16",
         beta=config.preferences.beta,
     )
