@@ -65,7 +65,7 @@ class Row:
             raise ValueError(f"precision: {row['precision']!r} is not modelled; bf16 is")
         if row["sharding"] not in GATHERS:
             raise ValueError(f"sharding: {row['sharding']!r} is not one of {', '.join(GATHERS)}")
-        if row.get("activation_cpu_offload") == "True":
+        if row.get("activation_cpu_offload", "").lower() == "true":
             raise ValueError("activation_cpu_offload: is not modelled")
         d = int(row["d_model"])
         return cls(
@@ -91,7 +91,7 @@ class Row:
             microbatch=int(row["microbatch"]),
             accumulated=int(row["grad_accum"]),
             gathers=GATHERS[row["sharding"]],
-            checkpointing=row["activation_checkpointing"] == "True",
+            checkpointing=row["activation_checkpointing"].lower() == "true",
             measured=float(row["tokens_per_s_per_gpu"]),
         )
 

@@ -117,14 +117,8 @@ def collectives(
     away = (shape.expert - 1) / shape.expert
     # Two ways, forward and backward; both again if the block is computed again. Counts go ahead of them.
     ways, counts = (6, 2) if again else (4, 1)
-    rows = (
-        tokens
-        * config.top_k
-        * config.d_model
-        * (param_dtype.itemsize if param_dtype else FLOAT32)
-        * away
-        * ways
-    )
+    width = config.d_model * (param_dtype.itemsize if param_dtype else FLOAT32)
+    rows = tokens * config.top_k * width * away * ways
     rows += _INT64 * config.num_experts * away * counts
     times = config.n_layers * microbatches
     add("exchanged", "tokens", rows * times, shape.expert, 1, (ways + counts) * times)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import warnings
+from contextlib import suppress
 
 from dbrx_train.config import ConfigError, RunConfig
 from dbrx_train.plan.planner import Plan, count, kind, plan
@@ -32,13 +34,21 @@ def _print_ranking(config: RunConfig, as_json: bool) -> None:
     gpus, card = count(config), kind(config)
     found = search(config, gpus)
     if not found:
-        raise ConfigError(f"nothing fits {gpus} x {card.name}; {nearest(config, gpus)}")
-    print(json.dumps([as_dict(each) for each in found], indent=2) if as_json else ranking(config, found))
+        raise ConfigError(f"no mesh fits {gpus} x {card.name}; {nearest(config, gpus)}")
+    if as_json:
+        print(json.dumps([as_dict(each) for each in found], indent=2))
+        return
+    print(ranking(config, found))
+    with suppress(ConfigError), warnings.catch_warnings():  # it may divide over another number of GPUs
+        warnings.simplefilter("ignore")
+        asked = plan(config, gpus)
+        size = f"{asked.held.total / 1e9:.1f} GB{'' if asked.fits else ', which does not fit'}"
+        print(f"as configured: {asked.step.total:.3g} s, {size}; limit: {asked.limit}")
 
 
 def _misfit(found: Plan) -> str:
     holds, room = found.held.total / 1e9, found.room / 1e9
     return (
-        f"a rank would hold {holds:.1f} GB, and tensors can have {room:.1f} of a {found.gpu.name}; "
+        f"a rank would hold {holds:.1f} GB, and {found.gpu.name} has room for {room:.1f}; "
         f"{nearest(found.config, found.gpus)}"
     )

@@ -34,20 +34,20 @@ def changes(config: RunConfig, found: Plan) -> list[str]:
 
 
 def nearest(config: RunConfig, gpus: int) -> str:
-    """What would make a configuration fit that does not, and is nearest to it: in words."""
+    """What would make a configuration fit that does not, and is nearest to it: the end of a line."""
     if found := search(config, gpus):
         best = min(found, key=lambda each: (len(changes(config, each)), each.step.total))
-        return f"{' '.join(changes(config, best))} would ({best.held.total / 1e9:.1f} GB a rank)"
+        return f"it would fit with {' '.join(changes(config, best))} ({best.held.total / 1e9:.1f} GB a rank)"
     more = gpus
     while (more := more * 2) <= _MOST_GPUS:
         if found := search(config, more):
             best = found[0]
-            return f"{more} GPUs would, with {' '.join(changes(config, best))}"
+            return f"it would fit on {more} GPUs with {' '.join(changes(config, best))}"
     larger = {each.memory: each.name for each in GPUS.values()}
     for _, name in sorted(larger.items()):
         if found := search(replace(config, plan=replace(config.plan, gpu=name)), gpus):
-            return f"plan.gpu={name} would, with {' '.join(changes(config, found[0]))}"
-    return "nothing that was tried would; try shorter samples, or a smaller model"
+            return f"it would fit with plan.gpu={name} {' '.join(changes(config, found[0]))}"
+    return "nothing that was tried would fit; take shorter samples or a smaller model"
 
 
 def _fitting(config: RunConfig, gpus: int) -> Iterator[Plan]:

@@ -233,7 +233,7 @@ class StepTime:
     def exposed(self) -> float:
         """Seconds of communication that no computing hides."""
         computing = self.accumulated * self.compute.total + self.optimizer
-        return self.total / self.retries - computing
+        return max(0.0, self.total / self.retries - computing)
 
     def _total(self, p: float) -> float:
         first = with_overlap(self.compute.total, self.weights, p)

@@ -206,6 +206,8 @@ def _step(plan: Plan) -> list[str]:
     ]
     if step.compute.total / plan.config.model.n_layers < _SMALL:
         lines.append("  so small a step takes longer: launching kernels is left out")
+    if plan.held.on_host:
+        lines.append("  it takes longer: copies from and to the host, and the optimizer there, are left out")
     return lines
 
 
