@@ -130,7 +130,9 @@ def memory(
             found.append(moment(**common, **added | {"backward": added["backward"] + stream}))
         return found
 
-    blocks_backward = [kinds for left in range(1, config.n_layers + 1) for kinds in block(left)]
+    # But for the first and the last block all is linear in how many are left.
+    ends_of_lines = {1, 2, config.n_layers - 1, config.n_layers} & set(range(1, config.n_layers + 1))
+    blocks_backward = [kinds for left in sorted(ends_of_lines) for kinds in block(left)]
     logits = min(config.loss_chunk_size, tokens) * config.vocab_size * (FLOAT32 + b)
     ends = {"activations": work.kept * config.n_layers + 3 * stream + tokens * config.d_model * b}
     total, lower = head.padded * FLOAT32, head.padded * b
