@@ -241,6 +241,42 @@ def train(
     run(loaded)
 
 
+@app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(help="How many GPUs; plan.gpus.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Their kind, such as h100; plan.gpu.")] = None,
+    machine: Annotated[int | None, typer.Option(help="GPUs of one machine; plan.machine.")] = None,
+    price: Annotated[
+        float | None, typer.Option(help="Dollars for a GPU and an hour; plan.gpu_hour_price.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes and seconds.")] = False,
+    search: Annotated[
+        bool, typer.Option("--search", help="Try all meshes, microbatches and activation checkpointings.")
+    ] = False,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="Run steps of one rank on fake tensors: its memory, observed.")
+    ] = False,
+) -> None:
+    """Show what CONFIG will need on given GPUs: memory, traffic, time, money; 2 if it does not fit."""
+    from dbrx_train.config import load
+    from dbrx_train.plan.report import report
+
+    given = {"gpus": gpus, "gpu": gpu, "machine": machine, "gpu_hour_price": price}
+    options = [f"plan.{key}={value}" for key, value in given.items() if value is not None]
+    run = load(config, [*(overrides or []), *options])
+    if not dry:
+        report(run, as_json=as_json, searching=search)
+        return
+    if as_json or search:
+        raise ValueError("--dry-run: is one table of one mesh; leave out --json and --search")
+    from dbrx_train.plan.dry_run_table import report_dry_run
+    from dbrx_train.train.optim import build_optimizer
+
+    report_dry_run(run, build_optimizer)
+
+
 @app.command("eval")
 def evaluate(
     config: Config,

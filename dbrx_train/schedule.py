@@ -223,3 +223,8 @@ class Clock:
     def _moment(self, text: str, field: str) -> Fraction:
         number, unit = parse_time(text, field)
         return number * self.total_tokens if unit == "dur" else self.convert(number, unit, "tok")
+
+
+def samples_of(batch_size: int, base: int, seq_len: int) -> int:
+    """Samples of ``seq_len`` tokens with the tokens of ``batch_size`` samples of ``base``; at least one."""
+    return max(1, batch_size * base // seq_len)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
-from dbrx_train.config import RunConfig, load
-from dbrx_train.parallel import MeshShape
-from dbrx_train.plan.estimates import memory, traffic
+from dbrx_train.config import ConfigError, RunConfig, load
+from dbrx_train.plan.collectives import KINDS
+from dbrx_train.plan.planner import plan
 
 ROOT = Path(__file__).parent.parent
 TARGET = ROOT / "docs" / "parallelism.md"
@@ -16,36 +14,25 @@ BEGIN, END = "<!-- scripts/parallelism_docs.py -->\n", "<!-- end -->\n"
 NAMES = ["dbrx-9b", "moe-a", "dense-a", "dbrx-18b", "moe-b", "dbrx-35b", "dbrx-73b", "dbrx-132b"]
 NAMES += ["dbrx-132b-32k"]
 CLUSTERS = (8, 64, 512, 3072)
-COLUMNS = ["configuration", "GPUs", "mesh", "held: shards", "gathered", "activations", "all"]
-COLUMNS += ["sent: gathered", "scattered", "between replicas", "tokens"]
-GPU_GB = 80
+COLUMNS = ["configuration", "GPUs", "mesh", "held: shards", "gathered", "activations", "all", "reserved"]
+COLUMNS += ["sent: gathered", "scattered", "between replicas", "tokens", "of that over the network"]
 
 
-def row(config: RunConfig, gpus: int) -> str | None:
+def row(config: RunConfig, gpus: int) -> list[str] | None:
     """A line of the table; None where the configuration does not run on so many GPUs."""
-    parallelism, batch = config.parallelism, config.optimization.global_batch_size
     try:
-        shape = MeshShape.of(gpus, replicate=None, shard=int(parallelism.shard), expert=parallelism.expert)
-        shape.check(config.model)
-    except ValueError:
+        found = plan(config, gpus)
+    except ConfigError:
         return None
-    if batch % gpus:
-        return None
-    micro = config.optimization.microbatch_size or batch // gpus
-    common = {
-        "tokens": micro * config.data.seq_len,
-        "param_dtype": torch.bfloat16,
-        "activation_checkpointing": parallelism.activation_checkpointing,
-    }
-    held = memory(config.model, shape, **common)
-    sent = traffic(config.model, shape, microbatches=batch // gpus // micro, **common)
-    assert held.total < GPU_GB * 1e9, (config.run_name, gpus)
-    mesh = f"{shape.replicate} x {shape.shard}"
-    if shape.expert > 1:
-        mesh += f", experts over {shape.expert}"
-    sizes = (held.shards, held.gathered, held.activations, held.total)
-    sizes += (sent.gathered, sent.scattered, sent.reduced, round(sent.exchanged))
-    return _line([config.run_name, str(gpus), mesh, *(f"{n / 1e9:,.1f}" for n in sizes)])
+    assert found.fits, (config.run_name, gpus)
+    mesh = f"{found.shape.replicate} x {found.shape.shard}"
+    if found.shape.expert > 1:
+        mesh += f", experts over {found.shape.expert}"
+    sent = {kind: sum(each.sent for each in found.sent if each.kind == kind) for kind in KINDS}
+    away = sum(each.over_network(config.plan.machine) for each in found.sent)
+    held = found.held.memory
+    sizes = (held.shards, held.gathered, held.activations, held.total, held.reserved, *sent.values(), away)
+    return [config.run_name, str(gpus), mesh, *(f"{round(n) / 1e9:,.1f}" for n in sizes)]
 
 
 def _line(cells: list[str]) -> str:
@@ -56,7 +43,7 @@ def render() -> str:
     rows = []
     for name in NAMES:
         config = load(ROOT / "configs" / "pretrain" / f"{name}.yaml")
-        rows += [line for gpus in CLUSTERS if (line := row(config, gpus)) is not None]
+        rows += [_line(line) for gpus in CLUSTERS if (line := row(config, gpus)) is not None]
     return _line(COLUMNS) + _line(["---"] * len(COLUMNS)) + "".join(rows)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from dbrx_train.config.errors import naming, require
+from dbrx_train.config.plan import PlanConfig
 from dbrx_train.config.sections import (
     BadStepsConfig,
     CheckpointsConfig,
@@ -65,6 +66,7 @@ class RunConfig:
     evaluation: EvaluationConfig = option("held-out loss per source", EvaluationConfig)
     preemption: PreemptionConfig = option("at SIGTERM, SIGUSR1 or `stop_after`", PreemptionConfig)
     watchdog: WatchdogConfig = option("when a run that makes no progress ends, with 74", WatchdogConfig)
+    plan: PlanConfig = option("what `dbrx-train plan` reckons with; training does not look at it", PlanConfig)
 
     def check(self) -> None:
         """What the sections ask of each other; each alone has been checked before."""
@@ -109,6 +111,7 @@ class RunConfig:
         for key in (
             "optimization.learning_rate.warmup",
             "optimization.learning_rate.decay",
+            "optimization.learning_rate.scale",
             "checkpoints.interval",
             "checkpoints.keep_every",
             "checkpoints.export.interval",
@@ -125,6 +128,11 @@ class RunConfig:
             )
         with naming("data."):
             self.mix_schedule().sample_lengths(clock)
+        given = self.optimization.learning_rate
+        require(
+            given.schedule != "inverse_sqrt" or clock.tokens(given.scale or given.warmup) > 0,
+            "optimization.learning_rate.scale: is that of warmup, which is nothing; set either",
+        )
         warn_of_unreached(self)
 
     @property

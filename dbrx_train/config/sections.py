@@ -102,13 +102,28 @@ class OptimizerConfig:
 @dataclass
 class LearningRateConfig:
     schedule: str = option(
-        "how it falls; `wsd`: warmup-stable-decay",
+        "how it falls; `wsd`: warmup-stable-decay; `inverse_sqrt`: with the root of time, then linearly",
         "cosine",
-        one_of=("constant", "linear", "cosine", "wsd"),
+        one_of=("constant", "linear", "cosine", "wsd", "inverse_sqrt"),
     )
     warmup: str = option("linear warm-up from 0", "0tok")
-    decay: str = option("`wsd` only: length of the final linear decay", "0.1dur")
+    decay: str = option("`wsd`, `inverse_sqrt`: length of the final linear decay", "0.1dur")
+    scale: str | None = option(
+        "`inverse_sqrt` only: how long after `warmup` the rate is 1 / sqrt(2) of its peak; default: `warmup`",
+        None,
+    )
+    floor: float = option(
+        "`inverse_sqrt` only: what the rate nears in infinite time, relative to the peak",
+        0.0,
+        ge=0,
+        lt=1,
+    )
     final: float = option("where the decay ends, relative to the peak", 0.1, ge=0, le=1)
+
+    @property
+    def decays_last(self) -> bool:
+        """Whether the run ends with a linear decay of its own length."""
+        return self.schedule in ("wsd", "inverse_sqrt")
 
 
 @dataclass

@@ -38,13 +38,13 @@ def _learning_rate(config: RunConfig) -> Iterator[str]:
             f"{key}.warmup: its {warmup:,} tokens are more than the run's {total:,}, so the learning rate "
             f"ends at {total / warmup:.3g} of its peak and never falls"
         )
-    elif given.schedule == "wsd" and (decay := clock.tokens(given.decay)) > total - warmup:
+    elif given.decays_last and (decay := clock.tokens(given.decay)) > total - warmup:
         yield (
             f"{key}.decay: its {decay:,} tokens are more than the {total - warmup:,} that warmup leaves of "
             f"the run's {total:,}; the decay takes these"
         )
-    if given.schedule != "wsd" and given.decay != LearningRateConfig.decay:
-        yield f"{key}.decay: is of the schedule wsd; {given.schedule} does not heed it"
+    if not given.decays_last and given.decay != LearningRateConfig.decay:
+        yield f"{key}.decay: is of the schedules wsd and inverse_sqrt; {given.schedule} does not heed it"
 
 
 def _stages(config: RunConfig) -> Iterator[str]:

@@ -12,9 +12,10 @@ from dbrx_train.checkpoint.weights import Weights
 from dbrx_train.config import ConfigError, RunConfig, naming
 from dbrx_train.data.stream.dataset import EvalDataset
 from dbrx_train.data.stream.held_out import held_out_samples
-from dbrx_train.data.stream.loader import collate, samples_of
+from dbrx_train.data.stream.loader import collate
 from dbrx_train.data.tokenizer import Tokenizer, load_tokenizer
 from dbrx_train.model.decoder import Dbrx
+from dbrx_train.schedule import samples_of
 
 __all__ = ["HeldOut", "batches", "check_tokenizer", "held_out"]
 

@@ -16,6 +16,8 @@ INIT_METHODS = ("normal", "trunc_normal", "kaiming_normal")
 LORA_TARGETS = ("Wqkv", "out_proj", "w1", "v1", "w2")
 """The matrices that adapters may be beside: attention's two, an expert's three."""
 NORMS = ("layernorm", "rmsnorm")
+# A mask of S x S entries is quick while it is small; in longer samples each document is attended to apart.
+LONGEST_MASK = 8192
 # Of a block; what each means is said where it is done, in parallel.activation_checkpointing.
 ACTIVATION_CHECKPOINTING = ("none", "full", "selective", "norm_attn_norm")
 

@@ -21,7 +21,7 @@ from dbrx_train.model.attention import (
     additive_mask,
     document_lengths,
 )
-from dbrx_train.model.config import DbrxConfig
+from dbrx_train.model.config import LONGEST_MASK, DbrxConfig
 from dbrx_train.model.init import init_weights
 from dbrx_train.model.loss import IGNORE_INDEX, HeadLoss, LMHead
 from dbrx_train.model.moe import load_balancing
@@ -29,9 +29,6 @@ from dbrx_train.model.moe.layer import MoE
 from dbrx_train.model.moe.load_balancing import RoutingStats
 from dbrx_train.model.moe.router import Routing
 from dbrx_train.model.precision import compute_dtype
-
-# A mask of S x S entries is quick while it is small; in longer samples each document is attended to apart.
-LONGEST_MASK = 8192
 
 Mask: TypeAlias = Tensor | list[list[int]] | None
 """What attention takes to keep documents apart: `additive_mask`, `document_lengths`, or nothing."""
@@ -108,6 +105,9 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Embedding, blocks and final norm: all but the head."""
 
+    document_lengths = staticmethod(document_lengths)
+    """A dry run, which has no ids to look at, puts its own in this one's place."""
+
     def __init__(self, config: DbrxConfig) -> None:
         super().__init__()
         self.wte = nn.Embedding(config.vocab_size, config.d_model)
@@ -127,7 +127,7 @@ class Transformer(nn.Module):
         if document_ids is not None:
             token_mask = document_ids >= 0
             if self.mask_documents and S > LONGEST_MASK:
-                mask = document_lengths(document_ids)
+                mask = self.document_lengths(document_ids)
             elif self.mask_documents:
                 visible = document_mask(document_ids)
             positions = document_positions(document_ids) if self.reset_positions else positions

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from dbrx_train.model.precision import compute_dtype
 
 IGNORE_INDEX = -100
+_ROWS = 4096  # of the vocabulary, whose gradients are scaled at a time
 
 
 class HeadLoss(NamedTuple):
@@ -195,7 +196,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden = (grad_hidden * scale).to(grad_hidden.dtype)
         if grad_weight is not None:
-            grad_weight = (grad_weight * scale).to(ctx.weight_dtype)
+            grad_weight = _scaled(grad_weight, scale, ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None, None
 
 
@@ -241,6 +242,18 @@ class _ChunkSoftmax:
             grad.mul_(1 + 2 * z_weight * self._logsumexp)
         grad.scatter_add_(-1, labels_C1, grad.new_full(labels_C1.shape, -1.0))
         return grad if self._log_probs is self._logits else self._logits[:rows].copy_(grad)
+
+
+def _scaled(total: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """(total * scale).to(dtype), without a float32 copy of the whole: of the head's gradient, it would be
+    the largest tensor of the step."""
+    if dtype == total.dtype:
+        return total * scale
+    result = torch.empty_like(total, dtype=dtype)
+    for start in range(0, total.shape[0], _ROWS):
+        rows = slice(start, start + _ROWS)
+        result[rows] = total[rows] * scale
+    return result
 
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:

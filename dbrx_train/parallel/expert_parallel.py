@@ -34,7 +34,7 @@ class TokenDispatcher:
         sent_Re = tokens_per_expert.view(self.ranks, -1)
         got_Re = torch.empty_like(sent_Re)
         dist.all_to_all_single(got_Re, sent_Re.contiguous(), group=self.group)
-        leaving, arriving = torch.stack([sent_Re.sum(1), got_Re.sum(1)]).tolist()
+        leaving, arriving = self.splits(sent_Re, got_Re)
 
         # Arrived tokens lie by rank, then by expert; the experts want them by expert.
         expert_M = torch.arange(got_Re.shape[1], device=x_ND.device).repeat(self.ranks)
@@ -43,10 +43,16 @@ class TokenDispatcher:
         place_M = inverse(order_M)
 
         x_MD = _AllToAll.apply(x_ND, leaving, arriving, self.group, float(self.ranks))  # type: ignore[no-untyped-call]
-        y_MD = experts(dispatch(x_MD, order_M, place_M[:, None]), got_Re.sum(0))
+        x_MD = dispatch(x_MD, order_M, place_M[:, None])  # by rank they are not needed any more
+        y_MD = experts(x_MD, got_Re.sum(0))
         y_MD = dispatch(y_MD, place_M, order_M[:, None])
         y_ND: Tensor = _AllToAll.apply(y_MD, arriving, leaving, self.group, 1 / self.ranks)  # type: ignore[no-untyped-call]
         return y_ND
+
+    def splits(self, sent_Re: Tensor, got_Re: Tensor) -> tuple[list[int], list[int]]:
+        """Rows that go to each rank of the group, and that come from each; the host waits for them."""
+        leaving, arriving = torch.stack([sent_Re.sum(1), got_Re.sum(1)]).tolist()
+        return leaving, arriving
 
 
 class _AllToAll(torch.autograd.Function):

@@ -31,14 +31,15 @@ def parallelize(
     shape: MeshShape,
     *,
     device_type: str,
-    seed: int,
+    seed: int | None,
     param_dtype: torch.dtype | None = None,
     reshard_after_forward: bool = True,
     cpu_offload: bool = False,
 ) -> None:
     """Shard ``model``, made under ``torch.device("meta")``, over a mesh of ``shape``, and draw its weights.
 
-    The weights are those that one process would draw from ``seed``; each rank draws its own rows alone.
+    The weights are those that one process would draw from ``seed``; each rank draws its own rows alone, and
+    none where it is None.
     ``param_dtype`` is what the large matrices are gathered in, for use under autocast to it; norms, routers
     and the embedding, which autocast leaves in float32, stay so, and gradients are reduced in float32.
     ``reshard_after_forward`` frees a block's gathered parameters between its forward and backward pass.
@@ -86,7 +87,8 @@ def parallelize(
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):  # these are never offloaded
             setattr(module, name, buffer.to(device_type))
-    init_shards(model, seed)
+    if seed is not None:
+        init_shards(model, seed)
 
 
 def _check_adapters(model: Dbrx, shape: MeshShape) -> None:

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from typing import TYPE_CHECKING
 
 from dbrx_train.model.config import DbrxConfig
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["MeshShape", "Meshes"]
 
@@ -76,6 +78,8 @@ class MeshShape:
 
     def build(self, device_type: str) -> Meshes:
         """Its DeviceMeshes; torch.distributed must be initialised."""
+        from torch.distributed.device_mesh import init_device_mesh
+
         names = ("replicate",) if self.replicate > 1 else ()
         dense = init_device_mesh(
             device_type, (self.replicate, self.shard), mesh_dim_names=("replicate", "shard")

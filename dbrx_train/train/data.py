@@ -12,11 +12,12 @@ from composer import DataSpec
 from dbrx_train.config import ConfigError, RunConfig
 from dbrx_train.data.manifest import Manifest, check_dataset
 from dbrx_train.data.stream.dataset import ScheduledDataset
-from dbrx_train.data.stream.loader import build_loader, samples_of
+from dbrx_train.data.stream.loader import build_loader
 from dbrx_train.data.stream.shards import Source
 from dbrx_train.data.tokenizer import Tokenizer
 from dbrx_train.model.decoder import shift_labels
 from dbrx_train.model.loss import IGNORE_INDEX
+from dbrx_train.schedule import samples_of
 from dbrx_train.train.evaluators import held_out
 from dbrx_train.train.preferences import Batch, pairs_present
 

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from dbrx_train.config import ConfigError, RunConfig
 from dbrx_train.data.stream.dataset import EvalDataset
-from dbrx_train.data.stream.loader import collate, samples_of
+from dbrx_train.data.stream.loader import collate
 from dbrx_train.data.tokenizer import Tokenizer
 from dbrx_train.files import atomic_write
 from dbrx_train.parallel.gather import gather_objects
+from dbrx_train.schedule import samples_of
 from dbrx_train.train.preferences import document_log_probs
 
 __all__ = ["set_reference"]

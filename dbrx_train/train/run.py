@@ -27,6 +27,7 @@ from dbrx_train.exits import warn_of_failure
 from dbrx_train.files import atomic_write
 from dbrx_train.jsonl import EVENTS
 from dbrx_train.lease import Lease
+from dbrx_train.plan.world import check_world
 from dbrx_train.resilience import Heartbeat, StoppedTogether, propagate_failures
 from dbrx_train.resilience.preemption import PreemptionHandler, cause
 from dbrx_train.train import environment, rollback
@@ -51,7 +52,7 @@ from dbrx_train.train.throughput import peak_flops
 from dbrx_train.train.tracking import events, plots
 from dbrx_train.train.tracking.mlflow import STORE_ERRORS, MLflowStore, reason
 from dbrx_train.train.train_state import callback_of, model_of, restore
-from dbrx_train.train.trainer import build_trainer, check_world
+from dbrx_train.train.trainer import build_trainer
 
 
 def run(config: RunConfig) -> None:

@@ -2,7 +2,7 @@
 
 Composer's own FSDP2 path replaces the mesh by one of a single axis, so there could be neither replicas nor
 spread experts. But the Trainer leaves a model alone of which any module is sharded already. So we shard it
-first (``build_model``), say which backward pass is a step's last (``ReduceOnce``), and make sure that the
+first (``plan/rank.py``), say which backward pass is a step's last (``ReduceOnce``), and make sure that the
 Trainer did leave it alone (``check_left_alone``). Clipping is ours too (``callbacks/gradients.py``), for
 gradients lie on several meshes, and so are checkpoints (``callbacks/checkpoints.py``).
 """
@@ -11,69 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from composer import Callback, Logger, State, Trainer
-from composer.utils import dist
 from torch.distributed.fsdp import FSDPModule
 
-from dbrx_train.config import ConfigError, RunConfig
-from dbrx_train.model.compiling import compile_dense
-from dbrx_train.model.decoder import Dbrx
-from dbrx_train.model.lora import apply_lora, cast_frozen
-from dbrx_train.parallel import GlobalBatchLoad, MeshShape, checkpoint_activations, parallelize
 from dbrx_train.train.composer_model import ComposerDbrx
 from dbrx_train.train.preferences import Batch
 from dbrx_train.train.train_state import model_of
 
-__all__ = ["ReduceOnce", "build_model", "check_left_alone", "mesh_shape"]
-
-
-def mesh_shape(config: RunConfig, world_size: int) -> MeshShape:
-    """The run's mesh on so many ranks.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    parallelism = config.parallelism
-    try:
-        shape = MeshShape.of(
-            world_size,
-            replicate=None if parallelism.replicate == "auto" else int(parallelism.replicate),
-            shard=None if parallelism.shard == "auto" else int(parallelism.shard),
-            expert=parallelism.expert,
-        )
-        shape.check(config.model)
-    except ValueError as error:
-        raise ConfigError(f"parallelism.{error}") from None
-    return shape
-
-
-def build_model(config: RunConfig, device: str) -> Dbrx:
-    """The run's model and adapters, drawn from its seed; over several ranks, or offloaded, sharded."""
-    parallelism, world_size = config.parallelism, dist.get_world_size()
-    sharded = world_size > 1 or parallelism.cpu_offload
-    with torch.device("meta" if sharded else "cpu"):
-        model = Dbrx(config.model, seed=config.seed)
-    if config.lora.rank is not None:
-        apply_lora(model, config.lora.rank, config.lora.alpha, config.lora.targets, config.seed)
-        if config.precision == "amp_bf16":
-            cast_frozen(model, torch.bfloat16)
-    checkpoint_activations(model, parallelism.activation_checkpointing)
-    if config.compile:
-        compile_dense(model)
-    if config.optimization.balance_over == "global_batch":
-        model.batch_load = GlobalBatchLoad()
-    if sharded:
-        parallelize(
-            model,
-            mesh_shape(config, world_size),
-            device_type="cpu" if device == "cpu" else "cuda",
-            seed=config.seed,
-            param_dtype=torch.bfloat16 if config.precision == "amp_bf16" else None,
-            reshard_after_forward=parallelism.reshard_after_forward,
-            cpu_offload=parallelism.cpu_offload,
-        )
-    return model
+__all__ = ["ReduceOnce", "check_left_alone"]
 
 
 class ReduceOnce(Callback):  # type: ignore[misc]

@@ -1,13 +1,16 @@
-"""What a run is about to do, in a few lines."""
+"""What a run is about to do, in a few lines, as ``dbrx-train plan`` has it."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 
 from dbrx_train.config import RunConfig
-from dbrx_train.data.stream.loader import samples_of
-from dbrx_train.plan.estimates import memory
-from dbrx_train.train.sharded import mesh_shape
+from dbrx_train.plan import hardware
+from dbrx_train.plan.planner import held, plan
+from dbrx_train.plan.table import counted
+from dbrx_train.plan.world import mesh_shape, microbatch
 
 __all__ = ["summary"]
 
@@ -15,14 +18,16 @@ __all__ = ["summary"]
 def summary(config: RunConfig, device: str, world_size: int) -> str:
     """Parameters, length, the arithmetic of a batch, mesh and memory of a rank, and where it writes.
 
-    The batch and the memory are those of the last and of the largest stage.
+    The batch and the memory are those of the last and of the largest stage. On a GPU that plans know, the
+    planned time is there, too.
     """
     model, clock = config.model, config.clock
-    size = f"{_count(model.num_params)} parameters, {_count(model.num_active_params)} active"
+    size = f"{counted(model.num_params)} parameters, {counted(model.num_active_params)} active"
     lines = [
         f"{config.run_name}: {size}; {clock.total_tokens:,} tokens in {clock.total_batches:,} steps",
         _batch(config, world_size),
         _mesh(config, device, world_size),
+        *_time(config, device, world_size),
         f"writes to {config.folder}; MLflow: {config.logging.mlflow_uri}, {config.logging.experiment}",
     ]
     return "\n  ".join(lines)
@@ -30,50 +35,44 @@ def summary(config: RunConfig, device: str, world_size: int) -> str:
 
 def _batch(config: RunConfig, world_size: int) -> str:
     stages = config.clock.stages
-    last = stages[-1]
-    mine = last.global_batch_size // world_size
-    micro = config.optimization.microbatch_size
-    part = mine if micro is None else min(mine, samples_of(micro, config.data.seq_len, last.seq_len))
+    last, batch = stages[-1], microbatch(config, stages[-1], world_size)
     text = (
         f"a step is {last.global_batch_size:,} samples of {last.seq_len:,} tokens = "
-        f"{part:,} in a microbatch x {mine // part:,} accumulated x {world_size:,} {_ranks(world_size)}"
+        f"{batch.samples:,} in a microbatch x {batch.per_step:,} accumulated x {world_size:,} "
+        f"{_ranks(world_size)}"
     )
     return text if len(stages) == 1 else f"{text}, from step {last.batch:,} on (stage {len(stages)})"
 
 
 def _mesh(config: RunConfig, device: str, world_size: int) -> str:
-    shape = mesh_shape(config, world_size)
-    mine = max(stage.tokens_per_batch for stage in config.clock.stages) // world_size
-    longest = max(stage.seq_len for stage in config.clock.stages)
-    micro = config.optimization.microbatch_size
-    tokens = mine if micro is None else min(mine, max(micro * config.data.seq_len, longest))
-    held = memory(
-        config.model,
-        shape,
-        tokens=tokens,
-        param_dtype=torch.bfloat16 if config.precision == "amp_bf16" else None,
-        activation_checkpointing=config.parallelism.activation_checkpointing,
-    )
-    where = " on the host" if config.parallelism.cpu_offload else ""
-    parts = f"weights, gradients and optimizer {_bytes(held.shards)}{where}"
-    parts += f", activations {_bytes(held.activations)}"
+    shape, holds = mesh_shape(config, world_size), held(config, world_size)
+    parts = f"weights, gradients and optimizer {_bytes(holds.memory.shards)}"
+    parts += f", activations {_bytes(holds.memory.activations)}"
     if world_size > 1:
-        parts += f", gathered {_bytes(held.gathered)}"
-    total = held.total if world_size > 1 else held.shards + held.activations
+        parts += f", gathered {_bytes(holds.memory.gathered)}"
+    where = f"; {_bytes(holds.on_host)} on the host" if holds.on_host else ""
     mesh = f"replicate {shape.replicate} x shard {shape.shard}, experts over {shape.expert}"
     bound = "at most" if config.lora.rank else "about"
-    return f"{world_size} x {device}, {config.precision}: {mesh}; {bound} {_bytes(total)} a rank ({parts})"
+    total = _bytes(holds.memory.total)
+    return f"{world_size} x {device}, {config.precision}: {mesh}; {bound} {total} a rank ({parts}{where})"
+
+
+def _time(config: RunConfig, device: str, world_size: int) -> list[str]:
+    """What the plan says of this GPU, if it is one of those."""
+    if device != "gpu":
+        return []
+    found = hardware.recognised(torch.cuda.get_device_name())
+    if found is None:
+        return []
+    planned = plan(replace(config, plan=replace(config.plan, gpu=found.name)), world_size)
+    seconds, error = planned.step.total, planned.error
+    about = f"{seconds:.3g} s a step (about {seconds * (1 - error):.3g} to {seconds * (1 + error):.3g})"
+    mfu = f"MFU {100 * planned.mfu(causal=False):.0f} %"
+    return [f"planned for {found.name}: {about}, {mfu}, {planned.cost.days:.3g} days; limit: {planned.limit}"]
 
 
 def _ranks(world_size: int) -> str:
     return "rank" if world_size == 1 else "ranks"
-
-
-def _count(number: int) -> str:
-    for unit, size in (("B", 1e9), ("M", 1e6)):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:,}"
 
 
 def _bytes(number: int) -> str:

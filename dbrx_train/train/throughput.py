@@ -6,8 +6,10 @@ import time
 
 import torch
 
-# NVIDIA's data sheets, dense bfloat16, per device, by what torch calls it.
-_PUBLISHED = {"H200": 989.5e12, "H100 80GB HBM3": 989.5e12, "A100": 312e12, "B200": 2250e12}
+from dbrx_train.plan.hardware import GPUS
+
+# Which data sheet's peak is that of a device, by what torch calls it.
+_PUBLISHED = {"H200": "h200", "H100 80GB HBM3": "h100", "A100": "a100-80gb", "B200": "b200"}
 
 
 def peak_flops(device: str, precision: str, given: float | None) -> tuple[float, str]:
@@ -20,9 +22,9 @@ def peak_flops(device: str, precision: str, given: float | None) -> tuple[float,
         return given, "from logging.peak_flops"
     if device == "gpu" and precision == "amp_bf16":
         name = torch.cuda.get_device_name()
-        for known, flops in _PUBLISHED.items():
+        for known, sheet in _PUBLISHED.items():
             if known in name:
-                return flops, f"{known} data sheet, dense bf16"
+                return GPUS[sheet].peak, f"{known} data sheet, dense bf16"
     return _measure(device, precision), "measured 2048x2048 matrix product"
 
 

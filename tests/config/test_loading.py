@@ -267,7 +267,7 @@ UNREACHED = {
     MIX
     % ("2dur", "linear"): "data.mix[1].at: is at 102,400 tokens, and the run ends at 51,200; its ramp is cut",
     "profile.at=100ba": "profile.at: is at 51,200 tokens, and the run ends before; nothing is traced",
-    "optimization.learning_rate.decay=5ba": "decay: is of the schedule wsd; cosine does not heed it",
+    "optimization.learning_rate.decay=5ba": "decay: is of the schedules wsd and inverse_sqrt; cosine does not heed it",
 } | {
     f"{key}=101ba": f"{key}: its 51,712 tokens are more than the run's 51,200; {instead}"
     for key, instead in TOO_LONG.items()
@@ -298,6 +298,15 @@ def test_what_a_run_reaches_is_not_warned_of(yaml_file: Path, override: str) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load(yaml_file, ["checkpoints.interval=100ba", override])
+
+
+def test_an_inverse_square_root_needs_a_scale(yaml_file: Path) -> None:
+    schedule = "optimization.learning_rate.schedule=inverse_sqrt"
+    with pytest.raises(ConfigError, match="scale: is that of warmup, which is nothing; set either"):
+        load(yaml_file, [schedule])
+    with pytest.raises(ConfigError, match="scale: must be longer than nothing"):
+        load(yaml_file, [schedule, "optimization.learning_rate.scale=0tok"])
+    load(yaml_file, [schedule, "optimization.learning_rate.warmup=1ba"])
 
 
 @pytest.mark.parametrize("name", ["lr:3e-4", "team/web-9b", "run#1 (2)", "v1~b"])

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dbrx_train.model.config import ACTIVATION_CHECKPOINTING, DbrxConfig
 from dbrx_train.model.decoder import Dbrx
 from dbrx_train.parallel import checkpoint_activations
-from dbrx_train.plan.estimates import _activations
+from dbrx_train.plan.memory import _work
 
 CONFIG = DbrxConfig(
     d_model=32,
@@ -93,7 +93,7 @@ def kept_per_token(config: DbrxConfig, what: str) -> float:
 def test_what_a_block_keeps_is_what_the_estimate_says(what: str) -> None:
     config = replace(CONFIG, d_model=64, ffn_hidden_size=112, router_jitter=0.0)
     few, many = (kept_per_token(replace(config, n_layers=layers), what) for layers in (2, 6))
-    estimate, _ = _activations(config, what, 4)
+    estimate = _work(config, 1, 4, what, spread=False, skew=1.0).kept
     assert (many - few) / 4 == pytest.approx(estimate, rel=0.15)
 
 

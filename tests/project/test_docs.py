@@ -49,6 +49,13 @@ def test_the_list_of_messages_has_every_kind() -> None:
         assert known in listed
 
 
+def test_the_plans_of_the_docs_are_those_of_the_configurations() -> None:
+    import planning_docs
+
+    written = planning_docs.TARGET.read_text(encoding="utf-8")
+    assert written == planning_docs.renewed(), "run: python scripts/planning_docs.py"
+
+
 def test_links_between_the_documents_lead_somewhere() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):

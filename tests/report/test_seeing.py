@@ -167,7 +167,7 @@ def test_goodput_is_of_all_starts(watched: tuple[RunConfig, Outputs, str]) -> No
 def test_the_start_says_what_will_happen(watched: tuple[RunConfig, Outputs, str]) -> None:
     config, _, said = watched
     params = config.model.num_params / 1e6
-    assert f"watched: {params:.3g}M parameters" in said
+    assert f"watched: {params:.4g}M parameters" in said
     assert "a step is 4 samples of 32 tokens = 2 in a microbatch x 2 accumulated x 1 rank" in said
     assert "1 x cpu, fp32: replicate 1 x shard 1, experts over 1; about " in said
     assert f"writes to {config.folder}; MLflow: sqlite:///" in said

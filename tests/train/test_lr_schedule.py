@@ -16,7 +16,7 @@ def factor(batch: int, **fields: object) -> float:
     return learning_rate_factor(config, CLOCK, batch * 10)
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "wsd"])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "wsd", "inverse_sqrt"])
 def test_warmup_is_linear_and_no_step_has_rate_zero(schedule: str) -> None:
     warming = [factor(b, schedule=schedule, warmup="5ba") for b in range(5)]
     assert warming == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
@@ -31,6 +31,20 @@ def test_decays() -> None:
     assert factor(100, schedule="cosine", final=0.1) == pytest.approx(0.1)
     assert factor(79, schedule="wsd", decay="0.2dur", final=0.0) == 1.0
     assert factor(90, schedule="wsd", decay="0.2dur", final=0.0) == pytest.approx(0.5)
+
+
+def test_inverse_square_root_is_llm_foundrys() -> None:
+    """``current_factor`` of its scheduler: t_warmup 10ba, t_scale 20ba, t_cooldown 20ba."""
+    given = {"schedule": "inverse_sqrt", "warmup": "10ba", "scale": "20ba", "decay": "20ba", "final": 0.02}
+    for batch in (10, 30, 79):
+        assert factor(batch, **given) == pytest.approx(((batch + 20 - 10) / 20) ** -0.5)
+    assert factor(30, **given, floor=0.1) == pytest.approx(0.1 + 0.9 / 2**0.5)
+    begin = ((80 + 20 - 10) / 20) ** -0.5
+    assert factor(90, **given) == pytest.approx((begin + 0.02) / 2)
+    assert factor(100, **given) == pytest.approx(0.02)
+    rates = [factor(batch, **given | {"final": 0.9}) for batch in range(10, 100)]
+    assert rates == sorted(rates, reverse=True), "it never rises again"
+    assert factor(20, schedule="inverse_sqrt", warmup="10ba") == pytest.approx(2**-0.5), "scale is warmup's"
 
 
 def test_warmup_follows_steps_that_grow() -> None:

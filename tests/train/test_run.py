@@ -364,7 +364,7 @@ def test_the_mix_can_be_looked_at_before_training(workplace: Path, in_tmp: Path)
 
 
 def test_global_batch_and_ranks(workplace: Path, in_tmp: Path) -> None:
-    from dbrx_train.train.trainer import check_world
+    from dbrx_train.plan.world import check_world
 
     path = run_yaml(workplace, in_tmp, "world")
     config = load(path, ["optimization.microbatch_size=1"])

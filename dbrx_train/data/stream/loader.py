@@ -51,11 +51,6 @@ def collate(samples: Sequence[dict[str, Any]], *, eos_id: int, pad_id: int) -> d
     }
 
 
-def samples_of(batch_size: int, base: int, seq_len: int) -> int:
-    """Samples of ``seq_len`` tokens with the tokens of ``batch_size`` samples of ``base``; at least one."""
-    return max(1, batch_size * base // seq_len)
-
-
 class TimedLoader(DataLoader[list[dict[str, Any]]]):
     """A DataLoader that knows for how long it was waited for, and calls ``arrived`` when it has a batch."""
 

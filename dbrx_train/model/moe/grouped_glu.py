@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-__all__ = ["check_available", "grouped_glu"]
+__all__ = ["Products", "backward_at_once", "check_available", "forward_at_once", "grouped_glu"]
 
 
 def grouped_glu(
@@ -57,9 +57,7 @@ def _forward(
     """y [N, D], and x w1' and x v1' [N, F]."""
     if (products := _products(impl, x, w1, counts)) is None:
         return _forward_by_expert(x, weight, w1, v1, w2, counts)
-    gate, up = products.rows(x, w1, True), products.rows(x, v1, True)
-    y = products.rows(F.silu(gate).mul_(up), w2, False)
-    return y if weight is None else y.mul_(weight[:, None]), gate, up
+    return forward_at_once(products, x, weight, w1, v1, w2)
 
 
 @torch.library.custom_op("dbrx_train::grouped_glu_backward", mutates_args=())
@@ -79,22 +77,7 @@ def _backward(
     """Gradients of x, weight, w1, v1 and w2; those of the last three are empty unless ``trains``."""
     if (products := _products(impl, x, w1, counts)) is None:
         return _backward_by_expert(dy, x, gate, up, weight, w1, v1, w2, counts, trains)
-    dh = products.rows(dy, w2, True)
-    active = F.silu(gate)
-    hidden = active * up
-    dweight = x.new_empty(0)
-    if weight is not None:
-        dweight = torch.linalg.vecdot(dh, hidden)
-        hidden.mul_(weight[:, None])
-        dh.mul_(weight[:, None])
-    dw2 = products.matrices(hidden, dy) if trains else x.new_empty(0)
-    del hidden
-    dup = active.mul_(dh)
-    dgate = torch.ops.aten.silu_backward(dh.mul_(up), gate)
-    dx = products.rows(dgate, w1, False).add_(products.rows(dup, v1, False))
-    if not trains:
-        return dx, dweight, x.new_empty(0), x.new_empty(0), dw2
-    return dx, dweight, products.matrices(dgate, x), products.matrices(dup, x), dw2
+    return backward_at_once(products, dy, x, gate, up, weight, w1, v1, w2, trains)
 
 
 # --- expert by expert ---------------------------------------------------------------------------------------
@@ -196,7 +179,7 @@ def _silu(x: Tensor, out: Tensor) -> Tensor:
 # --- all experts at once ------------------------------------------------------------------------------------
 
 
-class _Products(Protocol):
+class Products(Protocol):
     """Products of rows sorted by expert."""
 
     def rows(self, a: Tensor, b: Tensor, transposed: bool) -> Tensor:
@@ -238,7 +221,53 @@ class _GroupedGemm:
         return y
 
 
-def _products(impl: str, x: Tensor, w: Tensor, counts: Tensor) -> _Products | None:
+def forward_at_once(
+    products: Products, x: Tensor, weight: Tensor | None, w1: Tensor, v1: Tensor, w2: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y [N, D], and x w1' and x v1' [N, F]."""
+    gate, up = products.rows(x, w1, True), products.rows(x, v1, True)
+    y = products.rows(F.silu(gate).mul_(up), w2, False)
+    return y if weight is None else y.mul_(weight[:, None]), gate, up
+
+
+def backward_at_once(
+    products: Products,
+    dy: Tensor,
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    weight: Tensor | None,
+    w1: Tensor,
+    v1: Tensor,
+    w2: Tensor,
+    trains: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, w1, v1 and w2; those of the last three are empty unless ``trains``."""
+    # No more than two of a width F beside gate and up, at the price of silu(gate) made twice.
+    dh = products.rows(dy, w2, True)
+    hidden = F.silu(gate).mul_(up)
+    dweight = x.new_empty(0)
+    if weight is not None:
+        dweight = torch.linalg.vecdot(dh, hidden)
+        hidden.mul_(weight[:, None])
+        dh.mul_(weight[:, None])
+    dw1 = dv1 = dw2 = x.new_empty(0)
+    if trains:
+        dw2 = products.matrices(hidden, dy)
+    del hidden
+    dup = F.silu(gate).mul_(dh)
+    dgate = torch.ops.aten.silu_backward.grad_input(dh.mul_(up), gate, grad_input=dh)
+    dx = products.rows(dgate, w1, False)
+    if trains:
+        dw1 = products.matrices(dgate, x)
+    del dh, dgate
+    dx.add_(products.rows(dup, v1, False))
+    if trains:
+        dv1 = products.matrices(dup, x)
+    return dx, dweight, dw1, dv1, dw2
+
+
+def _products(impl: str, x: Tensor, w: Tensor, counts: Tensor) -> Products | None:
     """What multiplies all experts at once; None if they are to go one by one."""
     if impl == "grouped_mm":
         return _GroupedMm(counts)

@@ -13,8 +13,8 @@ from composer.utils import dist
 from dbrx_train.config import RunConfig, for_record
 from dbrx_train.data.manifest import MANIFEST
 from dbrx_train.data.tokenizer import Tokenizer
+from dbrx_train.plan.world import mesh_shape
 from dbrx_train.train import environment
-from dbrx_train.train.sharded import mesh_shape
 
 __all__ = ["provenance"]
 
