@@ -74,6 +74,15 @@ class Benchmark:
         sizes = [subset.size for subset in part.subsets]
         return sum(size if self.limit is None else min(size, self.limit) for size in sizes)
 
+    def cost(self) -> tuple[int, int]:
+        """How many examples there are, and how many tokens the model reads for them, or writes at most."""
+        examples = tokens = 0
+        for subset in (subset for part in self.parts for subset in part.subsets):
+            for prompt in subset.prompts(self.limit):
+                examples += 1
+                tokens += sum(len(row.tokens) for row in rows_of(0, prompt.pairs)) + subset.max_new_tokens
+        return examples, tokens
+
     def run(self, model: Dbrx, part: Part, known: Mapping[Key, Outcome] | None = None) -> Iterator[Outcome]:
         """The outcomes of a part, each once it is there, on one process, or at the end and on every rank.
 

@@ -88,6 +88,7 @@ def _subset(
                 f"prompt in {max_seq_len} (max_seq_len)"
             )
     writer = _Writer(task, tokenizer, max_seq_len, room, rows)
+    writer.check()
     return Subset(name, len(rows), room, lambda limit: islice(writer.prompts(shots), limit))
 
 
@@ -199,6 +200,19 @@ class _Writer:
     def _stripped(row: Row) -> Row:
         return {key: value.strip() if isinstance(value, str) else value for key, value in row.items()}
 
+    def check(self) -> None:
+        """Raise ValueError for a text that cannot be scored, before any is."""
+        for row in [] if self.room else self.rows:
+            for text in self._texts(row):
+                self._scored(text, row["where"])
+
+    def _texts(self, row: Row) -> list[str]:
+        """What is scored after its contexts."""
+        several: list[str] = (
+            row["choices"] if self.task.icl_task_type == "multiple_choice" else [row["answer"]]
+        )
+        return several
+
     def prompts(self, shots: int) -> Iterator[Prompt]:
         rng = random.Random(self.task.fewshot_random_seed)
         for index, row in enumerate(self.rows):
@@ -229,19 +243,16 @@ class _Writer:
     def _prompt(self, index: int, row: Row, before: str) -> Prompt:
         begin = self.tokenizer.encode(before)
         if self.task.icl_task_type == "schema":
-            contexts, scored = self._options(row, bool(before)), [row["answer"]]
+            contexts = self._options(row, bool(before))
         else:
             context = self._context(row["context"], bool(before))
             contexts = [context.rstrip() if self.task.strip_dataset else context]
-            scored = (
-                row["choices"] if self.task.icl_task_type == "multiple_choice" else [row.get("answer", "")]
-            )
         # Nothing predicts the first token of all: an empty context becomes the end of some other text.
         heads = [begin + self.tokenizer.encode(context) or [self.tokenizer.eos_id] for context in contexts]
         if self.room:
             head = heads[0][-(self.max_seq_len - self.room) :]
             return Prompt(index, [(head, [])], 0, row["aliases"], len(head) < len(heads[0]))
-        tails = [self._scored(text, row["where"]) for text in scored]
+        tails = [self._scored(text, row["where"]) for text in self._texts(row)]
         # Either several contexts with one continuation, or one with several.
         pairs = [(head, tail) for head in heads for tail in tails]
         fitting = [
