@@ -293,26 +293,16 @@ def evaluate(
     ] = False,
 ) -> None:
     """Show the loss on what was held out of each source of CONFIG, or the scores of in-context tasks."""
-    if tasks:
-        from dbrx_train.evaluate.alone import Asked, evaluate
+    from dbrx_train.evaluate.alone import Asked, evaluate
+    from dbrx_train.evaluate.held_out import of_weights
 
-        asked = Asked(tasks, data, gauntlet, json, limit, max_seq_len, int8, as_foundry, skip_missing)
+    asked = Asked(tasks or [], data, gauntlet, json, limit, max_seq_len, int8, as_foundry, skip_missing)
+    if tasks:
         found = weights or (source if not _is_config(source) else _run_folder(source, overrides))
         print(evaluate(found, asked, _aside))
         return
-    only_of_tasks = {
-        "data": data,
-        "gauntlet": gauntlet,
-        "json": json,
-        "limit": limit,
-        "max-seq-len": max_seq_len,
-    }
-    only_of_tasks |= {"as-foundry": as_foundry, "skip-missing": skip_missing}
-    for name, value in only_of_tasks.items():
-        if value:
-            raise ValueError(f"--{name}: is about in-context tasks; name some with --tasks")
-    from dbrx_train.evaluate.held_out import of_weights
-
+    if asked != Asked([], int8=int8):
+        raise ValueError("--tasks: not given, and all other options but --weights and --int8 are about tasks")
     config = source if _is_config(source) else source / "config.yaml"
     for part in of_weights(config, overrides or [], weights, int8, _aside):
         print(f"held-out {part.source}: loss {part.loss:.4f} over {part.labels:,} tokens", flush=True)

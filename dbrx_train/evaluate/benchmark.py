@@ -80,7 +80,10 @@ class Benchmark:
         for subset in (subset for part in self.parts for subset in part.subsets):
             for prompt in subset.prompts(self.limit):
                 examples += 1
-                tokens += sum(len(row.tokens) for row in rows_of(0, prompt.pairs)) + subset.max_new_tokens
+                if subset.max_new_tokens:
+                    tokens += len(prompt.pairs[0][0]) + subset.max_new_tokens
+                else:
+                    tokens += sum(len(row.tokens) for row in rows_of(0, prompt.pairs))
         return examples, tokens
 
     def run(self, model: Dbrx, part: Part, known: Mapping[Key, Outcome] | None = None) -> Iterator[Outcome]:

@@ -204,4 +204,4 @@ def _check_labels(labels: Iterable[str], tasks: Sequence[Task]) -> None:
     known = [task.label for task in tasks]
     for label in labels:
         if label not in known:
-            raise ValueError(f"--tasks: no task is called {label}{nearest(label, known)}")
+            raise ValueError(f"no task is called {label}{nearest(label, known)}")

@@ -107,7 +107,7 @@ def test_other_options_or_weights_do_not_go_on_in_the_same_file(weights: Path, t
         (["--tasks", TASKS, "--tasks", "arc_esy"], "no task is called arc_esy; did you mean arc_easy?"),
         (["--tasks", TASKS, "--max-seq-len", "9999"], "--max-seq-len: must be at most the model's 512"),
         (["--tasks", "nowhere.yaml"], "nowhere.yaml: No such file"),
-        (["--json", "x.json"], "--json: is about in-context tasks; name some with --tasks"),
+        (["--json", "x.json"], "--tasks: not given, and all other options but"),
     ],
 )
 def test_mistakes_are_one_line(
