@@ -13,7 +13,7 @@ from dbrx_train.evaluate.tasks import Task
 from dbrx_train.model.attention import KVCache
 from dbrx_train.model.decoder import Dbrx, Layout
 
-__all__ = ["cut", "is_right", "stopper", "write"]
+__all__ = ["cut", "is_right", "normalize", "stopper", "write"]
 
 _QUOTES = "\u2018\u2019\u00b4`"
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(\.\d+)?")

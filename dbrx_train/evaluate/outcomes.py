@@ -64,7 +64,8 @@ def scored(
         details |= {"gold": prompt.gold, "mean_log_probs": means}
     else:
         credit = float(right.greedy == tuple(continuation))
-        details |= {"predicted": tokenizer.decode(right.greedy), "log_prob": right.log_prob}
+        details |= {"predicted": tokenizer.decode(right.greedy), "predicted_ids": list(right.greedy)}
+        details |= {"log_prob": right.log_prob}
     bits = -right.log_prob / math.log(2)
     chance = 1 / len(scores) if task.is_choice else 0.0
     return Outcome(

@@ -131,7 +131,8 @@ def _of_tokens(logits_NV: Tensor, asked: Sequence[tuple[int, int]]) -> tuple[lis
     """Of each place and token: the token's log-probability there, and the likeliest token."""
     rows, tokens = torch.tensor(asked, device=logits_NV.device).unbind(1)
     sums, best = [], []
-    for part in logits_NV.split(_LOGITS_AT_ONCE):
+    for begin in range(0, len(logits_NV), _LOGITS_AT_ONCE):
+        part = logits_NV[begin : begin + _LOGITS_AT_ONCE]
         sums.append(part.float().logsumexp(-1))
         best.append(part.argmax(-1))
     log_probs = logits_NV[rows, tokens].double() - torch.cat(sums)[rows]
