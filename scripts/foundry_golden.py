@@ -17,11 +17,13 @@ import importlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+EXAMPLES = 300
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
@@ -39,12 +41,15 @@ def main() -> None:
     out, model = asked.out.resolve(), asked.model and asked.model.resolve()
     with tempfile.TemporaryDirectory() as scratch:
         os.chdir(scratch)
-        found = (
+        kept: dict[str, Any] = {}
+        whole = (
             tokens(tasks, asked.max_seq_len)
             if asked.what == "tokens"
             else outcomes(tasks, asked.max_seq_len, model)
         )
-    out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+        for found in whole:
+            kept |= found
+            out.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
 
 
 def tokenizer() -> Any:
@@ -52,34 +57,40 @@ def tokenizer() -> Any:
     return build("tiktoken", {"model_name": "gpt-4"})
 
 
-def tokens(tasks: list[dict[str, Any]], max_seq_len: int) -> dict[str, Any]:
-    """Task -> how many examples there are, and the hash of all of their token ids."""
+def tokens(tasks: list[dict[str, Any]], max_seq_len: int) -> Iterator[dict[str, Any]]:
+    """Task -> how many examples there are, and the hash of the token ids of the first ``EXAMPLES``."""
     build = importlib.import_module("llmfoundry.utils.builders").build_icl_evaluators
-    evaluators, _ = build(tasks, tokenizer(), max_seq_len, 8)
-    found: dict[str, Any] = {}
-    for evaluator in evaluators:
-        dataset = evaluator.dataloader.dataloader.dataset
-        digest = hashlib.sha256()
-        for i in range(len(dataset)):
-            digest.update(json.dumps(example_of(dataset, dataset[i])).encode())
-        found[evaluator.label] = {"examples": len(dataset), "sha256": digest.hexdigest()}
-        print(evaluator.label, len(dataset), flush=True)
-    return found
+    made = tokenizer()
+    for task in tasks:
+        for evaluator in build([task], made, max_seq_len, 8)[0]:
+            dataset = evaluator.dataloader.dataloader.dataset
+            shots, prompt, rng = dataset.num_fewshot, dataset.prompt_string, dataset.fewshot_rng
+            digest = hashlib.sha256()
+            for i in range(min(EXAMPLES, len(dataset))):
+                # As it would map the whole at the first access, with all of its padding
+                example = dataset._prep_example(dataset.dataset[i], i, shots, prompt, rng)
+                digest.update(json.dumps(example_of(dataset, example)).encode())
+            print(evaluator.label, len(dataset), flush=True)
+            yield {evaluator.label: {"examples": len(dataset), "sha256": digest.hexdigest()}}
 
 
 def example_of(dataset: Any, example: dict[str, Any]) -> Any:
     """[[context ids, continuation ids], ...]; of an answer to generate [context ids, room for it]."""
-    ids = example[dataset.context_key]
+    rows = example[dataset.context_key]
     if "continuation_indices" not in example:
+        ids = rows.tolist()
         begin = next(i for i, token in enumerate(ids) if token != dataset.pad_tok_id)
         return [ids[begin:], dataset.base_batch["generation_kwargs"]["max_new_tokens"]]
     spans = example["continuation_indices"]
-    if not isinstance(spans[0], list):
-        ids, spans = [ids], [spans]
-    return [[row[: span[0]], row[span[0] : span[-1] + 1]] for row, span in zip(ids, spans, strict=True)]
+    if not isinstance(rows, list):
+        rows, spans = [rows], [spans]
+    return [
+        [row[: span[0]].tolist(), row[span[0] : span[-1] + 1].tolist()]
+        for row, span in zip(rows, spans, strict=True)
+    ]
 
 
-def outcomes(tasks: list[dict[str, Any]], max_seq_len: int, model: Path) -> dict[str, list[Any]]:
+def outcomes(tasks: list[dict[str, Any]], max_seq_len: int, model: Path) -> Iterator[dict[str, list[Any]]]:
     """Task -> each example's result: 0 or 1, and the choice or what was written."""
     composer = importlib.import_module("composer")
     torch = importlib.import_module("torch")
@@ -106,7 +117,7 @@ def outcomes(tasks: list[dict[str, Any]], max_seq_len: int, model: Path) -> dict
 
     trainer = composer.Trainer(model=wrapped, callbacks=[Keep()], precision="fp32", progress_bar=False)
     trainer.eval(eval_dataloader=evaluators)
-    return found
+    yield found
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from dbrx_train.checkpoint.weights import load_model, open_weights
 from dbrx_train.config import load
 from dbrx_train.data.tokenizer import load_tokenizer
 from dbrx_train.evaluate.outcomes import result
+from dbrx_train.report import read, render
 from dbrx_train.train.callbacks.tasks import task_benchmark
 from dbrx_train.train.run import run
 
@@ -42,6 +43,9 @@ def test_tasks_on_spread_experts_are_those_of_the_saved_weights(
         )
         history = client.get_metric_history(found.info.run_id, f"tasks/{kind}/1-shot/score")
         assert [point.step for point in history] == [0, 4]
+    page = render(read(tmp_path / "spread"))
+    assert "In-context tasks" in page
+    assert '"multiple_choice/1-shot"' in page
 
 
 def test_a_task_that_is_wrong_stops_a_run_before_it_begins(workplace: Path, tmp_path: Path) -> None:
