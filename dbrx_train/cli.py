@@ -279,32 +279,76 @@ def plan(
 
 @app.command("eval")
 def evaluate(
-    config: Config,
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CONFIG|CKPT", help="A run's YAML or folder, a checkpoint, or a Hugging Face folder."
+        ),
+    ],
     overrides: Overrides = None,
     weights: Annotated[
         Path | None,
         typer.Option(help="A run, checkpoint or Hugging Face folder; default: CONFIG's run."),
     ] = None,
     int8: Int8 = False,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Put in-context tasks to it instead: a file with icl_tasks:, `gauntlet`, or a task's label; "
+            "may be repeated."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="The folder of the tasks' data; default: their file's.")
+    ] = None,
+    gauntlet: Annotated[
+        Path | None, typer.Option(help="A file with eval_gauntlet: to aggregate by; default: Gauntlet v0.3.")
+    ] = None,
+    json: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write results here, and examples to a .jsonl beside it; interrupted, the same command goes "
+            "on."
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Examples of each task, from the first on.")
+    ] = None,
+    max_seq_len: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens of the longest prompt with its answer; default: the model's."),
+    ] = None,
+    as_foundry: Annotated[
+        bool, typer.Option("--as-foundry", help="Score as LLM Foundry does even where it is wrong.")
+    ] = False,
+    skip_missing: Annotated[
+        bool, typer.Option("--skip-missing", help="Leave out tasks whose data is not there.")
+    ] = False,
 ) -> None:
-    """Show the loss on what was held out of each source of CONFIG."""
-    from dbrx_train.checkpoint.weights import load_model, open_weights
-    from dbrx_train.config import load
-    from dbrx_train.evaluate.held_out import batches, check_tokenizer, held_out
-    from dbrx_train.model.quantize import quantize
+    """Show the loss on what was held out of each source of CONFIG, or the scores of in-context tasks."""
+    from dbrx_train.evaluate.alone import Asked, evaluate
+    from dbrx_train.evaluate.held_out import of_weights
 
-    run = load(config, overrides or [])
-    found = open_weights(weights or Path(run.folder), _aside)
-    check_tokenizer(run, found)
-    model = load_model(found)
-    run.model = model.config  # its own, which the run's may differ from
-    samples = next((batch["input_ids"] for _, parts in batches(run) for batch in parts), None)
-    if samples is None:
-        raise ValueError(f"{config}: nothing is held out of its sources, or evaluation.max_samples is 0")
-    if int8:
-        _aside(f"int8: logits are off by {quantize(model.eval(), samples):.2%} (root mean square)")
-    for part in held_out(model, run):
+    asked = Asked(tasks or [], data, gauntlet, json, limit, max_seq_len, int8, as_foundry, skip_missing)
+    if tasks:
+        found = weights or (source if not _is_config(source) else _run_folder(source, overrides))
+        print(evaluate(found, asked, _aside))
+        return
+    if asked != Asked([], int8=int8):
+        raise ValueError("--tasks: not given, and all other options but --weights and --int8 are about tasks")
+    config = source if _is_config(source) else source / "config.yaml"
+    for part in of_weights(config, overrides or [], weights, int8, _aside):
         print(f"held-out {part.source}: loss {part.loss:.4f} over {part.labels:,} tokens", flush=True)
+
+
+def _is_config(source: Path) -> bool:
+    return source.suffix in (".yaml", ".yml")
+
+
+def _run_folder(config: Path, overrides: list[str] | None) -> Path:
+    from dbrx_train.config import load
+
+    return Path(load(config, overrides or []).folder)
 
 
 def _aside(line: str) -> None:

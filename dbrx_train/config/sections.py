@@ -364,6 +364,13 @@ class EvaluationConfig:
     batch_size: int = option("samples per forward pass and rank", 8, gt=0)
     max_samples: int = option("most samples per source; 0: no evaluation", 256, ge=0)
     at_start: bool = option("evaluate before the first step too", True)
+    tasks: list[str] = option(
+        "in-context tasks to evaluate as often: files with `icl_tasks:`, `gauntlet`, or tasks' labels "
+        "([evaluation](evaluation.md))",
+        list,
+    )
+    tasks_data: str | None = option("the folder of the tasks' data; null: that of their file", None)
+    tasks_limit: int = option("examples of each task, from the first on", 200, gt=0)
 
 
 @dataclass

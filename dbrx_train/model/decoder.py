@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +34,21 @@ Mask: TypeAlias = Tensor | list[list[int]] | None
 """What attention takes to keep documents apart: `additive_mask`, `document_lengths`, or nothing."""
 
 
+class Layout(NamedTuple):
+    """Where each token stands and what it may look at, of rows that are no plain sequences."""
+
+    positions: Tensor
+    """[B, S], as rotary embeddings count them."""
+    visible: Tensor
+    """[B, S, keys] boolean; keys are those of the cache, then the row's own."""
+
+
 @dataclass
 class DbrxOutput:
     """What a forward pass returns."""
 
     logits: Tensor | None = None
-    """[B, S, V], where asked for or where there are no labels."""
+    """[B, S, V], where asked for or where there are no labels; [N, V] where it was said of which tokens."""
     loss: Tensor | None = None
     """Scalar: cross-entropy plus every auxiliary loss times its weight. The one to differentiate.
 
@@ -117,14 +126,20 @@ class Transformer(nn.Module):
         self.mask_documents, self.reset_positions = config.mask_documents, config.reset_positions
 
     def forward(
-        self, input_ids: Tensor, document_ids: Tensor | None = None, cache: KVCache | None = None
+        self,
+        input_ids: Tensor,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        layout: Layout | None = None,
     ) -> tuple[Tensor, list[Routing]]:
         """input_ids [B, S] -> hidden states [B, S, D] and the layers' routings (none when dense)."""
         past, S = cache.length if cache else 0, input_ids.shape[1]
         positions = torch.arange(past, past + S, device=input_ids.device)[None]
         mask: Mask = None
         visible = token_mask = None
-        if document_ids is not None:
+        if layout is not None:
+            positions, visible = layout.positions, layout.visible[:, None]
+        elif document_ids is not None:
             token_mask = document_ids >= 0
             if self.mask_documents and S > LONGEST_MASK:
                 mask = self.document_lengths(document_ids)
@@ -182,6 +197,8 @@ class Dbrx(nn.Module):
         cache: KVCache | None = None,
         return_logits: bool = False,
         return_log_probs: bool = False,
+        layout: Layout | None = None,
+        logits_at: Tensor | None = None,
     ) -> DbrxOutput:
         """input_ids [B, S] -> logits, loss and routing statistics.
 
@@ -191,16 +208,20 @@ class Dbrx(nn.Module):
         must trail. Padding never counts in a loss or a statistic.
         cache: earlier tokens of these sequences, extended by input_ids; cannot be joined with document_ids.
         return_log_probs: of each label, with gradient, for losses of one's own; `loss` is then without them.
+        layout: positions and mask of the caller's, instead of those that follow from the rest.
+        logits_at [N]: make the logits of these tokens alone, numbered along the rows of input_ids.
         Raises ValueError for shapes that do not fit.
         """
-        self._check_inputs(input_ids, labels, document_ids, cache)
-        hidden_BSD, routings = self.transformer(input_ids, document_ids, cache)
+        self._check_inputs(input_ids, labels, document_ids, cache, layout is not None)
+        hidden_BSD, routings = self.transformer(input_ids, document_ids, cache, layout)
         token_mask = None if document_ids is None else (document_ids >= 0).flatten()
         output = DbrxOutput()
         if routings:
             output.routing = load_balancing.routing_stats(routings, token_mask)
         if labels is None or return_logits:
-            output.logits = self.lm_head(hidden_BSD)
+            output.logits = self.lm_head(
+                hidden_BSD if logits_at is None else hidden_BSD.flatten(0, 1)[logits_at]
+            )
         if labels is not None:
             targets = shift_labels(labels, document_ids, self.config.mask_documents)
             if return_log_probs:
@@ -241,7 +262,12 @@ class Dbrx(nn.Module):
             output.loss = output.loss + config.router_z_loss_weight * raw
 
     def _check_inputs(
-        self, input_ids: Tensor, labels: Tensor | None, document_ids: Tensor | None, cache: KVCache | None
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None,
+        document_ids: Tensor | None,
+        cache: KVCache | None,
+        laid_out: bool,
     ) -> None:
         shape = tuple(input_ids.shape)
         if len(shape) != 2:
@@ -253,6 +279,8 @@ class Dbrx(nn.Module):
                 )
         if cache is not None and document_ids is not None:
             raise ValueError("document_ids: cannot be joined with a cache; generate from one document a row")
+        if laid_out and cache is None:
+            return  # a row may hold several sequences
         past, limit = (0, self.config.max_seq_len) if cache is None else (cache.length, cache.capacity)
         limit = min(limit, self.config.max_seq_len)
         if past + shape[1] > limit:

@@ -117,6 +117,8 @@ def _charts(record: Record) -> list[Chart]:
         one(
             "Mix", "share of the tokens; dashed: asked for, solid: served", mix, zero=True, top=1, pairs=True
         ),
+        one("In-context tasks", "score", _tasks(record, "score"), zero=True, top=1),
+        one("Right answers of in-context tasks", "bits per byte", _tasks(record, "bits_per_byte"), zero=True),
         one("Load entropy by layer", "1: all experts alike", by_layer("experts/{}/entropy"), ramp=True),
         one("Spread of the load by layer", "coefficient of variation", by_layer("experts/{}/cv"), ramp=True),
         one("Router entropy by layer", "of a token; 1: no choice", by_layer("router/{}/entropy"), ramp=True),
@@ -131,6 +133,12 @@ def _charts(record: Record) -> list[Chart]:
         ),
     ]
     return [chart for chart in charts if chart["plot"]["series"]]
+
+
+def _tasks(record: Record, figure: str) -> list[tuple[str, str]]:
+    """Label and metric of each task of which there is this figure."""
+    names = [n for n in record.metrics if n.startswith("tasks/") and n.endswith(f"/{figure}")]
+    return [(name.removeprefix("tasks/").removesuffix(f"/{figure}"), name) for name in names]
 
 
 def _layer(name: str) -> list[tuple[int, str]]:

@@ -36,6 +36,7 @@ from dbrx_train.train.callbacks.checkpoints import Checkpoints
 from dbrx_train.train.callbacks.heartbeat import HeartbeatCallback
 from dbrx_train.train.callbacks.order import Supervision
 from dbrx_train.train.callbacks.preemption import Preemption
+from dbrx_train.train.callbacks.tasks import task_benchmark
 from dbrx_train.train.data import check_sources
 from dbrx_train.train.environment import print_rank0
 from dbrx_train.train.reference import set_reference
@@ -82,6 +83,7 @@ def _train(config: RunConfig, device: str, stop: PreemptionHandler) -> None:
         check_world(config, dist.get_world_size())
         tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.vocab_file)
         check_sources(config, tokenizer)
+        task_benchmark(config, tokenizer)
         check_folder(config)
         remote, leases = open_remote(config), list[Lease | RemoteLease]()
         if dist.get_global_rank() == 0:

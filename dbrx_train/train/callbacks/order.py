@@ -33,6 +33,7 @@ from dbrx_train.train.callbacks.norms import GroupNorms
 from dbrx_train.train.callbacks.preemption import Preemption
 from dbrx_train.train.callbacks.profiler import Profiler
 from dbrx_train.train.callbacks.progress import Progress
+from dbrx_train.train.callbacks.tasks import InContextTasks, task_benchmark
 from dbrx_train.train.exports import Exports
 from dbrx_train.train.sharded import ReduceOnce
 from dbrx_train.train.tracking.provenance import provenance
@@ -40,7 +41,10 @@ from dbrx_train.train.train_state import TrainState
 
 __all__ = ["METRICS", "Supervision", "callbacks"]
 
-METRICS = (GroupNorms, BySource, Goodput, Activations, Profiler, ExpertLoad, MixServed, SpeedMonitor)
+METRICS = (
+    *(GroupNorms, BySource, Goodput, Activations, Profiler, ExpertLoad, MixServed, SpeedMonitor),
+    InContextTasks,
+)
 """Those that only look: a run without them has the same weights."""
 
 
@@ -72,6 +76,8 @@ def callbacks(
     often = clock.interval(config.logging.interval)
     checkpoints = _checkpoints(config, tokenizer, remote, supervision.leases if supervision else ())
     bad_steps = BadSteps(config.bad_steps, folder) if config.bad_steps.skip else None
+    goodput = Goodput(folder, often, _saves(config))
+    watching = [goodput] if supervision is None else [supervision.heartbeat, goodput]
     found: list[Callback | None] = [
         # First, so that it knows where the run is when any other one hangs.
         supervision.heartbeat if supervision else None,
@@ -85,7 +91,7 @@ def callbacks(
         GroupNorms(often, clock),
         BySource(often),
         # Ahead of Checkpoints: keeps what was useful up to a save, and times the save from here.
-        Goodput(folder, often, _saves(config)),
+        goodput,
         Activations(often, clock) if config.logging.activations else None,
         _profiler(config),
         # Ahead of Checkpoints: a roll-back leaves before the step is saved.
@@ -98,6 +104,8 @@ def callbacks(
             window_size=max(1, clock.first_step(config.logging.interval).batch),
             gpu_flops_available=peak_flops,
         ),
+        # After all that may drop this step or take it back.
+        _tasks(config, tokenizer, watching),
         PeakMemory(often) if device == "cpu" else MemoryMonitor(),
         Progress(clock, enabled=config.logging.progress),
         # After all whose state it saves.
@@ -111,6 +119,20 @@ def callbacks(
 def _saves(config: RunConfig) -> list[str]:
     intervals = (config.checkpoints.interval, config.checkpoints.export.interval)
     return [config.clock.interval(each) for each in intervals if each is not None]
+
+
+def _tasks(config: RunConfig, tokenizer: Tokenizer, watching: Sequence[Callback]) -> InContextTasks | None:
+    benchmark, clock = task_benchmark(config, tokenizer), config.clock
+    if benchmark is None:
+        return None
+    return InContextTasks(
+        benchmark,
+        clock.interval(config.evaluation.interval),
+        clock,
+        at_start=config.evaluation.at_start,
+        autocast=config.precision == "amp_bf16",
+        watching=watching,
+    )
 
 
 def _profiler(config: RunConfig) -> Profiler | None:

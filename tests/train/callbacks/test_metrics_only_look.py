@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_run import run_yaml, saved_tensors
+from tiny_tasks import write_tasks
 
 from dbrx_train.config import load
 from dbrx_train.train import run, trainer
@@ -21,6 +22,7 @@ def test_without_any_metric_a_run_has_the_same_weights(
     """With balancing that goes by the whole batch's load, and biases that move."""
     options = ["model.loss_free_bias_rate=0.01", "optimization.balance_over=global_batch", "max_duration=4ba"]
     options += ["evaluation.max_samples=0", "logging.activations=true", "profile.at=2ba"]
+    options += [f"evaluation.tasks=[{write_tasks(tmp_path)}]", "evaluation.interval=1ba"]
     run.run(load(run_yaml(workplace, tmp_path, "watched"), options))
     found: list[str] = []
 
