@@ -6,7 +6,6 @@ from pathlib import Path
 
 from dbrx_train.config import ConfigError, RunConfig, load
 from dbrx_train.plan.collectives import KINDS
-from dbrx_train.plan.memory import PARTS
 from dbrx_train.plan.planner import plan
 
 ROOT = Path(__file__).parent.parent
@@ -15,7 +14,7 @@ BEGIN, END = "<!-- scripts/parallelism_docs.py -->\n", "<!-- end -->\n"
 NAMES = ["dbrx-9b", "moe-a", "dense-a", "dbrx-18b", "moe-b", "dbrx-35b", "dbrx-73b", "dbrx-132b"]
 NAMES += ["dbrx-132b-32k"]
 CLUSTERS = (8, 64, 512, 3072)
-COLUMNS = ["configuration", "GPUs", "mesh", "held: {kinds}", "all"]
+COLUMNS = ["configuration", "GPUs", "mesh", "held: shards", "gathered", "activations", "all", "reserved"]
 COLUMNS += ["sent: gathered", "scattered", "between replicas", "tokens", "of that over the network"]
 
 
@@ -31,7 +30,8 @@ def row(config: RunConfig, gpus: int) -> list[str] | None:
         mesh += f", experts over {found.shape.expert}"
     sent = {kind: sum(each.sent for each in found.sent if each.kind == kind) for kind in KINDS}
     away = sum(each.over_network(config.plan.machine) for each in found.sent)
-    sizes = (*found.held.kinds.values(), found.held.total, *sent.values(), away)
+    held = found.held.memory
+    sizes = (held.shards, held.gathered, held.activations, held.total, held.reserved, *sent.values(), away)
     return [config.run_name, str(gpus), mesh, *(f"{round(n) / 1e9:,.1f}" for n in sizes)]
 
 
@@ -40,12 +40,11 @@ def _line(cells: list[str]) -> str:
 
 
 def render() -> str:
-    rows, kinds = [], " | ".join(PARTS)
+    rows = []
     for name in NAMES:
         config = load(ROOT / "configs" / "pretrain" / f"{name}.yaml")
         rows += [_line(line) for gpus in CLUSTERS if (line := row(config, gpus)) is not None]
-    columns = " | ".join(COLUMNS).format(kinds=kinds).split(" | ")
-    return _line(columns) + _line(["---"] * len(columns)) + "".join(rows)
+    return _line(COLUMNS) + _line(["---"] * len(COLUMNS)) + "".join(rows)
 
 
 def renewed() -> str:

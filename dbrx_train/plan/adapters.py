@@ -5,6 +5,7 @@ from __future__ import annotations
 from dbrx_train.config import RunConfig
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.parallel.mesh import MeshShape
+from dbrx_train.plan.memory import Memory
 from dbrx_train.plan.units import FLOAT32, HasItemsize, fsdp_units
 
 __all__ = ["frozen_memory", "trained"]
@@ -18,20 +19,24 @@ def trained(config: RunConfig) -> int:
     return config.model.n_layers * config.lora.rank * sum(of_rank_1[name] for name in config.lora.targets)
 
 
-def frozen_memory(config: RunConfig, shape: MeshShape, dtype: HasItemsize | None) -> dict[str, int]:
-    """Bytes of a rank, by kind, in place of weights, gradients and optimizer state, and of what is gathered.
+def frozen_memory(config: RunConfig, shape: MeshShape, dtype: HasItemsize | None, whole: Memory) -> Memory:
+    """Memory of a rank, where ``whole`` is that of training all weights; a bound.
 
-    Frozen weights lie in ``dtype``, the embedding and the factors in float32; no gradient of a block is made.
+    Frozen weights lie in ``dtype``, embedding and factors in float32. The factors alone have gradients
+    and optimizer state; of blocks, head and embedding no gradient is made.
     """
     embedding, *blocks, _, head = fsdp_units(config.model, shape, dtype, True, "none")
     itemsize = dtype.itemsize if dtype else FLOAT32
-    matrices = sum(unit.padded // unit.ranks for unit in (*blocks, head)) * itemsize
-    block = sum(unit.padded for unit in blocks) // config.model.n_layers
-    return {
-        "frozen_weights": matrices + embedding.padded // embedding.ranks * FLOAT32,
-        "shards": trained(config) * 4 * FLOAT32 // shape.shard,
-        "gathered": (2 * block + head.padded) * itemsize,
-    }
+    frozen = sum(unit.padded // unit.ranks for unit in (*blocks, head)) * itemsize
+    frozen += embedding.padded // embedding.ranks * FLOAT32
+    factors = trained(config) * FLOAT32 // shape.shard
+    found = {}
+    for moment, kinds in whole.moments.items():
+        state = kinds["optimizer state"] // kinds["parameters"] * factors
+        own = {"parameters": frozen + factors, "optimizer state": state, "gradients": factors}
+        found[moment] = kinds | own | {"scattered": 0, "head": 0}
+    del found["embedding backward"]
+    return Memory(found)
 
 
 def _factors(model: DbrxConfig) -> dict[str, int]:

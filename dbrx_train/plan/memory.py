@@ -15,12 +15,12 @@ from dbrx_train.model.config import DbrxConfig
 from dbrx_train.parallel.mesh import MeshShape
 from dbrx_train.plan.units import FLOAT32, HasItemsize, Unit, fsdp_units
 
-__all__ = ["PARTS", "Memory", "memory"]
+__all__ = ["GATHERED", "STATES", "Memory", "memory"]
 
 Kinds = dict[str, int]
 
-PARTS = ("shards", "gathered", "activations")
-"""Of a `Memory`'s total; together they are all of it."""
+STATES = ("parameters", "optimizer state", "gradients")
+GATHERED = ("gathered", "gather buffers", "scattered")
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ class Memory:
     @property
     def shards(self) -> int:
         """Of ``total``: parameters, optimizer state, and the gradients that there are."""
-        return sum(self.peak[kind] for kind in ("parameters", "optimizer state", "gradients"))
+        return sum(self.peak[kind] for kind in STATES)
 
     @property
     def gathered(self) -> int:
         """Of ``total``: parameters gathered from other ranks and gradients on their way to them."""
-        return sum(self.peak[kind] for kind in ("gathered", "gather buffers", "scattered"))
+        return sum(self.peak[kind] for kind in GATHERED)
 
     @property
     def activations(self) -> int:
@@ -130,7 +130,9 @@ def memory(
             found.append(moment(**common, **added | {"backward": added["backward"] + stream}))
         return found
 
-    blocks_backward = [kinds for left in range(1, config.n_layers + 1) for kinds in block(left)]
+    # But for the first and the last block all is linear in how many are left.
+    ends_of_lines = {1, 2, config.n_layers - 1, config.n_layers} & set(range(1, config.n_layers + 1))
+    blocks_backward = [kinds for left in sorted(ends_of_lines) for kinds in block(left)]
     logits = min(config.loss_chunk_size, tokens) * config.vocab_size * (FLOAT32 + b)
     ends = {"activations": work.kept * config.n_layers + 3 * stream + tokens * config.d_model * b}
     total, lower = head.padded * FLOAT32, head.padded * b

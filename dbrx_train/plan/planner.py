@@ -12,7 +12,7 @@ from dbrx_train.plan.adapters import frozen_memory, trained
 from dbrx_train.plan.collectives import KINDS, Collective, collectives
 from dbrx_train.plan.cost import Cost, cost
 from dbrx_train.plan.hardware import GPU
-from dbrx_train.plan.memory import PARTS, memory
+from dbrx_train.plan.memory import GATHERED, STATES, Memory, memory
 from dbrx_train.plan.step_time import RUNTIME, Architecture, StepTime
 from dbrx_train.plan.units import BFLOAT16, ElementType
 from dbrx_train.plan.world import Microbatch, check_world, largest_microbatch, mesh_shape, microbatch
@@ -27,16 +27,16 @@ models, within 17 % by those fitted to another table; five of mixtures are withi
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes that a rank holds, by kind, at the largest of the run's stages."""
+    """Bytes that a rank holds at the largest of the run's stages."""
 
-    kinds: dict[str, int]
+    memory: Memory
     on_host: int
-    """Of ``kinds``, what is offloaded."""
+    """Of that, what is offloaded."""
 
     @property
     def total(self) -> int:
-        """On the GPU."""
-        return sum(self.kinds.values()) - self.on_host
+        """What the caching allocator takes of the GPU's memory."""
+        return self.memory.reserved - self.on_host
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def count(config: RunConfig) -> int:
 
 
 def held(config: RunConfig, ranks: int) -> Held:
-    """Bytes of a rank, at the largest microbatch of all stages."""
+    """Bytes of a rank at the largest microbatch of all stages, experts loaded as ``plan.imbalance`` says."""
     micro, given = largest_microbatch(config, ranks), config.parallelism
     shape, offloaded = mesh_shape(config, ranks), given.cpu_offload
     found = memory(
@@ -143,13 +143,12 @@ def held(config: RunConfig, ranks: int) -> Held:
         skew=config.plan.imbalance,
         moments=1 if config.optimization.optimizer.name == "lionw" else 2,
     )
-    kinds = {part: int(getattr(found, part)) for part in PARTS}
     if config.lora.rank is not None:
-        kinds |= frozen_memory(config, shape, _dtype(config))
+        found = frozen_memory(config, shape, _dtype(config), found)
     if ranks == 1 and not offloaded:
-        del kinds["gathered"]
-    on_host = kinds["shards"] + kinds.get("frozen_weights", 0) if offloaded else 0
-    return Held(kinds, on_host)
+        none = dict.fromkeys(GATHERED, 0)
+        found = Memory({moment: kinds | none for moment, kinds in found.moments.items()})
+    return Held(found, sum(found.peak[kind] for kind in STATES) if offloaded else 0)
 
 
 def plan(config: RunConfig, gpus: int | None = None) -> Plan:

@@ -12,7 +12,7 @@ from dbrx_train.plan.adapters import trained
 from dbrx_train.plan.planner import Plan
 from dbrx_train.plan.search import changes
 
-__all__ = ["as_dict", "counted", "gigabytes", "label", "ranking", "render", "rounded"]
+__all__ = ["as_dict", "counted", "gigabytes", "ranking", "render", "rounded"]
 
 _NAMES = {
     ("gathered", "dense"): "gather dense",
@@ -90,7 +90,9 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "steps": plan.config.clock.total_batches,
         "fits": plan.fits,
         "memory": {
-            "kinds": plan.held.kinds,
+            "moments": plan.held.memory.moments,
+            "peak_moment": plan.held.memory.peak_moment,
+            "allocated": plan.held.memory.total,
             "on_host": plan.held.on_host,
             "total": plan.held.total,
             "room": plan.room,
@@ -158,12 +160,19 @@ def _head(plan: Plan) -> list[str]:
 
 
 def _memory(plan: Plan) -> list[str]:
-    rows = [(f"  {label(name)}", gigabytes(size)) for name, size in plan.held.kinds.items()]
-    if plan.held.on_host:
-        rows.append(("  of that on the host", gigabytes(plan.held.on_host)))
-    rows.append(("  in all", gigabytes(plan.held.total)))
+    moments = plan.held.memory.moments
+    rows = [("memory of a rank, GB", *moments)]
+    for kind in plan.held.memory.peak:
+        rows.append((f"  {kind}", *(gigabytes(kinds[kind]) for kinds in moments.values())))
+    rows.append(("  allocated", *(gigabytes(sum(kinds.values())) for kinds in moments.values())))
+    taken = gigabytes(plan.held.total)
+    host = f", {gigabytes(plan.held.on_host)} GB on the host" if plan.held.on_host else ""
     free = f"{gigabytes(plan.room)} of {gigabytes(plan.gpu.memory)} GB; CUDA, NCCL and cuBLAS take the rest"
-    return [f"memory of a rank, GB; tensors can have {free}", *_aligned(rows)]
+    return [
+        *_aligned(rows),
+        f"  peak: {plan.held.memory.peak_moment}; with the allocator's slack {taken} GB{host}",
+        f"  tensors can have {free}",
+    ]
 
 
 def _sent(plan: Plan) -> list[str]:
@@ -264,11 +273,6 @@ def _aligned(rows: Iterable[Sequence[str]]) -> list[str]:
 def gigabytes(size: float) -> str:
     """In units of 1e9 bytes, with a digit more below one."""
     return f"{size / 1e9:,.1f}" if size >= 1e9 or size == 0 else f"{size / 1e9:.2g}"
-
-
-def label(kind: str) -> str:
-    """What a kind of memory is called."""
-    return {"shards": "weights, gradients and optimizer"}.get(kind, kind.replace("_", " "))
 
 
 def counted(number: int) -> str:

@@ -9,7 +9,7 @@ import torch
 from dbrx_train.config import RunConfig
 from dbrx_train.plan import hardware
 from dbrx_train.plan.planner import held, plan
-from dbrx_train.plan.table import counted, label
+from dbrx_train.plan.table import counted
 from dbrx_train.plan.world import mesh_shape, microbatch
 
 __all__ = ["summary"]
@@ -46,11 +46,14 @@ def _batch(config: RunConfig, world_size: int) -> str:
 
 def _mesh(config: RunConfig, device: str, world_size: int) -> str:
     shape, holds = mesh_shape(config, world_size), held(config, world_size)
-    parts = ", ".join(f"{label(name)} {_bytes(size)}" for name, size in holds.kinds.items())
+    parts = f"weights, gradients and optimizer {_bytes(holds.memory.shards)}"
+    parts += f", activations {_bytes(holds.memory.activations)}"
+    if world_size > 1:
+        parts += f", gathered {_bytes(holds.memory.gathered)}"
     where = f"; {_bytes(holds.on_host)} on the host" if holds.on_host else ""
     mesh = f"replicate {shape.replicate} x shard {shape.shard}, experts over {shape.expert}"
     bound = "at most" if config.lora.rank else "about"
-    total = _bytes(sum(holds.kinds.values()))
+    total = _bytes(holds.memory.total)
     return f"{world_size} x {device}, {config.precision}: {mesh}; {bound} {total} a rank ({parts}{where})"
 
 

@@ -176,8 +176,10 @@ def test_adapters_hold_frozen_weights_and_their_own_state() -> None:
     found, whole = plan(config), plan(replace(config, lora=LoraConfig()), 8)
     assert found.fits
     assert not whole.fits
-    assert round(found.held.kinds["frozen_weights"] / 1e9) == 33
-    assert found.held.kinds["shards"] == 16 * trained(config) // 8
+    held = found.held.memory.peak
+    assert round((held["parameters"] - held["gradients"]) / 1e9) == 33
+    assert held["gradients"] * 2 == held["optimizer state"] == 8 * trained(config) // 8
+    assert held["scattered"] == 0 < whole.held.memory.peak["scattered"]
     assert found.step.compute.expert_products < whole.step.compute.expert_products
     assert {each.kind for each in found.sent} == {"gathered"}
 
@@ -234,7 +236,9 @@ def test_the_command_prints_the_plan_and_json() -> None:
     assert shown.output.startswith("dbrx-9b on 16 x h200 in machines of 4\n")
     assert "at $ 3.50 a GPU-hour" in shown.output
     plain = json.loads(CliRunner().invoke(app, ["plan", path, *options, "--json"]).output)
-    assert plain["memory"]["total"] == sum(plain["memory"]["kinds"].values())
+    moments = plain["memory"]["moments"]
+    assert plain["memory"]["allocated"] == sum(moments[plain["memory"]["peak_moment"]].values())
+    assert plain["memory"]["allocated"] <= plain["memory"]["total"] < plain["memory"]["room"]
     assert plain["step"]["seconds_from"] < plain["step"]["seconds"] < plain["step"]["seconds_to"]
     assert plain["cost"]["dollars"] == pytest.approx(3.5 * plain["cost"]["gpu_hours"])
     # A group of 8 lies on two machines of 4: the ring's two edges between them, of eight.
