@@ -1,4 +1,4 @@
-"""Writes the table in docs/dry-run.md: python scripts/dry_run_docs.py (a minute a line, 1 GB)."""
+"""Writes the table in docs/dry-run.md: python scripts/dry_run_docs.py (15 dry runs of one to two minutes)."""
 
 from __future__ import annotations
 
