@@ -1,11 +1,12 @@
-"""Writes the table in docs/dry-run.md: python scripts/dry_run_docs.py (a minute a line, 1 GB)."""
+"""Writes the table in docs/dry-run.md: python scripts/dry_run_docs.py (15 dry runs of one to two minutes)."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from dbrx_train.config import RunConfig, load
+from dbrx_train.config import ConfigError, RunConfig, load
 from dbrx_train.plan.dry_run import DryRun, dry_run, estimated
+from dbrx_train.plan.world import check_world, largest_microbatch
 from dbrx_train.train.optim import build_optimizer
 
 ROOT = Path(__file__).parent.parent
@@ -18,22 +19,30 @@ COLUMNS = ["configuration", "GPUs", "mesh", "skew", "allocated, dry run", "formu
 COLUMNS += ["reserved, expandable", "formula", "reserved, default"]
 
 
-def rows(config: RunConfig, gpus: int) -> list[str]:
-    """Lines of the table, one for each skew; none where the configuration does not run on so many GPUs."""
-    try:
-        run = dry_run(config, gpus, build_optimizer)
-    except ValueError:
-        return []
-    return [_row(config, run, i) for i in range(len(run.steps))]
+def rows(config: RunConfig, clusters: list[int]) -> list[str]:
+    """Lines of the table, one for each skew, of clusters on which a rank holds the same."""
+    run = dry_run(config, clusters[0], build_optimizer)
+    return [_row(config, run, clusters, i) for i in range(len(run.steps))]
 
 
-def _row(config: RunConfig, run: DryRun, step: int) -> str:
+def alike(config: RunConfig) -> list[list[int]]:
+    """The clusters that the configuration runs on, in groups on which a rank holds the same."""
+    groups: dict[bool, list[int]] = {}
+    for gpus in CLUSTERS:
+        try:
+            check_world(config, gpus)
+        except ConfigError:
+            continue
+        groups.setdefault(largest_microbatch(config, gpus).per_step > 1, []).append(gpus)
+    return list(groups.values())
+
+
+def _row(config: RunConfig, run: DryRun, clusters: list[int], step: int) -> str:
     shape, seen = run.shape, run.steps[step]
     expected = estimated(config, run, seen.skew)
-    mesh = f"{shape.replicate} x {shape.shard}"
-    if shape.expert > 1:
-        mesh += f", experts over {shape.expert}"
-    first = [config.run_name, str(shape.replicate * shape.shard), mesh] if step == 0 else ["", "", ""]
+    mesh = f"shard {shape.shard}" + (f", experts over {shape.expert}" if shape.expert > 1 else "")
+    names = ", ".join(f"{gpus:,}" for gpus in clusters)
+    first = [config.run_name, names, mesh] if step == 0 else ["", "", ""]
     return _line(
         [
             *first,
@@ -69,8 +78,8 @@ def main() -> None:
     lines = []
     for name in NAMES:
         config = load(ROOT / "configs" / "pretrain" / f"{name}.yaml")
-        for gpus in CLUSTERS:
-            found = rows(config, gpus)
+        for clusters in alike(config):
+            found = rows(config, clusters)
             print("".join(found), end="", flush=True)
             lines += found
     write(header() + "".join(lines))

@@ -8,7 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    set_checkpoint_early_stop,
+)
 
 from dbrx_train.model.config import ACTIVATION_CHECKPOINTING
 from dbrx_train.model.decoder import Dbrx
@@ -55,9 +60,16 @@ def checkpoint_activations(model: Dbrx, what: str) -> None:
 
 
 def _recompute(module: nn.Module, **options: Any) -> None:
-    # The method alone is replaced: a wrapper around the module would rename its parameters.
     forward: Callable[..., Any] = module.forward
-    module.forward = partial(checkpoint, forward, use_reentrant=False, **options)
+
+    def recomputed(*args: Any) -> Any:
+        # To the end: stopped by an exception amid an operator of our own, as a dense model's last one is,
+        # torch would never free what was computed so far. Nothing dear comes after what is needed.
+        with set_checkpoint_early_stop(False):
+            return checkpoint(forward, *args, use_reentrant=False, **options)
+
+    # The method alone is replaced: a wrapper around the module would rename its parameters.
+    module.forward = recomputed
 
 
 def _keep_dear(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -197,14 +197,15 @@ def _work(config: DbrxConfig, tokens: int, b: int, what: str, *, spread: bool, s
     attention = b * (6 * d + 2 * kv)
     # Their input; theirs from other ranks come back to be weighted
     experts = b * rows * (d + 2 * ffn) + (b * config.top_k * d if spread else 0)
-    between = 2 * stream  # the residual stream, and its norm
+    normed = 0 if config.is_dense else stream  # the router's input, in float32
+    between = stream + normed
     products = b * (3 * d + 2 * kv + rows * (d + 2 * ffn))
     everything = stream + attention + between + experts
     kept = {
         "none": everything,
         "full": stream,
         "selective": stream + products,
-        "norm_attn_norm": 2 * stream + experts,
+        "norm_attn_norm": stream + normed + experts,
     }[what]
     recomputes_block = what in ("full", "selective")
     return _Work(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from typing import Any
 
@@ -95,6 +96,23 @@ def test_what_a_block_keeps_is_what_the_estimate_says(what: str) -> None:
     few, many = (kept_per_token(replace(config, n_layers=layers), what) for layers in (2, 6))
     estimate = _work(config, 1, 4, what, spread=False, skew=1.0).kept
     assert (many - few) / 4 == pytest.approx(estimate, rel=0.15)
+
+
+@pytest.mark.parametrize("num_experts", [1, 4])
+@pytest.mark.parametrize("what", ACTIVATION_CHECKPOINTING)
+def test_a_step_leaves_nothing_behind(what: str, num_experts: int) -> None:
+    config = replace(CONFIG, num_experts=num_experts, top_k=1)
+    model = Dbrx(config, seed=1)
+    checkpoint_activations(model, what)
+    ids = torch.zeros(1, 61, dtype=torch.int64)  # of a length that no other tensor has
+    for _ in range(2):
+        loss = model(ids, labels=ids).loss
+        assert loss is not None
+        loss.backward()
+        del loss
+    gc.collect()
+    left = [o for o in gc.get_objects() if type(o) is Tensor and 61 in o.shape and o is not ids]
+    assert not left
 
 
 def test_more_experts_keep_no_more_of_a_token() -> None:
