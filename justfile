@@ -2,6 +2,8 @@
 # `just bin=/path/to/bin check` takes another one.
 
 bin := ".venv/bin"
+# two files of tests at a time; `just parallel="" test` for a debugger
+parallel := "-n 2 --dist loadfile"
 
 # what there is
 _default:
@@ -15,11 +17,11 @@ check:
 
 # the quick tests; arguments go to pytest
 test *args:
-    {{bin}}/python -m pytest -m "not slow" {{args}}
+    {{bin}}/python -m pytest {{parallel}} -m "not slow" {{args}}
 
 # every test
 test-all *args:
-    {{bin}}/python -m pytest {{args}}
+    {{bin}}/python -m pytest {{parallel}} {{args}}
 
 # the documentation as a site, in site/ (needs the extra `docs`)
 docs:
