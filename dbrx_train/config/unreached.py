@@ -44,7 +44,7 @@ def _learning_rate(config: RunConfig) -> Iterator[str]:
             f"the run's {total:,}; the decay takes these"
         )
     if not given.decays_last and given.decay != LearningRateConfig.decay:
-        yield f"{key}.decay: is of the schedules wsd and inverse_sqrt; {given.schedule} does not heed it"
+        yield f"{key}.decay: is of wsd and inverse_sqrt; {given.schedule} does not heed it"
 
 
 def _stages(config: RunConfig) -> Iterator[str]:

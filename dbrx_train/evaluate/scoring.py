@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dbrx_train.model.decoder import LONGEST_MASK, Dbrx, Layout
+from dbrx_train.model.config import LONGEST_MASK
+from dbrx_train.model.decoder import Dbrx, Layout
 
 __all__ = ["Row", "Score", "batches", "rows_of", "score"]
 

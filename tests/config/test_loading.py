@@ -267,7 +267,7 @@ UNREACHED = {
     MIX
     % ("2dur", "linear"): "data.mix[1].at: is at 102,400 tokens, and the run ends at 51,200; its ramp is cut",
     "profile.at=100ba": "profile.at: is at 51,200 tokens, and the run ends before; nothing is traced",
-    "optimization.learning_rate.decay=5ba": "decay: is of the schedules wsd and inverse_sqrt; cosine",
+    "optimization.learning_rate.decay=5ba": "decay: is of wsd and inverse_sqrt; cosine does not heed it",
 } | {
     f"{key}=101ba": f"{key}: its 51,712 tokens are more than the run's 51,200; {instead}"
     for key, instead in TOO_LONG.items()
