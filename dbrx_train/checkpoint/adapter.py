@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.tensors import Reader
-from dbrx_train.errors import check_exists, first_line
+from dbrx_train.errors import check_exists
+from dbrx_train.files import naming_file
 from dbrx_train.lease import new_folder
 from dbrx_train.model.init import is_norm
 from dbrx_train.model.lora import factor_names, is_factor
@@ -137,29 +137,26 @@ def write_adapter(path: Path, out: Path, on_skip: Callable[[str], None]) -> list
     attention = {f"base_model.model.{name}": factors[name] for name in factors if name not in experts}
     targets = sorted({name.split(".")[-3] for name in attention})
     written = []
-    try:
-        with new_folder(out) as partial:
-            if experts:
-                about = {"format": "pt", "rank": str(lora["rank"]), "alpha": str(lora["alpha"])}
-                save_file(experts, partial / EXPERTS_FILE, about)
-                written.append(EXPERTS_FILE)
-            if attention:
-                save_file(attention, partial / PEFT_FILES[1], {"format": "pt"})
-                base = found.config["init_from"]["path"]
-                content = {
-                    "base_model_name_or_path": base if Path(base, "config.json").is_file() else None,
-                    "bias": "none",
-                    "fan_in_fan_out": False,
-                    "inference_mode": True,
-                    "lora_alpha": lora["alpha"],
-                    "lora_dropout": 0.0,
-                    "peft_type": "LORA",
-                    "r": lora["rank"],
-                    "target_modules": targets,
-                    "task_type": "CAUSAL_LM",
-                }
-                (partial / PEFT_FILES[0]).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-                written += PEFT_FILES
-    except SafetensorError as error:
-        raise ValueError(f"{out}: cannot be written ({first_line(error)})") from None
+    with new_folder(out) as partial, naming_file(out):
+        if experts:
+            about = {"format": "pt", "rank": str(lora["rank"]), "alpha": str(lora["alpha"])}
+            (partial / EXPERTS_FILE).write_bytes(save(experts, about))
+            written.append(EXPERTS_FILE)
+        if attention:
+            (partial / PEFT_FILES[1]).write_bytes(save(attention, {"format": "pt"}))
+            base = found.config["init_from"]["path"]
+            content = {
+                "base_model_name_or_path": base if Path(base, "config.json").is_file() else None,
+                "bias": "none",
+                "fan_in_fan_out": False,
+                "inference_mode": True,
+                "lora_alpha": lora["alpha"],
+                "lora_dropout": 0.0,
+                "peft_type": "LORA",
+                "r": lora["rank"],
+                "target_modules": targets,
+                "task_type": "CAUSAL_LM",
+            }
+            (partial / PEFT_FILES[0]).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            written += PEFT_FILES
     return written

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from dbrx_train.errors import first_line, seen_from
 from dbrx_train.options import check
 from dbrx_train.redact import mask_tree
 
-__all__ = ["RECORD", "flatten", "for_record", "load", "to_dict", "to_yaml"]
+__all__ = ["RECORD", "flatten", "for_record", "from_dict", "load", "to_dict", "to_yaml"]
 
 
 _A_RUN = "a run is a mapping of keys, such as run_name and model"
@@ -45,14 +45,20 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for trouble in (*unknown_keys(resolved, RunConfig), *wrong_kinds(resolved, RunConfig)):
         raise ConfigError(f"{path}: {trouble}")
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), resolved))
+        config = from_dict(resolved)
     except ValueError as error:  # DbrxConfig checks itself when it is made
         raise ConfigError(f"{path}: model.{first_line(error)}") from None
-    assert isinstance(config, RunConfig)
     try:
         check(config)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
+    return config
+
+
+def from_dict(values: Mapping[Any, Any]) -> RunConfig:
+    """A run from the plain values of one that was checked when it was read, such as ``to_dict`` gives."""
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), dict(values)))
+    assert isinstance(config, RunConfig)
     return config
 
 

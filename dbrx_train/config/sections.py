@@ -335,7 +335,7 @@ class LoggingConfig:
     experiment: str = option("MLflow experiment", "dbrx-train")
     interval: str = option("how often what costs more than a number is logged, such as expert load", "10ba")
     activations: bool = option("log the largest and the root mean square output of every block, too", False)
-    progress: bool = option("progress bar, where there is a terminal", True)
+    progress: bool = option("a progress bar where there is a terminal, else a line every `interval`", True)
     peak_flops: float | None = option(
         "FLOP/s of one device that MFU is relative to; default: the GPU's published dense peak, "
         "on a CPU that of a measured matrix product",

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import heapq
+import math
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from math import inf
 from pathlib import Path
 from typing import Any
 
 from composer.utils import dist, maybe_create_object_store_from_uri, parse_uri
+from omegaconf.errors import OmegaConfBaseException
 
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.folder import Checkpoint
@@ -21,13 +22,14 @@ from dbrx_train.checkpoint.remote import Remote
 from dbrx_train.checkpoint.remote_lease import RemoteLease
 from dbrx_train.checkpoint.selection import select
 from dbrx_train.checkpoint.weights import Weights, open_weights, upcycled
-from dbrx_train.config import RECORD, ConfigError, RunConfig, flatten, naming, to_dict
+from dbrx_train.config import RECORD, ConfigError, RunConfig, flatten, from_dict, naming, to_dict
 from dbrx_train.data.tokenizer import load_tokenizer
 from dbrx_train.errors import first_line
 from dbrx_train.lease import Lease, LeaseHeld
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.train.data import train_dataset
 from dbrx_train.train.environment import print_rank0
+from dbrx_train.train.lr_schedule import learning_rate_factor
 
 __all__ = [
     "check_folder",
@@ -98,6 +100,7 @@ def check_start(config: RunConfig, found: Checkpoint | None) -> Weights | None:
         _check_same(
             fixed, config, found.folder, found.config, "; give the run another run_name= to start afresh"
         )
+        _warn_of_learning_rate(config, found)
     if config.init_from.path is not None and (found is None or config.lora.rank is not None):
         with naming("init_from.path: "):
             weights = open_weights(Path(config.init_from.path), print_rank0)
@@ -107,6 +110,30 @@ def check_start(config: RunConfig, found: Checkpoint | None) -> Weights | None:
     with tempfile.TemporaryFile(dir=config.folder):
         pass  # a read-only or full disk is found out here
     return weights
+
+
+def _warn_of_learning_rate(config: RunConfig, found: Checkpoint) -> None:
+    """Say so if the learning rate jumps where the run goes on."""
+    try:
+        before = from_dict(found.config)
+    except (ValueError, OmegaConfBaseException):  # saved by a version with other keys
+        return
+    was, now = (_learning_rate(each, found.tokens) for each in (before, config))
+    if not math.isclose(was, now, rel_tol=0.01):
+        warnings.warn(
+            f"the learning rate goes on with {now:.2e}, where {found.folder} would have had {was:.2e}: "
+            f"max_duration or optimization changed what it was to be; with schedule constant or inverse_sqrt "
+            f"and a decay, a longer run has the same past",
+            stacklevel=1,
+        )
+
+
+def _learning_rate(config: RunConfig, tokens: int) -> float:
+    """The largest of all parameter groups' at ``tokens`` of the run, or at its end if that comes before."""
+    optimization, clock = config.optimization, config.clock
+    last = max(0, clock.total_tokens - 1)
+    factor = learning_rate_factor(optimization.learning_rate, clock, min(tokens, last))
+    return optimization.optimizer.lr * factor
 
 
 def _fitting(config: RunConfig, weights: Weights) -> Weights:
@@ -151,7 +178,7 @@ def same_tokenizer(one: dict[str, Any], other: dict[str, Any] | None, fingerprin
         return False
 
 
-def newest(config: RunConfig, remote: Remote | None, last: float = inf) -> Checkpoint | None:
+def newest(config: RunConfig, remote: Remote | None, last: float = math.inf) -> Checkpoint | None:
     """The checkpoint to go on from, the same on every rank: the newest that verifies, here or there.
 
     Of step ``last`` at most.

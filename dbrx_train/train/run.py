@@ -20,7 +20,7 @@ from dbrx_train.checkpoint.remote import Remote
 from dbrx_train.checkpoint.remote_lease import RemoteLease
 from dbrx_train.checkpoint.tensors import Reader, model_tensors
 from dbrx_train.checkpoint.weights import read_together
-from dbrx_train.config import ConfigError, RunConfig, flatten, for_record, naming, to_yaml
+from dbrx_train.config import ConfigError, RunConfig, flatten, for_record, naming
 from dbrx_train.data.tokenizer import load_tokenizer
 from dbrx_train.errors import STOPPED, exit_code, first_line, show
 from dbrx_train.exits import warn_of_failure
@@ -52,6 +52,7 @@ from dbrx_train.train.startup_summary import summary
 from dbrx_train.train.throughput import peak_flops
 from dbrx_train.train.tracking import events, plots
 from dbrx_train.train.tracking.mlflow import STORE_ERRORS, MLflowStore, reason
+from dbrx_train.train.tracking.starts import CONFIG, keep_configuration
 from dbrx_train.train.train_state import callback_of, model_of, restore
 from dbrx_train.train.trainer import build_trainer
 
@@ -117,7 +118,7 @@ def _train(config: RunConfig, device: str, stop: PreemptionHandler) -> None:
                 resume(trainer, found, remote, base)
             if config.preferences.beta is not None:
                 set_reference(config, trainer, tokenizer, made=found is not None)
-            _record(config, store, f"{peak:.4g} FLOP/s, {origin}")
+            _record(config, store, f"{peak:.4g} FLOP/s, {origin}", found)
             print_rank0(summary(config, device, dist.get_world_size()))
             if config.evaluation.at_start and found is None and trainer.state.evaluators:
                 trainer.eval()
@@ -200,13 +201,17 @@ def _open_store(config: RunConfig, *, resume: bool) -> MLflowStore:
         raise ConfigError(f"logging.mlflow_uri: {uri} cannot be used ({reason(error)})") from None
 
 
-def _record(config: RunConfig, store: MLflowStore, peak: str) -> None:
-    """Keep the resolved configuration and the environment with the run."""
+def _record(config: RunConfig, store: MLflowStore, peak: str, found: Checkpoint | None) -> None:
+    """Keep the configuration with the run, what of it changed since the start before, and the environment."""
     if dist.get_global_rank() != 0:
         return
-    path = Path(config.folder) / "config.yaml"
-    with atomic_write(path) as partial:
-        partial.write_text(to_yaml(config), encoding="utf-8")
+    folder = Path(config.folder)
+    changed = keep_configuration(config, folder)
+    path, step, tokens = folder / CONFIG, found.step if found else 0, found.tokens if found else 0
+    if changed:
+        said = ", ".join(f"{key} {was} -> {now}" for key, (was, now) in changed.items())
+        print_rank0(f"changed since the last start: {said}")
+        events.record(folder, "configuration", step=step, tokens=tokens, changed=changed)
     facts = (
         {key: str(value) for key, value in flatten(for_record(config))}
         | environment.describe()
@@ -220,6 +225,8 @@ def _record(config: RunConfig, store: MLflowStore, peak: str) -> None:
     try:
         store.log_hyperparameters(facts)
         store.log_artifact(path)
+        if changed:
+            store.set_tag(f"configuration.step{step}", said)
     except STORE_ERRORS as error:
         warnings.warn(
             f"MLflow: the configuration is not recorded, but in {path} ({first_line(error)})", stacklevel=1

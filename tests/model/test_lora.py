@@ -257,6 +257,8 @@ def test_a_run_saves_adapters_alone_resumes_exactly_and_merges(
     assert done.exit_code == 0, done.output
     files = {path.name for path in (tmp_path / "adapter").iterdir()}
     assert files == {"adapter_config.json", "adapter_model.safetensors", "experts.safetensors"}
+    modes = {path.stat().st_mode for path in (tmp_path / "adapter").iterdir()}
+    assert len(modes) == 1, "all may be read by whoever may read one"
     said = CliRunner().invoke(app, ["generate", str(straight), "Hello?", "--chat", "--max-new-tokens", "4"])
     assert said.exit_code == 0, said.output
     assert "Hello?" not in said.output

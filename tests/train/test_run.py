@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from ranks import free_port
 from tiny_run import mlflow_run, run_yaml, saved_tensors
 from warm import Runs
@@ -115,7 +117,9 @@ def test_a_larger_max_duration_continues(workplace: Path, in_tmp: Path) -> None:
     path = run_yaml(workplace, in_tmp, "longer")
     fixed = ["data.mix=[{at: 0tok, weights: {web: 1, code: 1}}]", "evaluation.max_samples=0"]
     run(load(path, fixed))
-    run(load(path, [*fixed, "max_duration=10ba"]))
+    jump = r"^the learning rate goes on with 2\.\d+e-03, where .*/ba8 would have had 1\.\d+e-03: "
+    with pytest.warns(UserWarning, match=jump):
+        run(load(path, [*fixed, "max_duration=10ba"]))
     assert folders.saved(in_tmp / "longer" / "checkpoints")[0].name == "ba10"
     client, found = mlflow_run(workplace, "longer")
     steps = [m.step for m in client.get_metric_history(found.info.run_id, "loss/train/total")]
@@ -320,13 +324,26 @@ def test_a_damaged_checkpoint_that_claims_to_be_newer_is_never_kept_in_place_of_
 
 
 @pytest.mark.slow
-def test_on_resuming_the_configurations_options_rule(workplace: Path, in_tmp: Path) -> None:
+def test_on_resuming_the_configurations_options_rule_and_what_changed_is_kept(
+    workplace: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = run_yaml(workplace, in_tmp, "options")
     fixed = ["evaluation.max_samples=0", "data.mix=[{at: 0tok, weights: {web: 1, code: 1}}]"]
     run(load(path, [*fixed, "max_duration=2ba"]))
     changed = ["optimization.optimizer.lr=0.004", "optimization.learning_rate.schedule=constant"]
     run(load(path, [*fixed, *changed, "max_duration=3ba"]))
+    said = capsys.readouterr().out
+    lr = "optimization.optimizer.lr 0.01 -> 0.004"
+    assert re.search(rf"^changed since the last start: max_duration 2ba -> 3ba, .*{lr}", said, re.M)
+    earlier = yaml.safe_load((in_tmp / "options" / "config-1.yaml").read_text())
+    assert (earlier["max_duration"], earlier["optimization"]["optimizer"]["lr"]) == ("2ba", 0.01)
+    assert yaml.safe_load((in_tmp / "options" / "config.yaml").read_text())["max_duration"] == "3ba"
+    told = [json.loads(line) for line in (in_tmp / "options" / "events.jsonl").read_text().splitlines()]
+    (event,) = (each for each in told if each["kind"] == "configuration")
+    assert event["step"] == 2
+    assert event["changed"]["max_duration"] == ["2ba", "3ba"]
     client, found = mlflow_run(workplace, "options")
+    assert lr in found.data.tags["configuration.step2"]
     rates = [m.value for m in client.get_metric_history(found.info.run_id, "lr/matrices")]
     assert rates[-1] == pytest.approx(0.004)
     with pytest.raises(ConfigError, match=r"optimization.optimizer.name: lionw here, but .* with adamw"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 from composer import Callback, DataSpec
 from composer.callbacks import MemoryMonitor, SpeedMonitor
+from composer.utils import dist
 
 from dbrx_train.checkpoint.huggingface import check_exportable
 from dbrx_train.checkpoint.remote import Remote
@@ -27,6 +29,7 @@ from dbrx_train.train.callbacks.goodput import Goodput
 from dbrx_train.train.callbacks.gradients import GradientNorm
 from dbrx_train.train.callbacks.heartbeat import HeartbeatCallback
 from dbrx_train.train.callbacks.learning_rate import LearningRate
+from dbrx_train.train.callbacks.log_lines import LogLines
 from dbrx_train.train.callbacks.memory import PeakMemory
 from dbrx_train.train.callbacks.mix import MixServed
 from dbrx_train.train.callbacks.norms import GroupNorms
@@ -108,12 +111,18 @@ def callbacks(
         _tasks(config, tokenizer, watching),
         PeakMemory(often) if device == "cpu" else MemoryMonitor(),
         Progress(clock, enabled=config.logging.progress),
+        LogLines(often, clock, peak_flops) if _is_logged(config) else None,
         # After all whose state it saves.
         checkpoints,
         # Last: asks whether this step has just been saved.
         _stopping(config, checkpoints, supervision),
     ]
     return [callback for callback in found if callback is not None]
+
+
+def _is_logged(config: RunConfig) -> bool:
+    """Whether lines take the place of the progress bar: on rank 0, where there is no terminal for it."""
+    return config.logging.progress and dist.get_global_rank() == 0 and not sys.stderr.isatty()
 
 
 def _saves(config: RunConfig) -> list[str]:

@@ -51,6 +51,9 @@ class Progress(Callback):  # type: ignore[misc]
                 f"{seen:>14,} tokens  {label}: loss {loss:.4f}, perplexity {2.718281828459045**loss:,.1f}"
             )
 
+    def fit_end(self, state: State, logger: Logger) -> None:
+        self.close(state, logger)  # ahead of what is said at the end
+
     def close(self, state: State, logger: Logger) -> None:
         if self.bar is not None:
             self.bar.close()

@@ -62,6 +62,7 @@ def _alone(uri: str) -> Iterator[None]:
 _FLUSH_SECONDS = 5.0
 _LONGEST_WAIT = 300.0  # between tries at a store that fails, each of which training waits for
 _LARGEST_BATCH = 1000  # MLflow's own limit per request
+_LONGEST_TAG = 5000  # characters, the limit of older servers
 
 
 class MLflowStore(MLFlowLogger):  # type: ignore[misc]
@@ -72,7 +73,7 @@ class MLflowStore(MLFlowLogger):  # type: ignore[misc]
     - A store that fails for a while (locked, full, out of reach) does not stop the run: its metrics wait, and
       it is tried again ever less often, down to once in five minutes.
     - Parameters keep their first value when a run is resumed with another one, since MLflow refuses to change
-      them; what changed is in the run's configuration artifacts.
+      them; what changed is in its tags and its configuration artifacts.
     """
 
     def __init__(self, *, uri: str, experiment: str, run_name: str, resume: bool) -> None:
@@ -140,6 +141,10 @@ class MLflowStore(MLFlowLogger):  # type: ignore[misc]
         self.flush()
         found = self._mlflow_client.get_metric_history(self._run_id, key)
         return sorted({m.step: m.value for m in sorted(found, key=lambda m: m.timestamp)}.items())
+
+    def set_tag(self, key: str, value: str) -> None:
+        if self._enabled:
+            self._mlflow_client.set_tag(self._run_id, key, value[:_LONGEST_TAG])
 
     def metric_names(self) -> list[str]:
         self.flush()
