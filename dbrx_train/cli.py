@@ -22,6 +22,7 @@ app = typer.Typer(
     help="Train fine-grained mixture-of-experts language models the way DBRX was trained.",
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

@@ -102,6 +102,7 @@ def train_data(
         num_workers=config.data.num_workers,
         pin_memory=torch.cuda.is_available(),
         arrived=arrived,
+        endless=True,  # the Trainer ends
     )
     count: Callable[[Batch], dict[str, int]] = count_pairs
     if config.preferences.beta is None:

@@ -39,6 +39,7 @@ from dbrx_train.train.callbacks.preemption import Preemption
 from dbrx_train.train.callbacks.tasks import task_benchmark
 from dbrx_train.train.data import check_sources
 from dbrx_train.train.environment import print_rank0
+from dbrx_train.train.fits import check_fits
 from dbrx_train.train.reference import set_reference
 from dbrx_train.train.resume import (
     check_folder,
@@ -82,6 +83,7 @@ def _train(config: RunConfig, device: str, stop: PreemptionHandler) -> None:
     ):
         stop.tell = ending.tell
         check_world(config, dist.get_world_size())
+        check_fits(config, device)
         tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.vocab_file)
         check_sources(config, tokenizer)
         task_benchmark(config, tokenizer)

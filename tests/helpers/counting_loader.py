@@ -17,5 +17,5 @@ from dbrx_train.data.stream.shards import Source
 cache, remote = sys.argv[1:]
 sources = {n: Source(f"{cache}/{n}", remote=f"{remote}/{n}") for n in "abc"}
 data = ScheduledDataset(sources, MixSchedule(POINTS, canonical_nodes=2), equal_steps())
-for number, _ in enumerate(build_loader(data, eos_id=0, pad_id=0, num_workers=2)):
+for number, _ in enumerate(build_loader(data, eos_id=0, pad_id=0, num_workers=2, endless=True)):
     print(number, flush=True)

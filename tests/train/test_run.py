@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shlex
 import signal
 import subprocess
@@ -258,6 +259,20 @@ def test_data_and_machine_that_do_not_fit(
         run(config)
     assert re.search(says, str(caught.value))
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_the_machine_cannot_hold_is_refused_before_it_is_made(
+    workplace: Path, in_tmp: Path
+) -> None:
+    path = run_yaml(workplace, in_tmp, "huge")
+    shape = "d_model: 6144, n_layers: 40, n_heads: 48, n_kv_heads: 8, ffn_hidden_size: 10752, vocab_size: 512"
+    without = re.sub(r"^model: .*?}}?$", f"model: {{{shape}}}", path.read_text(), flags=re.M | re.S)
+    path.write_text(without)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ConfigError, match=r"^model: weights, .* of 130B parameters need 2,0\d\d GB on this "):
+        run(load(path))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB
+    assert not (in_tmp / "huge").exists()
 
 
 @pytest.mark.slow

@@ -108,6 +108,11 @@ class ScheduledDataset(IterableDataset[list[Sample]]):
         self._cache = None if cache_limit is None else ShardCache(stores, cache_limit)
 
     @property
+    def batches_left(self) -> int:
+        """Steps from ``position`` to the end of the clock."""
+        return max(0, self.clock.total_batches - int(self.clock.convert(self.position, "sp", "ba")))
+
+    @property
     def sizes(self) -> dict[str, int]:
         """Samples in each source."""
         return {name: int(store.samples_per_shard.sum()) for name, store in self._stores.items()}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -57,13 +58,17 @@ class TimedLoader(DataLoader[list[dict[str, Any]]]):
     waited = 0.0
     """Seconds, of all batches so far."""
 
-    def __init__(self, dataset: ScheduledDataset, arrived: Callable[[], None], **options: Any) -> None:
+    def __init__(
+        self, dataset: ScheduledDataset, arrived: Callable[[], None], endless: bool, **options: Any
+    ) -> None:
         super().__init__(dataset, **options)
-        self.arrived = arrived
+        self.arrived, self.endless = arrived, endless
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         batches = super().__iter__()
-        while True:
+        scheduled = cast(ScheduledDataset, self.dataset)
+        numbers: Iterable[int] = itertools.count() if self.endless else range(scheduled.batches_left)
+        for _ in numbers:
             begin = time.monotonic()
             batch = next(batches, None)
             self.waited += time.monotonic() - begin
@@ -81,14 +86,17 @@ def build_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
     arrived: Callable[[], None] = lambda: None,
+    endless: bool = False,
 ) -> TimedLoader:
     """A DataLoader of this rank's batches; the dataset makes them, as they need not be of one size.
 
-    ``arrived`` is called for each batch, once it is there.
+    It ends with the dataset's clock; ``endless``: goes on beyond, with the last mix. ``arrived`` is called
+    for each batch, once it is there.
     """
     return TimedLoader(
         dataset,
         arrived,
+        endless,
         batch_size=None,
         num_workers=num_workers,
         collate_fn=partial(collate, eos_id=eos_id, pad_id=pad_id),

@@ -101,7 +101,8 @@ def long_run(root: Path, rank: int = 0, ranks: int = 1) -> ScheduledDataset:
 
 
 def shapes_and_samples(data: ScheduledDataset, count: int, workers: int = 0) -> list[Any]:
-    batches = itertools.islice(build_loader(data, eos_id=0, pad_id=0, num_workers=workers), count)
+    loader = build_loader(data, eos_id=0, pad_id=0, num_workers=workers, endless=True)
+    batches = itertools.islice(loader, count)
     return [(tuple(b["input_ids"].shape), b["source"].tolist(), b["sample_id"].tolist()) for b in batches]
 
 
@@ -126,6 +127,17 @@ def test_longer_samples_from_a_point_on_keep_the_tokens_of_a_step(with_long: Pat
                 for batch in zip(*parts, strict=True)
             ]
             assert joined == [(sources, ids) for _, sources, ids in whole[step:]]
+
+
+def test_a_loader_of_ones_own_ends_with_the_clock(with_long: Path) -> None:
+    data = long_run(with_long)
+    assert [len(batch["input_ids"]) for batch in build_loader(data, eos_id=0, pad_id=0)] == (
+        [4] * 4 + [8] * 12 + [2] * 4
+    )
+    data.load_state_dict(long_run(with_long).state_dict(4 * 4 + 12 * 8 + 2 * 2, True))
+    assert data.batches_left == 2
+    for workers in (0, 2):
+        assert len(list(build_loader(data, eos_id=0, pad_id=0, num_workers=workers))) == 2
 
 
 def test_what_does_not_fit_a_length_is_refused(with_long: Path) -> None:
