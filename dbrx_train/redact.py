@@ -1,4 +1,4 @@
-"""Secrets, masked in whatever is shown or kept: logs, errors, MLflow, checkpoints' marks, reports.
+"""Secrets, masked in whatever is shown or kept: logs, errors, MLflow, checkpoints' manifests, reports.
 
 Masked are the credentials of a URL (``https://user:password@host``), values whose key says that they are
 secret (``?token=...``, ``password=...``), and wherever they turn up the values of such environment variables.

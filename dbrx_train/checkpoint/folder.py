@@ -1,7 +1,7 @@
-"""A checkpoint is a folder; it counts once its mark is there, which is written last.
+"""A checkpoint is a folder; it counts once its manifest is there, which is written last.
 
 ba1000/
-    checkpoint.json   the mark: step, configuration, position in the data, what made it, every file with its
+    checkpoint.json   the manifest: step, configuration, position in the data, what made it, each file with its
                       size and hash
     .metadata         which part of which tensor lies where (torch.distributed.checkpoint)
     __0_0.distcp ...  what each rank wrote
@@ -29,7 +29,7 @@ from dbrx_train.files import naming_file, seal
 from dbrx_train.model.hf.files import check_names
 
 __all__ = [
-    "MARK",
+    "MANIFEST",
     "Checkpoint",
     "check_file",
     "check_files",
@@ -54,7 +54,7 @@ __all__ = [
     "whole",
 ]
 
-MARK = "checkpoint.json"
+MANIFEST = "checkpoint.json"
 _STEP = re.compile(r"ba(\d+)")
 _THREADS = 8
 """Files hashed at a time: a thread hashes some 8 GB/s, and disks want several readers."""
@@ -66,7 +66,7 @@ class Checkpoint:
 
     folder: Path
     metadata: dict[str, Any]
-    """What its mark says: plain values."""
+    """What its manifest says: plain values."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -100,9 +100,9 @@ def step_of(name: str) -> int | None:
 
 
 def saved(root: Path) -> list[Path]:
-    """The marked checkpoints in ``root``, newest first."""
-    marks = [(step_of(path.parent.name), path.parent) for path in root.glob(f"*/{MARK}")]
-    steps = [(step, path) for step, path in marks if step is not None]
+    """The committed checkpoints in ``root``, newest first."""
+    manifests = [(step_of(path.parent.name), path.parent) for path in root.glob(f"*/{MANIFEST}")]
+    steps = [(step, path) for step, path in manifests if step is not None]
     return [path for _, path in sorted(steps, reverse=True)]
 
 
@@ -124,7 +124,7 @@ def newest(root: Path, on_skip: Callable[[str], None]) -> Checkpoint | None:
 
 def open_newest(path: Path, on_skip: Callable[[str], None]) -> Checkpoint | None:
     """The checkpoint in a folder (ValueError if it is torn), or the newest whole one of the run in it."""
-    if (path / MARK).exists():
+    if (path / MANIFEST).exists():
         return read(path)
     return newest(path, on_skip) or newest(path / "checkpoints", on_skip)
 
@@ -148,20 +148,20 @@ def read(path: Path) -> Checkpoint:
 
 
 def parse(path: Path) -> dict[str, Any]:
-    """What the mark in a folder says; raises ValueError if it cannot be read."""
+    """What the manifest in a folder says; raises ValueError if it cannot be read."""
     try:
-        facts = json.loads((path / MARK).read_text(encoding="utf-8"))
+        facts = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if not {"config", "data", "files", "time"} <= facts.keys():
             raise ValueError("lacks entries")
         facts = unsealed(facts)
-        check_listed(path / MARK, facts["files"])
+        check_listed(path / MANIFEST, facts["files"])
         return facts
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a whole checkpoint ({MARK}: {first_line(error)})") from None
+        raise ValueError(f"{path}: not a whole checkpoint ({MANIFEST}: {first_line(error)})") from None
 
 
 def fingerprint(file: Path) -> dict[str, Any]:
-    """What a mark says of a file: its size in bytes and the XXH3 of its content."""
+    """What a manifest says of a file: its size in bytes and the XXH3 of its content."""
     digest = xxhash.xxh3_128()
     with file.open("rb") as stream:
         while block := stream.read(2**22):
@@ -183,7 +183,7 @@ def unsealed(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_listed(listing: Path, files: Any) -> None:
-    """Hold what a mark or a manifest says of files against its form; raises ValueError."""
+    """Hold what a manifest says of files against its form; raises ValueError."""
     if not isinstance(files, dict):
         raise ValueError(f"{listing}: files: {files!r} is no JSON object")
     check_names(listing, files)
@@ -194,14 +194,14 @@ def check_listed(listing: Path, files: Any) -> None:
 
 
 def size_of(facts: Any) -> int:
-    """The size in a mark's entry of a file; older marks say nothing else."""
+    """The size in a manifest's entry of a file; older manifests say nothing else."""
     return int(facts["bytes"] if isinstance(facts, dict) else facts)
 
 
 def check_files(
     checkpoint: Checkpoint, names: Iterable[str], before: Callable[[str], None] = lambda name: None
 ) -> None:
-    """Hold the content of some files of a checkpoint against its mark, several at a time.
+    """Hold the content of some files of a checkpoint against its manifest, several at a time.
 
     ``before`` is asked for each file first.
 
@@ -219,7 +219,7 @@ def check_files(
 
 
 def check_file(file: Path, facts: Any) -> None:
-    """Hold a file against a mark's entry.
+    """Hold a file against a manifest's entry.
 
     Raises:
         ValueError: it is missing, or has another size or content.
@@ -234,12 +234,12 @@ def check_file(file: Path, facts: Any) -> None:
 
 def commit(folder: Path, facts: dict[str, Any]) -> None:
     """Make the files in ``folder`` a checkpoint, at once and for good."""
-    unfinished = folder / f"{MARK}.partial"
+    unfinished = folder / f"{MANIFEST}.partial"
     with naming_file(unfinished), unfinished.open("w", encoding="utf-8") as file:
         json.dump(sealed(facts), file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    unfinished.replace(folder / MARK)
+    unfinished.replace(folder / MANIFEST)
     sync_folder(folder)
 
 
@@ -253,7 +253,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def publish(partial: Path) -> Path:
-    """Give a marked ``ba4.partial`` its name; one that had it before, of a run that was set back, goes."""
+    """Give a committed ``ba4.partial`` its name; one that had it before, of a run that was set back, goes."""
     path = partial.with_suffix("")
     if path.exists():
         remove(path)
@@ -263,8 +263,8 @@ def publish(partial: Path) -> Path:
 
 
 def finish_commit(root: Path) -> None:
-    """Finish what a kill interrupted between a checkpoint's mark and its name."""
-    for partial in root.glob(f"ba*.partial/{MARK}"):
+    """Finish what a kill interrupted between a checkpoint's manifest and its name."""
+    for partial in root.glob(f"ba*.partial/{MANIFEST}"):
         if step_of(partial.parent.stem) is not None and _is_whole(partial.parent):
             publish(partial.parent)
 
@@ -292,15 +292,15 @@ def prunable(steps: Sequence[int], keep: int, milestone: Callable[[int], int] = 
 
 def remove(folder: Path) -> None:
     """Delete a checkpoint; if that is interrupted, what is left no longer counts as one."""
-    (folder / MARK).unlink(missing_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder)
 
 
 def prune(folder: Path) -> None:
     """``remove``, unless any process holds it: then a later call will."""
     # Over NFS, whose locks are those of fcntl, one that is to be alone needs a file open for writing.
-    with suppress(FileNotFoundError), (folder / MARK).open("r+b") as mark:
-        if _locked(mark, fcntl.LOCK_EX):
+    with suppress(FileNotFoundError), (folder / MANIFEST).open("r+b") as manifest:
+        if _locked(manifest, fcntl.LOCK_EX):
             remove(folder)
 
 
@@ -310,20 +310,20 @@ def hold(folder: Path) -> BinaryIO | None:
     Where the file system knows no locks, it is not kept.
     """
     try:
-        mark = (folder / MARK).open("rb")
+        manifest = (folder / MANIFEST).open("rb")
     except FileNotFoundError:
         return None
-    if _locked(mark, fcntl.LOCK_SH) and (folder / MARK).exists():
-        return mark
-    mark.close()
+    if _locked(manifest, fcntl.LOCK_SH) and (folder / MANIFEST).exists():
+        return manifest
+    manifest.close()
     return None
 
 
 def hold_newest(path: Path, on_skip: Callable[[str], None]) -> tuple[Checkpoint, BinaryIO] | None:
     """What ``open_newest`` finds, held (see ``hold``); None if there is nothing."""
     while (found := open_newest(path, on_skip)) is not None:
-        if (mark := hold(found.folder)) is not None:
-            return found, mark
+        if (manifest := hold(found.folder)) is not None:
+            return found, manifest
         if found.folder == path:
             raise ValueError(f"{path}: was pruned by its run; name the run's folder for the newest")
     return None
@@ -343,6 +343,6 @@ def _locked(file: BinaryIO, kind: int) -> bool:
 def remove_torn(root: Path) -> None:
     """Delete what is left of saves that were interrupted, and of what was fetched from elsewhere."""
     for folder in root.glob("ba*"):
-        whole = step_of(folder.name) is not None and (folder / MARK).exists()
+        whole = step_of(folder.name) is not None and (folder / MANIFEST).exists()
         if step_of(folder.stem) is not None and folder.is_dir() and not whole:
             shutil.rmtree(folder, ignore_errors=True)  # other hosts may be at it too

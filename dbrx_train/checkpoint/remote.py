@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from filelock import FileLock
 
 from dbrx_train.checkpoint.folder import (
-    MARK,
+    MANIFEST,
     Checkpoint,
     fingerprint,
     parse,
@@ -38,7 +38,7 @@ class ObjectStore(Protocol):
 
 
 class Remote:
-    """Checkpoints as objects ``prefix/ba1000/FILE``; one counts once its mark is there, as in a folder."""
+    """Checkpoints as objects ``prefix/ba1000/FILE``; one counts once its manifest is there."""
 
     def __init__(self, store: ObjectStore, prefix: str) -> None:
         self._store, self._prefix = store, prefix.strip("/")
@@ -49,16 +49,16 @@ class Remote:
         return self._store, self._prefix
 
     def upload(self, folder: Path, names: Iterable[str]) -> None:
-        """Copy files of a checkpoint; give its mark last, when all ranks' files are there."""
+        """Copy files of a checkpoint; give its manifest last, when all ranks' files are there."""
         for name in names:
             _again(self._store.upload_object, self._object(folder.stem, name), str(folder / name))
 
     def withdraw(self, folder: Path) -> None:
-        """Before a checkpoint is replaced: the mark of the one that is there, if any, no longer counts."""
-        if MARK in self._names(folder.stem):
-            nothing = folder / f"{MARK}.withdrawn"
+        """Before a checkpoint is replaced: the manifest of one that is there no longer counts."""
+        if MANIFEST in self._names(folder.stem):
+            nothing = folder / f"{MANIFEST}.withdrawn"
             nothing.touch()
-            self._store.upload_object(self._object(folder.stem, MARK), str(nothing))
+            self._store.upload_object(self._object(folder.stem, MANIFEST), str(nothing))
             nothing.unlink()
 
     def whole(self, root: Path, on_skip: Callable[[str], None]) -> Iterator[Checkpoint]:
@@ -69,7 +69,8 @@ class Remote:
         for step in self.steps():
             folder = step_folder(root, step).with_suffix(".fetched")
             folder.mkdir(parents=True, exist_ok=True)
-            self._store.download_object(self._object(folder.stem, MARK), str(folder / MARK), overwrite=True)
+            there = self._object(folder.stem, MANIFEST)
+            self._store.download_object(there, str(folder / MANIFEST), overwrite=True)
             try:
                 checkpoint = Checkpoint(folder, parse(folder))
                 missing = checkpoint.metadata["files"].keys() - self._names(folder.stem)
@@ -81,11 +82,11 @@ class Remote:
                 yield checkpoint
 
     def steps(self) -> list[int]:
-        """The steps of the marked ones, newest first."""
+        """The steps of the committed ones, newest first."""
         start = self._object("", "")
         found = [name.removeprefix(f"{start}/").split("/") for name in self._list(start)]
-        marked = {step_of("/".join(parent)) for *parent, name in found if name == MARK}
-        return sorted((step for step in marked if step is not None), reverse=True)
+        committed = {step_of("/".join(parent)) for *parent, name in found if name == MANIFEST}
+        return sorted((step for step in committed if step is not None), reverse=True)
 
     def fetch(self, checkpoint: Checkpoint, name: str) -> None:
         """Bring a file of what ``whole`` found, unless it is there; ranks on one host share it.
@@ -116,15 +117,15 @@ class Remote:
     def prune(self, step: int, keep: int, milestone: Callable[[int], int]) -> None:
         """Delete what ``prunable`` names of the checkpoints up to that of ``step``, which is there whole.
 
-        And what is left of older ones that never got a mark. A mark goes first, so that what an interruption
-        leaves does not count.
+        And what is left of older ones that never got a manifest. A manifest goes first, so that what an
+        interruption leaves does not count.
         """
-        marked = [each for each in self.steps() if each <= step]
+        committed = [each for each in self.steps() if each <= step]
         names = {name.split("/")[0] for name in self._names("")}
-        torn = {each for each in map(step_of, names) if each is not None and each < step} - {*marked}
-        for old in [*prunable(marked, keep, milestone), *torn]:
+        torn = {each for each in map(step_of, names) if each is not None and each < step} - {*committed}
+        for old in [*prunable(committed, keep, milestone), *torn]:
             folder = step_folder(Path(), old).name
-            for name in sorted(self._names(folder), key=lambda name: name != MARK):
+            for name in sorted(self._names(folder), key=lambda name: name != MANIFEST):
                 self._delete(self._object(folder, name))
 
     def _delete(self, name: str) -> None:

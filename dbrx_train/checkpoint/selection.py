@@ -24,7 +24,7 @@ def select(
     fetch: Callable[[Checkpoint, str], None],
     on_skip: Callable[[str], None],
 ) -> Checkpoint | None:
-    """The first of rank 0's ``candidates`` whose files hold what its mark says; all ranks call this.
+    """The first of rank 0's ``candidates`` whose files hold what its manifest says; all ranks call this.
 
     ``fetch`` brings a file to this host, if it is not there. ``on_skip`` hears of those that are damaged.
 

@@ -151,7 +151,7 @@ class _Hashing(FileSystem):
 
     def __init__(self) -> None:
         self.written: dict[str, dict[str, Any]] = {}
-        """What a mark says of each."""
+        """What a manifest says of each."""
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:

@@ -56,7 +56,7 @@ def verify(path: Path) -> list[Verified]:
         return [Verified(path, 1, stored.check_finite(), len(stored.shapes), hashed=False)]
     if (path / "config.json").is_file():
         return [_hugging_face(path)]
-    if (path / folders.MARK).exists():
+    if (path / folders.MANIFEST).exists():
         found = [path]
     else:
         found = folders.saved(path) or folders.saved(path / "checkpoints")
@@ -74,7 +74,7 @@ def verify(path: Path) -> list[Verified]:
 def _checkpoint(path: Path) -> Verified:
     facts = folders.parse(path)
     files = facts["files"]
-    _check_files(path, files, folders.MARK)
+    _check_files(path, files, folders.MANIFEST)
     model = meta_model(DbrxConfig.from_dict(facts["config"]["model"]))
     if is_adapter(facts["config"]):
         lora = facts["config"]["lora"]
@@ -92,7 +92,7 @@ def _checkpoint(path: Path) -> Verified:
 
 
 def _origin(facts: dict[str, Any]) -> str | None:
-    """What a mark says of the run that saved it; older ones do not."""
+    """What a manifest says of the run that saved it; older ones do not."""
     if "made_by" not in facts:
         return None
     time, made = facts["time"], facts["made_by"]
@@ -150,13 +150,13 @@ def _hugging_face(path: Path) -> Verified:
     return _result(path, found, len(stored.shapes))
 
 
-def _check_files(path: Path, files: dict[str, Any], mark: str) -> None:
+def _check_files(path: Path, files: dict[str, Any], manifest: str) -> None:
     for name, facts in files.items():
         folders.check_file(path / name, facts)
     for file in sorted(path.iterdir()):
         hubs = file.name.startswith((".git", ".cache", "README"))  # of a model hub's own
-        if file.name not in files and file.name != mark and not hubs:
-            raise ValueError(f"{file}: is not one of the files that {mark} lists")
+        if file.name not in files and file.name != manifest and not hubs:
+            raise ValueError(f"{file}: is not one of the files that {manifest} lists")
 
 
 def _unheard(line: str) -> None:

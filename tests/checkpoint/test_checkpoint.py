@@ -103,7 +103,7 @@ def test_without_its_mark_it_is_none(checkpoint: Path) -> None:
     root = checkpoint.parent
     assert folders.saved(root) == [checkpoint]
     assert folders.read(checkpoint).tokens == 96
-    (checkpoint / folders.MARK).unlink()
+    (checkpoint / folders.MANIFEST).unlink()
     assert folders.saved(root) == []
     assert folders.newest(root, nobody) is None
     folders.remove_torn(root)
@@ -115,9 +115,9 @@ def test_without_its_mark_it_is_none(checkpoint: Path) -> None:
     [
         (lambda path: (path / "__0_0.distcp").unlink(), r"__0_0\.distcp is missing"),
         (lambda path: (path / "__0_0.distcp").open("ab").write(b"x"), r"__0_0\.distcp has [\d,]+ bytes, not"),
-        (lambda path: (path / folders.MARK).write_text("{"), "not a whole checkpoint"),
-        (lambda path: (path / folders.MARK).write_text("[]"), "not a whole checkpoint"),
-        (lambda path: (path / folders.MARK).write_text("{}"), "lacks entries"),
+        (lambda path: (path / folders.MANIFEST).write_text("{"), "not a whole checkpoint"),
+        (lambda path: (path / folders.MANIFEST).write_text("[]"), "not a whole checkpoint"),
+        (lambda path: (path / folders.MANIFEST).write_text("{}"), "lacks entries"),
     ],
 )
 def test_what_is_not_whole_is_named_and_passed_over(checkpoint: Path, damage, says: str) -> None:  # type: ignore[no-untyped-def]
@@ -175,7 +175,7 @@ def test_no_code_in_a_checkpoint_is_run_and_no_other_file_read(
 
 
 @pytest.mark.parametrize("name", ["../stolen", "/etc/passwd", "a/b", "..", ""])
-def test_a_mark_cannot_name_files_elsewhere(checkpoint: Path, name: str) -> None:
+def test_a_manifest_cannot_name_files_elsewhere(checkpoint: Path, name: str) -> None:
     facts = folders.parse(checkpoint)
     folders.commit(checkpoint, facts | {"files": {name: {"bytes": 1, "xxh3": "0"}}})
     with pytest.raises(ValueError, match="must name files beside it alone"):
@@ -206,7 +206,7 @@ def test_one_that_got_its_mark_but_not_its_name_is_named(checkpoint: Path) -> No
     checkpoint.rename(root / "ba3.partial")
     (root / "ba3.partial" / "__0_0.distcp").unlink()
     folders.finish_commit(root)
-    assert folders.newest(root, nobody) is None, "not whole, whatever its mark says"
+    assert folders.newest(root, nobody) is None, "not whole, whatever its manifest says"
 
 
 def test_tensors_that_do_not_fit_are_named(checkpoint: Path) -> None:

@@ -497,8 +497,8 @@ def test_verify_names_the_first_bad_thing(
     export(checkpoint, tmp_path / "hf", torch.float32, nobody, max_shard_bytes=60_000)
     import_folder(tmp_path / "hf", tmp_path / "ours")
     for path, file, listed in (
-        (checkpoint, "__0_0.distcp", folders.MARK),
-        (tmp_path / "ours", "model.safetensors", folders.MARK),
+        (checkpoint, "__0_0.distcp", folders.MANIFEST),
+        (tmp_path / "ours", "model.safetensors", folders.MANIFEST),
         (tmp_path / "hf", first(tmp_path / "hf").name, MANIFEST),
         (tmp_path / "hf", "config.json", MANIFEST),
     ):
@@ -521,7 +521,7 @@ def test_verify_names_the_first_bad_thing(
                 raise ValueError(said)
             (path / file).write_bytes(good)
             (path / "more.bin").unlink(missing_ok=True)
-    for path, file in ((checkpoint, folders.MARK), (tmp_path / "hf", MANIFEST)):
+    for path, file in ((checkpoint, folders.MANIFEST), (tmp_path / "hf", MANIFEST)):
         flip(path / file, (path / file).read_bytes().index(b"bytes") + 9)  # a digit of a size
         assert run_cli(["checkpoint", "verify", str(path)], monkeypatch) == 2
         assert "is damaged" in capsys.readouterr().err

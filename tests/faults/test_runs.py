@@ -16,12 +16,12 @@ from warm import STEPS, Runs, equal, flip, truncate
 
 from dbrx_train.checkpoint import folder as folders
 
-TENSORS, MARK = "__0_0.distcp", folders.MARK
+TENSORS, MANIFEST = "__0_0.distcp", folders.MANIFEST
 
 
-def marked(root: Path) -> int:
-    """The newest step whose mark is written, be it that its folder has not got its name yet."""
-    return max(int(path.parent.name.removesuffix(".partial")[2:]) for path in root.glob(f"ba*/{MARK}"))
+def committed(root: Path) -> int:
+    """The newest step whose manifest is written, be it that its folder has not got its name yet."""
+    return max(int(path.parent.name.removesuffix(".partial")[2:]) for path in root.glob(f"ba*/{MANIFEST}"))
 
 
 @pytest.mark.slow
@@ -38,8 +38,8 @@ def test_killed_at_every_operation_on_checkpoints_nothing_saved_is_lost(runs: Ru
     # Killed before anything is kept, and when it has two
     assert go_on(kind="kill", at=f"write checkpoints/ba#.partial/{TENSORS}")[0] == -signal.SIGKILL
     assert folders.newest(root, pytest.fail) is None
-    assert go_on(kind="kill", at=f"remove checkpoints/ba#/{MARK}")[0] == -signal.SIGKILL
-    assert marked(root) == 2
+    assert go_on(kind="kill", at=f"remove checkpoints/ba#/{MANIFEST}")[0] == -signal.SIGKILL
+    assert committed(root) == 2
 
     shutil.copytree(runs.folder("killed"), runs.folder("traced"))
     out = runs.folder("killed") / "operations"
@@ -55,14 +55,14 @@ def test_killed_at_every_operation_on_checkpoints_nothing_saved_is_lost(runs: Ru
     assert sum("ba#.partial" in line for line in operations) == 9, "saving"
     assert sum(line.startswith(("remove", "rmtree", "rmdir")) for line in operations) == 6, "pruning"
     faults: list[dict[str, Any]] = [{"kind": "kill", "at": at} for at in operations]
-    for name, size in ((TENSORS, 400_000), (".metadata.tmp", 1000), (f"{MARK}.partial", 1000)):
+    for name, size in ((TENSORS, 40_000), (".metadata.tmp", 1000), (f"{MANIFEST}.partial", 1000)):
         faults.append({"kind": "torn", "at": f"write checkpoints/ba#.partial/{name}", "bytes": size})
     at = 2
     for fault in faults:
         code, said = go_on(**fault)
         assert code == -(signal.SIGXFSZ if fault["kind"] == "torn" else signal.SIGKILL), (fault, said)
         assert f"goes on from {root}/ba{at}," in said or "goes on" not in said, (fault, said)
-        before, at = at, marked(root)
+        before, at = at, committed(root)
         assert at in (before, before + 1), fault
     assert 5 <= at < STEPS
     code, said = go_on()
@@ -76,7 +76,7 @@ def test_killed_at_every_operation_on_checkpoints_nothing_saved_is_lost(runs: Ru
 def test_damaged_checkpoints_are_named_and_passed_over_for_the_newest_good_one(runs: Runs) -> None:
     options = ["checkpoints.keep=7"]
     assert runs("damaged", *options)[0] == 0
-    harms = list(itertools.product((flip, truncate), (TENSORS, ".metadata", MARK)))
+    harms = list(itertools.product((flip, truncate), (TENSORS, ".metadata", MANIFEST)))
     for step, (harm, name) in enumerate(harms, STEPS - len(harms) + 1):
         harm(runs.checkpoints("damaged") / f"ba{step}" / name)
     code, said = runs("damaged", *options)
@@ -85,7 +85,7 @@ def test_damaged_checkpoints_are_named_and_passed_over_for_the_newest_good_one(r
     for step, (harm, name) in enumerate(harms, STEPS - len(harms) + 1):
         (line,) = (each for each in lines if each.startswith("passed over") and f"/ba{step}" in each)
         assert name in line
-        if name != MARK:
+        if name != MANIFEST:
             assert ("is damaged" if harm is flip else "bytes, not") in line
     assert f"goes on from {runs.checkpoints('damaged')}/ba{STEPS - len(harms)}," in said
     assert equal(runs.final("damaged"), runs.final("whole"))

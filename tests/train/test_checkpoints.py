@@ -157,8 +157,8 @@ def test_an_object_store_has_all_that_a_new_machine_needs(
     # What is damaged there is passed over; and a store is one run's alone.
     s3 = boto3.client("s3", endpoint_url=os.environ["S3_ENDPOINT_URL"])
     prefix = f"{bucket.removeprefix('s3://runs/')}-false"
-    s3.put_object(Bucket="runs", Key=f"{prefix}/ba20/{folders.MARK}", Body=b"{}")
-    s3.put_object(Bucket="runs", Key=f"{prefix}/other/ba30/{folders.MARK}", Body=b"{}")
+    s3.put_object(Bucket="runs", Key=f"{prefix}/ba20/{folders.MANIFEST}", Body=b"{}")
+    s3.put_object(Bucket="runs", Key=f"{prefix}/other/ba30/{folders.MANIFEST}", Body=b"{}")
     shutil.rmtree(in_tmp / "moved")
     run(load(path, begin))
     said = capsys.readouterr().out
@@ -168,8 +168,8 @@ def test_an_object_store_has_all_that_a_new_machine_needs(
     assert "is done" in said
     with pytest.raises(ConfigError, match=r"run_name: other here, but .* a store is one run's alone"):
         run(load(path, [*begin, "run_name=other"]))
-    # A mark comes last: without it, what lies there does not count.
-    s3.delete_object(Bucket="runs", Key=f"{prefix}/ba8/{folders.MARK}")
+    # A manifest comes last: without it, what lies there does not count.
+    s3.delete_object(Bucket="runs", Key=f"{prefix}/ba8/{folders.MANIFEST}")
     shutil.rmtree(in_tmp / "moved")
     run(load(path, begin))
     assert "ba6.fetched" in capsys.readouterr().out
@@ -183,7 +183,7 @@ def test_a_bucket_itself_may_hold_a_runs_checkpoints(bucket: str, tmp_path: Path
     files = {".metadata": 3}
     (partial / ".metadata").write_bytes(b"abc")
     folders.commit(partial, {"config": {}, "data": {}, "files": files, "time": {"batch": 0, "token": 0}})
-    remote.upload(partial, [".metadata", folders.MARK])
+    remote.upload(partial, [".metadata", folders.MANIFEST])
     found = next(remote.whole(tmp_path, pytest.fail), None)
     assert found is not None
     remote.fetch(found, ".metadata")
@@ -233,14 +233,14 @@ def test_a_checkpoint_waits_for_the_slowest_copy(
 def test_a_copy_that_fails_is_tried_again_then_reported_and_ends_nothing(
     workplace: Path, in_tmp: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At step 2 a file comes through at the third try, at step 4 never, and at step 6 the mark does not."""
+    """At step 2 a file comes through at the third try, at 4 never, and at 6 the manifest does not."""
     upload, tries = S3ObjectStore.upload_object, Counter[str]()
 
     def lossy(store: S3ObjectStore, name: str, filename: str, **rest: Any) -> None:
         tries[name.rsplit("/", 2)[-2] + "/" + Path(name).name] += 1
         if "ba2/__0_0" in name and tries["ba2/__0_0.distcp"] < 3:
             raise ConnectionError("connection lost")
-        if "ba4/__0_0" in name or name.endswith(f"ba6/{folders.MARK}"):
+        if "ba4/__0_0" in name or name.endswith(f"ba6/{folders.MANIFEST}"):
             raise ConnectionError("connection lost for good")
         upload(store, name, filename, **rest)
 
@@ -268,7 +268,7 @@ def test_a_copy_that_fails_is_tried_again_then_reported_and_ends_nothing(
     (found,) = client.search_runs([experiment.experiment_id], "tags.run_name = 'cut'")
     counts = client.get_metric_history(found.info.run_id, "checkpoints/not_copied")
     assert [count.value for count in counts] == [0, 1, 2]
-    # The next one replaces it there, and what never got a mark goes too.
+    # The next one replaces it there, and what never got a manifest goes too.
     run(config)
     assert s3.steps() == [8]
     client = boto3.client("s3", endpoint_url=os.environ["S3_ENDPOINT_URL"])

@@ -62,15 +62,15 @@ def test_a_run_exports_beside_training_and_another_begins_from_that(
         return export(checkpoint, *rest)
 
     saved = threading.Event()
-    mark = folders.commit
+    commit = folders.commit
 
-    def marked(folder: Path, facts: dict[str, Any]) -> None:
-        mark(folder, facts)
+    def seen(folder: Path, facts: dict[str, Any]) -> None:
+        commit(folder, facts)
         if folder.stem == "ba7":
             saved.set()
 
     monkeypatch.setattr(exports, "export", late)
-    monkeypatch.setattr(folders, "commit", marked)
+    monkeypatch.setattr(folders, "commit", seen)
     options = ["checkpoints.interval=7ba", "checkpoints.export={interval: 3ba, dtype: float32}"]
     run(load(run_yaml(workplace, in_tmp, "base"), [*QUICK, *options, "checkpoints.keep=1"]))
     assert written == [("ba3", False), ("ba6", False), ("ba8", False)]

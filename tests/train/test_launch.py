@@ -165,5 +165,5 @@ def test_a_run_under_srun(workplace: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("mlflow ui") == 1
-    mark = json.loads((tmp_path / "slurm" / "checkpoints" / "ba2" / "checkpoint.json").read_text())
-    assert mark["ranks"] == 2
+    manifest = json.loads((tmp_path / "slurm" / "checkpoints" / "ba2" / "checkpoint.json").read_text())
+    assert manifest["ranks"] == 2

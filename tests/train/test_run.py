@@ -329,7 +329,7 @@ def test_a_damaged_checkpoint_that_claims_to_be_newer_is_never_kept_in_place_of_
     run(load(path, [*fixed, "max_duration=2ba", "checkpoints.keep=2"]))
     folder = in_tmp / "prune" / "checkpoints"
     (folder / "ba9").mkdir()
-    (folder / "ba9" / folders.MARK).write_text("damaged")
+    (folder / "ba9" / folders.MANIFEST).write_text("damaged")
     for torn in ("ba8", "ba7.partial", "ba6.fetched"):
         (folder / torn).mkdir()
     run(load(path, [*fixed, "max_duration=4ba"]))

@@ -157,15 +157,17 @@ class Checkpoints(Callback):  # type: ignore[misc]
     def save(self, state: State, exported: bool = False) -> None:
         self.wait()
         self.saved = state.timestamp
-        mark = metadata(state) | self.provenance
+        facts = metadata(state) | self.provenance
         partial = folders.step_folder(self.root, state.timestamp.batch.value).with_suffix(".partial")
         if self.writer is None:
-            self._write(partial, tensors(state), mark, exported)
+            self._write(partial, tensors(state), facts, exported)
         else:
             copies = staged(partial, tensors(state))
-            self.pending = self.writer.submit(self._write, partial, copies, mark, exported)
+            self.pending = self.writer.submit(self._write, partial, copies, facts, exported)
 
-    def _write(self, partial: Path, content: dict[str, Tensor], mark: dict[str, Any], exported: bool) -> None:
+    def _write(
+        self, partial: Path, content: dict[str, Tensor], facts: dict[str, Any], exported: bool
+    ) -> None:
         path = partial.with_suffix("")
         self._check_leases()
         try:
@@ -176,7 +178,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
             raise OSError(error.errno, error.strerror, str(path)) from error
         copied = self._upload(partial, files)
         if dist.get_global_rank() == 0:
-            self._keep(partial, mark | {"files": files})
+            self._keep(partial, facts | {"files": files})
         elif dist.get_local_rank() == 0 and not self.shared:
             shutil.rmtree(partial)  # parts of a checkpoint, which the store has whole
         self._gather(None)
@@ -204,7 +206,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
     def _finish_copy(self, path: Path) -> None:
         """Make what was copied a checkpoint there, and prune older ones."""
         assert self.remote is not None
-        trouble = self._try(self.remote.upload, path, [folders.MARK])
+        trouble = self._try(self.remote.upload, path, [folders.MANIFEST])
         if trouble is not None:
             self._warn(path, trouble)
         elif self.prune_remote:
@@ -230,10 +232,10 @@ class Checkpoints(Callback):  # type: ignore[misc]
             return first_line(error)
         return None
 
-    def _keep(self, partial: Path, mark: dict[str, Any]) -> None:
+    def _keep(self, partial: Path, facts: dict[str, Any]) -> None:
         """Make what was written a checkpoint, and prune older ones."""
         self._check_leases()
-        folders.commit(partial, mark)
+        folders.commit(partial, facts)
         path = folders.publish(partial)
         # Folders that claim to be newer are damaged ones, passed over on resuming: they do not count as kept.
         found = folders.saved(self.root)

@@ -80,7 +80,7 @@ class Preemption(Callback):  # type: ignore[misc]
     def _stop(self, state: State, number: int) -> None:
         self.stop.begin(number)
         self.saver.save_now(state)
-        self.meet()  # rank 0 may still be copying the mark to an object store
+        self.meet()  # rank 0 may still be copying the manifest to an object store
         self.stop.safe = True
         time = state.timestamp
         facts = {"step": time.batch.value, "tokens": time.token.value, "cause": cause(number)}

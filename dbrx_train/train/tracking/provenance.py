@@ -1,4 +1,4 @@
-"""What made a checkpoint, as its mark says it."""
+"""What made a checkpoint, as its manifest says it."""
 
 from __future__ import annotations
 
