@@ -1,7 +1,7 @@
 """A checkpoint is a folder; it counts once its manifest is there, which is written last.
 
 ba1000/
-    checkpoint.json   the manifest: step, configuration, position in the data, what made it, each file with its
+    checkpoint.json   the manifest: step, configuration, position in the data, what made it, files with their
                       size and hash
     .metadata         which part of which tensor lies where (torch.distributed.checkpoint)
     __0_0.distcp ...  what each rank wrote
