@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstd
 
-from dbrx_train.cli import data_prepare
+from dbrx_train.cli.data import data_prepare
 from dbrx_train.data import mds
 from dbrx_train.data.inspect import BOUNDARY, inspect
 from dbrx_train.data.manifest import check_dataset, read_manifest

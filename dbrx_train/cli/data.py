@@ -1,0 +1,151 @@
+"""``dbrx-train data``."""
+
+from __future__ import annotations
+
+from enum import StrEnum, auto
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dbrx_train import exits
+from dbrx_train.cli.options import Config, Out, Overrides, Processes, SeqLen, VocabFile
+from dbrx_train.files import atomic_write
+
+__all__ = ["data_app"]
+
+data_app = typer.Typer(no_args_is_help=True, help="Prepare and look at training data.")
+
+
+class Trained(StrEnum):
+    """Which turns of a conversation are trained on."""
+
+    assistant = auto()
+    all = auto()
+
+
+class Long(StrEnum):
+    """What becomes of a conversation that is longer than a sample."""
+
+    truncate = auto()
+    drop = auto()
+
+
+@data_app.command("prepare")
+def data_prepare(
+    sources: Annotated[
+        list[str], typer.Argument(help="Files, folders or globs: text, JSON lines, JSON, Parquet.")
+    ],
+    out: Out,
+    seq_len: SeqLen = 2048,
+    text_field: Annotated[
+        str, typer.Option(help="Field or column that holds the text; a.b is field b of a.")
+    ] = "text",
+    template: Annotated[
+        str | None, typer.Option(help="Text made of several fields instead, as '{title}\\n\\n{body}'.")
+    ] = None,
+    suffix: Annotated[list[str] | None, typer.Option(help="Ending of text files; may be repeated.")] = None,
+    val_fraction: Annotated[float, typer.Option(help="Share of the documents held out.")] = 0.01,
+    processes: Processes = None,
+    vocab_file: VocabFile = None,
+) -> None:
+    """Tokenize SOURCES into shards; interrupted, the same command goes on."""
+    exits.resumable()
+    from dbrx_train.data.prepare.pipeline import TEXT_SUFFIXES, prepare
+
+    summary = prepare(
+        sources,
+        out,
+        seq_len=seq_len,
+        text_field=text_field,
+        template=template,
+        suffixes=suffix or TEXT_SUFFIXES,
+        val_fraction=val_fraction,
+        processes=processes,
+        vocab_file=vocab_file,
+    )
+    print(summary)
+
+
+@data_app.command("prepare-chat")
+def data_prepare_chat(
+    sources: Annotated[list[str], typer.Argument(help="Files, folders or globs: JSON lines, JSON, Parquet.")],
+    out: Out,
+    seq_len: SeqLen = 2048,
+    loss: Annotated[Trained, typer.Option(help="The turns to train on.")] = Trained.assistant,
+    long: Annotated[Long, typer.Option(help="What becomes of conversations over --seq-len.")] = Long.truncate,
+    preferences: Annotated[
+        bool, typer.Option("--preferences", help="Lines hold a chosen and a rejected answer, for DPO.")
+    ] = False,
+    val_fraction: Annotated[float, typer.Option(help="Share of the conversations held out.")] = 0.05,
+    processes: Processes = None,
+    vocab_file: VocabFile = None,
+) -> None:
+    """Turn conversations in SOURCES into shards: ChatML, whole within samples, with a loss mask."""
+    exits.resumable()
+    from dbrx_train.data.prepare.conversations import ChatFormat
+    from dbrx_train.data.prepare.pipeline import prepare
+
+    summary = prepare(
+        sources,
+        out,
+        seq_len=seq_len,
+        val_fraction=val_fraction,
+        processes=processes,
+        vocab_file=vocab_file,
+        chat=ChatFormat(loss.value, long.value, preferences),
+    )
+    print(summary)
+
+
+@data_app.command("inspect")
+def data_inspect(
+    folder: Annotated[str, typer.Argument(help="A prepared folder.")],
+    split: Annotated[str, typer.Option(help="train or val.")] = "train",
+    sample: Annotated[int | None, typer.Option(help="Which sample to show.")] = None,
+    vocab_file: Annotated[str | None, typer.Option(help="The vocabulary it was prepared with.")] = None,
+) -> None:
+    """Show what a prepared folder holds."""
+    from dbrx_train.data.inspect import inspect
+
+    print(inspect(folder, split=split, sample=sample, vocab_file=vocab_file))
+
+
+@data_app.command("mix")
+def data_mix(
+    config: Config,
+    overrides: Overrides = None,
+    picture: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("mix.png"),
+) -> None:
+    """Show the data mix of CONFIG over the run, with epochs per source, as a table and a picture."""
+    from dbrx_train.config import load
+    from dbrx_train.data.manifest import read_manifest
+    from dbrx_train.data.mix import plots
+
+    run = load(config, overrides or [])
+    mix, sizes = run.mix_schedule(), dict[str, int]()
+    lengths = mix.sample_lengths(run.clock)
+    for name, source in run.data.sources.items():
+        manifest = read_manifest(source.local)
+        manifest.check_length(source.local, lengths.get(name))
+        sizes[name] = manifest.splits["train"].samples
+    run.check_repetition(mix, sizes)
+    print(plots.table(mix, sizes, run.clock))
+    picture = picture if picture.suffix else picture.with_suffix(".png")
+    with atomic_write(picture) as partial:
+        plots.draw(mix, sizes, run.clock, partial)
+    off = f"{mix.max_deviation:.2f} samples per canonical node"
+    print(f"a source is never further than {off} from its weight's integral; picture: {picture}")
+
+
+@data_app.command("quickstart")
+def data_quickstart(
+    out: Out = "data/quickstart",
+    seq_len: SeqLen = 512,
+) -> None:
+    """Prepare the quickstart's corpus: the code and the texts of this machine's Python."""
+    exits.resumable()
+    from dbrx_train.data.prepare.quickstart import prepare_quickstart
+
+    for summary in prepare_quickstart(out, seq_len=seq_len).values():
+        print(summary)

@@ -1,0 +1,201 @@
+"""Commands about a run: plan, train, look at it, and put its model to use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dbrx_train import exits, logs
+from dbrx_train.cli.options import Config, Int8, Overrides, aside
+from dbrx_train.files import atomic_write
+
+__all__ = ["runs_app"]
+
+runs_app = typer.Typer()
+
+
+@runs_app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+) -> None:
+    """Train as CONFIG says; resume if a run of its name was started before."""
+    exits.resumable()
+    from dbrx_train.config import load
+
+    logs.outlive_readers()
+    loaded = load(config, overrides or [])
+    with exits.hearing_alone():
+        from dbrx_train.train.run import run
+
+    run(loaded)
+
+
+@runs_app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(help="How many GPUs; plan.gpus.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Their kind, such as h100; plan.gpu.")] = None,
+    machine: Annotated[int | None, typer.Option(help="GPUs of one machine; plan.machine.")] = None,
+    price: Annotated[
+        float | None, typer.Option(help="Dollars for a GPU and an hour; plan.gpu_hour_price.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes and seconds.")] = False,
+    search: Annotated[
+        bool, typer.Option("--search", help="Try all meshes, microbatches and activation checkpointings.")
+    ] = False,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="Run steps of one rank on fake tensors: its memory, observed.")
+    ] = False,
+) -> None:
+    """Show what CONFIG will need on given GPUs: memory, traffic, time, money; 2 if it does not fit."""
+    from dbrx_train.config import load
+    from dbrx_train.plan.report import report
+
+    given = {"gpus": gpus, "gpu": gpu, "machine": machine, "gpu_hour_price": price}
+    options = [f"plan.{key}={value}" for key, value in given.items() if value is not None]
+    run = load(config, [*(overrides or []), *options])
+    if not dry:
+        report(run, as_json=as_json, searching=search)
+        return
+    if as_json or search:
+        raise ValueError("--dry-run: is one table of one mesh; leave out --json and --search")
+    from dbrx_train.plan.dry_run_table import report_dry_run
+    from dbrx_train.train.optim import build_optimizer
+
+    report_dry_run(run, build_optimizer)
+
+
+@runs_app.command("eval")
+def evaluate(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CONFIG|CKPT", help="A run's YAML or folder, a checkpoint, or a Hugging Face folder."
+        ),
+    ],
+    overrides: Overrides = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="A run, checkpoint or Hugging Face folder; default: CONFIG's run."),
+    ] = None,
+    int8: Int8 = False,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Put in-context tasks to it instead: a file with icl_tasks:, `gauntlet`, or a task's label; "
+            "may be repeated."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="The folder of the tasks' data; default: their file's.")
+    ] = None,
+    gauntlet: Annotated[
+        Path | None, typer.Option(help="A file with eval_gauntlet: to aggregate by; default: Gauntlet v0.3.")
+    ] = None,
+    json: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write results here, and examples to a .jsonl beside it; interrupted, the same command goes "
+            "on."
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Examples of each task, from the first on.")
+    ] = None,
+    max_seq_len: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens of the longest prompt with its answer; default: the model's."),
+    ] = None,
+    as_foundry: Annotated[
+        bool, typer.Option("--as-foundry", help="Score as LLM Foundry does even where it is wrong.")
+    ] = False,
+    skip_missing: Annotated[
+        bool, typer.Option("--skip-missing", help="Leave out tasks whose data is not there.")
+    ] = False,
+) -> None:
+    """Show the loss on what was held out of each source of CONFIG, or the scores of in-context tasks."""
+    from dbrx_train.evaluate.alone import Asked, evaluate
+    from dbrx_train.evaluate.held_out import of_weights
+
+    asked = Asked(tasks or [], data, gauntlet, json, limit, max_seq_len, int8, as_foundry, skip_missing)
+    if tasks:
+        found = weights or (source if not _is_config(source) else _run_folder(source, overrides))
+        print(evaluate(found, asked, aside))
+        return
+    if asked != Asked([], int8=int8):
+        raise ValueError("--tasks: not given, and all other options but --weights and --int8 are about tasks")
+    config = source if _is_config(source) else source / "config.yaml"
+    for part in of_weights(config, overrides or [], weights, int8, aside):
+        print(f"held-out {part.source}: loss {part.loss:.4f} over {part.labels:,} tokens", flush=True)
+
+
+def _is_config(source: Path) -> bool:
+    return source.suffix in (".yaml", ".yml")
+
+
+def _run_folder(config: Path, overrides: list[str] | None) -> Path:
+    from dbrx_train.config import load
+
+    return Path(load(config, overrides or []).folder)
+
+
+@runs_app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    out: Annotated[Path | None, typer.Option(help="The file to write; default: report.html in RUN.")] = None,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="The MLflow store that it is in; default: its configuration's.")
+    ] = None,
+) -> None:
+    """Write what RUN was and how it went to one HTML file, which opens without a network."""
+    from dbrx_train.report import read, render
+
+    page, content = out or run / "report.html", render(read(run, tracking_uri))
+    with atomic_write(page) as partial:
+        partial.write_text(content, encoding="utf-8")
+    print(page)
+
+
+@runs_app.command()
+def generate(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A run's folder, a checkpoint, its weights, or a Hugging Face folder.")
+    ],
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Stop after this many tokens; default: 128, or what there is room for."),
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, help="Sample from this much probability; 0: the likeliest token."),
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="PROMPT is a user's turn: write the answer.")] = False,
+    int8: Int8 = False,
+) -> None:
+    """Continue PROMPT with the model in CHECKPOINT."""
+    from dbrx_train.evaluate.text import continue_text
+
+    pieces = continue_text(
+        checkpoint,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        chat=chat,
+        int8=int8,
+        aside=aside,
+    )
+    print("" if chat else prompt, end="", flush=True)
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    finally:
+        print()
