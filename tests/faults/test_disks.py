@@ -87,7 +87,9 @@ def test_a_page_or_a_picture_on_a_full_disk_is_one_line(runs: Runs, warm: Warm, 
 
 @pytest.mark.slow
 def test_a_checkpoint_on_a_full_disk_is_one_line_and_loses_nothing_saved(runs: Runs, disk: Disk) -> None:
-    disk.resize(30_000)  # room for one of 19 MB
+    pages = (-(-file.stat().st_size // 4096) for file in (runs.checkpoints("whole") / f"ba{STEPS}").iterdir())
+    one = 4 * sum(pages)
+    disk.resize(one * 3 // 2 + 40)  # room for one, and small files beside it
     name, root = "full-disk", disk.path / "checkpoints"
     for step, asynchronous in ((1, "false"), (1, "true")):
         code, said = runs(name, f"folder={disk.path}", f"checkpoints.asynchronous={asynchronous}")

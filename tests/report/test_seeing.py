@@ -166,8 +166,9 @@ def test_goodput_is_of_all_starts(watched: tuple[RunConfig, Outputs, str]) -> No
 @pytest.mark.slow
 def test_the_start_says_what_will_happen(watched: tuple[RunConfig, Outputs, str]) -> None:
     config, _, said = watched
-    params = config.model.num_params / 1e6
-    assert f"watched: {params:.4g}M parameters" in said
+    assert (
+        f"watched: {config.model.num_params:,} parameters, {config.model.num_active_params:,} active" in said
+    )
     assert "a step is 4 samples of 32 tokens = 2 in a microbatch x 2 accumulated x 1 rank" in said
     assert "1 x cpu, fp32: replicate 1 x shard 1, experts over 1; about " in said
     assert f"writes to {config.folder}; MLflow: sqlite:///" in said
@@ -312,7 +313,7 @@ def test_a_report_of_nothing_is_refused(watched: tuple[RunConfig, Outputs, str],
     with pytest.raises(ValueError, match=r"no run's folder, for it has no config\.yaml"):
         read(tmp_path)
     missing = tmp_path / "none.db"
-    with pytest.raises(ValueError, match=r"none\.db: no such file, seen from here; --tracking-uri"):
+    with pytest.raises(ValueError, match=r"none\.db: no such file; --tracking-uri"):
         read(Path(config.folder), f"sqlite:///{missing}")
     assert not missing.exists()
     shutil.copy(Path(config.folder) / "config.yaml", tmp_path)

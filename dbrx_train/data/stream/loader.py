@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -17,6 +19,10 @@ from dbrx_train.data.stream.worker_signals import ignore_signals_of_others
 from dbrx_train.model.loss import IGNORE_INDEX
 
 __all__ = ["TimedLoader", "build_loader", "collate", "document_ids"]
+
+
+_LONGEST_TEMPORARY = 75
+"""Of the 107 characters that a Unix socket's path may have, less those of multiprocessing's names."""
 
 
 def document_ids(tokens: Tensor, eos_id: int) -> Tensor:
@@ -92,7 +98,17 @@ def build_loader(
 
     It ends with the dataset's clock; ``endless``: goes on beyond, with the last mix. ``arrived`` is called
     for each batch, once it is there.
+
+    Raises:
+        ValueError: the path of the folder for temporary files is too long for workers' sockets, in which case
+            they would wait for each other for ever.
     """
+    place = tempfile.gettempdir()
+    if num_workers and len(os.fsencode(place)) > _LONGEST_TEMPORARY:
+        raise ValueError(
+            f"TMPDIR: {place} has {len(os.fsencode(place))} characters, and sockets of data.num_workers need "
+            f"one of at most {_LONGEST_TEMPORARY}"
+        )
     return TimedLoader(
         dataset,
         arrived,

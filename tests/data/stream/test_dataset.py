@@ -6,6 +6,7 @@ import errno
 import itertools
 import os
 import shutil
+import tempfile
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -171,10 +172,14 @@ def refuse_writing(monkeypatch: pytest.MonkeyPatch, folder: Path, reason: int) -
 
 
 @pytest.fixture
-def packed(corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The corpora with no shard unpacked; temporary files go to the folder ``temporary`` beside them."""
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+def packed(
+    corpora: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """The corpora with no shard unpacked; temporary files go to a folder of their own.
+
+    Its path is short, for sockets of loader workers lie there, and theirs may have 107 characters.
+    """
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path_factory.mktemp("t")))
     return Path(shutil.copytree(corpora, tmp_path / "data", ignore=shutil.ignore_patterns("*.mds")))
 
 
@@ -182,7 +187,7 @@ def packed(corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 def test_a_folder_that_takes_no_files_is_read_alike(
     packed: Path, corpora: Path, monkeypatch: pytest.MonkeyPatch, reason: int
 ) -> None:
-    expected = all_ranks(corpora, 1, 20)
+    expected, temporary = all_ranks(corpora, 1, 20), tempfile.gettempdir()
     before = sorted(packed.rglob("*"))
     refuse_writing(monkeypatch, packed, reason)
     assert steps(dataset(packed), 20, workers=2) == expected
@@ -191,12 +196,12 @@ def test_a_folder_that_takes_no_files_is_read_alike(
 
     limit = 1500
     assert steps(dataset(packed, cache_limit=limit, predownload=4), 20) == expected
-    kept = list((packed.parent / "temporary").rglob("*.mds"))
+    kept = list(Path(temporary).rglob("*.mds"))
     assert kept
     assert sum(path.stat().st_size for path in kept) <= limit + 1000
 
     monkeypatch.undo()
-    monkeypatch.setattr("tempfile.tempdir", str(packed.parent / "temporary"))
+    monkeypatch.setattr("tempfile.tempdir", temporary)
     shutil.rmtree(packed / "a" / "val")
     write_source(packed / "a" / "val", range(100, 103))
     refuse_writing(monkeypatch, packed, reason)
@@ -205,11 +210,21 @@ def test_a_folder_that_takes_no_files_is_read_alike(
 
 
 def test_no_room_anywhere_is_one_clear_line(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse_writing(monkeypatch, packed.parent, errno.ENOSPC)
+    for folder in (packed, Path(tempfile.gettempdir())):
+        refuse_writing(monkeypatch, folder, errno.ENOSPC)
     message = r"^sources.\w: neither .*data/\w/train nor .*; set TMPDIR to"
     with pytest.raises(ValueError, match=message) as caught:
         next(iter(dataset(packed)))
     assert "\n" not in str(caught.value)
+
+
+def test_a_temporary_folder_too_deep_for_sockets_of_workers_is_refused(
+    corpora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", f"/{'x' * 75}")
+    with pytest.raises(ValueError, match=r"^TMPDIR: /x+ has 76 characters, and sockets of data\.num_workers"):
+        build_loader(dataset(corpora), eos_id=0, pad_id=0, num_workers=1)
+    build_loader(dataset(corpora), eos_id=0, pad_id=0)
 
 
 def test_an_evicting_run_that_keeps_nothing_still_reads(packed: Path, corpora: Path) -> None:
