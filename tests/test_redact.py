@@ -61,6 +61,7 @@ def test_records_of_any_logger(capsys: pytest.CaptureFixture[str]) -> None:
     logger = logging.getLogger("someone.elses")
     logger.addHandler(handler)
     try:
+        logging.setLogRecordFactory(logging.LogRecord)  # the command line's own has no tracebacks
         mask_logs()
         try:
             raise OSError("no https://me:pw@host")

@@ -27,6 +27,13 @@ from dbrx_train.train.optim import build_optimizer
 MIB = 2**20
 
 
+@pytest.fixture(autouse=True)
+def no_process_group() -> None:
+    """Runs in this process, of other tests, leave theirs."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def family(name: str, *options: str) -> RunConfig:
     """A configuration of configs/pretrain with two layers: what it holds of a layer is that of the whole."""
     return load(ROOT / "configs" / "pretrain" / f"{name}.yaml", ["model.n_layers=2", *options])

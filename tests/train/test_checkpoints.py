@@ -340,7 +340,7 @@ def test_a_run_begins_with_the_weights_of_another(
         assert any((found[name] != base[name]).any() for name in base.keys() - models)
     path = run_yaml(workplace, in_tmp, "wrong")
     for options, says in (
-        (["init_from.path=nowhere"], "init_from.path: nowhere: neither a run with checkpoints nor"),
+        (["init_from.path=nowhere"], "init_from.path: nowhere: no such file or folder"),
         (["init_from.path=base", "model.n_layers=3"], r"model.n_layers: 3 here, but base was saved with 2$"),
     ):
         with pytest.raises(ConfigError, match=says):

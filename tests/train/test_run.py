@@ -445,7 +445,7 @@ def test_a_configuration_that_is_not_a_runs_is_not_overwritten(workplace: Path, 
 def test_a_run_goes_on_when_its_reader_leaves_and_is_exported_while_it_prunes(
     runs: Runs, tmp_path: Path
 ) -> None:
-    command = [DBRX_TRAIN, *runs.command("watched", "max_duration=80ba")]
+    command = [DBRX_TRAIN, *runs.command("watched", "max_duration=250ba")]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
