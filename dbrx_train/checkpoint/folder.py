@@ -112,7 +112,8 @@ def whole(root: Path, on_skip: Callable[[str], None]) -> Iterator[Checkpoint]:
         try:
             checkpoint = read(path)
         except ValueError as error:
-            on_skip(f"passed over {error}")
+            if (path / MANIFEST).exists():  # else it was pruned meanwhile, its manifest first
+                on_skip(f"passed over {error}")
         else:
             yield checkpoint
 

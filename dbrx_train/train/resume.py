@@ -100,12 +100,13 @@ def check_start(config: RunConfig, found: Checkpoint | None) -> Weights | None:
         _check_same(
             fixed, config, found.folder, found.config, "; give the run another run_name= to start afresh"
         )
-        _warn_of_learning_rate(config, found)
     if config.init_from.path is not None and (found is None or config.lora.rank is not None):
         with naming("init_from.path: "):
             weights = open_weights(Path(config.init_from.path), print_rank0)
         weights = _fitting(config, weights)
     _check_mix(config, found)
+    if found:
+        _warn_of_learning_rate(config, found)
     checkpoint_folder(config).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=config.folder):
         pass  # a read-only or full disk is found out here

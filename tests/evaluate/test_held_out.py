@@ -46,7 +46,7 @@ def test_the_command_gives_the_losses_that_the_run_ended_with(
         assert ("int8: logits are off by" in done.stderr) == bool(options)
     done = subprocess.run([*command, "--weights", "nowhere"], capture_output=True, text=True, timeout=100)
     assert done.returncode == 2
-    assert done.stderr.startswith("dbrx-train: nowhere: neither a run")
+    assert done.stderr.startswith("dbrx-train: nowhere: no such file or folder, seen from")
     command += ["evaluation.max_samples=0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2
@@ -86,6 +86,7 @@ def test_held_out_figures_do_not_depend_on_batches_or_ranks(
     prepare(
         [str(tmp_path / "pairs.jsonl")],
         str(tmp_path / "pairs"),
+        vocab_file=str(workplace / "words.tiktoken"),
         seq_len=64,
         val_fraction=0.5,
         processes=1,

@@ -466,6 +466,6 @@ def test_a_run_goes_on_when_its_reader_leaves_and_is_exported_while_it_prunes(
     assert process.returncode == 0, said
     assert said.count("nobody reads standard output any more; training goes on") == 1
     assert exported > 3
-    assert folders.saved(runs.checkpoints("watched"))[0].name == "ba80"
+    assert folders.saved(runs.checkpoints("watched"))[0].name == "ba250"
     assert runs("watched", "max_duration=82ba")[0] == 0
     assert [path.name for path in folders.saved(runs.checkpoints("watched"))] == ["ba82"], "none is held now"
