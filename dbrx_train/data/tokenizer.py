@@ -153,19 +153,16 @@ class Tokenizer(ABC):
 class TiktokenTokenizer(Tokenizer):
     """Byte-pair encoding by tiktoken, with the splitting pattern of ``cl100k_base``.
 
-    ``ranks``: token -> id. Of ``cl100k_base`` itself special ids are those of the release; of any other
-    vocabulary they follow the highest rank.
+    ``ranks``: token -> id.
     """
 
-    def __init__(self, name: str, ranks: Mapping[bytes, int], vocab_file: str | None = None) -> None:
+    def __init__(
+        self, name: str, ranks: Mapping[bytes, int], special: Mapping[str, int], vocab_file: str | None = None
+    ) -> None:
         self.ranks = dict(ranks)
-        special = _DBRX_SPECIAL
-        if len(ranks) != _CL100K_RANKS or _fingerprint(ranks, special) != CL100K_FINGERPRINT:
-            first = max(ranks.values()) + 1
-            special = {text: first + i for i, text in enumerate((EOS, PAD, IM_START, IM_END))}
         super().__init__(name, vocab_file, special, max(special.values()) + 1)
         self._encoding = tiktoken.Encoding(
-            name, pat_str=_PATTERN, mergeable_ranks=self.ranks, special_tokens=special
+            name, pat_str=_PATTERN, mergeable_ranks=self.ranks, special_tokens=dict(special)
         )
         self._known = frozenset(self.ranks.values()) | frozenset(special.values())
 
@@ -188,6 +185,14 @@ class TiktokenTokenizer(Tokenizer):
         token, known = self._encoding.decode_single_token_bytes, self._known
         parts = (token(id_) if id_ in known else b"<|unused_%d|>" % id_ for id_ in ids)
         return b"".join(parts).decode("utf-8", errors="replace")
+
+
+def _special_after(ranks: Mapping[bytes, int]) -> Mapping[str, int]:
+    """Special ids of a vocabulary in a file: of ``cl100k_base`` those of the release, else they follow it."""
+    if len(ranks) == _CL100K_RANKS and _fingerprint(ranks, _DBRX_SPECIAL) == CL100K_FINGERPRINT:
+        return _DBRX_SPECIAL
+    first = max(ranks.values()) + 1
+    return {text: first + i for i, text in enumerate((EOS, PAD, IM_START, IM_END))}
 
 
 def _fingerprint(ranks: Mapping[bytes, int], special: Mapping[str, int]) -> str:
@@ -220,7 +225,7 @@ def _load(name: str, vocab_file: str | None) -> Tokenizer:
     if vocab_file is None:
         if name != CL100K:
             raise ValueError(f"tokenizer: {name!r} is unknown; use {CL100K!r} or give a vocabulary file")
-        return TiktokenTokenizer(name, _parse_ranks(cl100k_file(), name))
+        return TiktokenTokenizer(name, _parse_ranks(cl100k_file(), name), _DBRX_SPECIAL)
     own = Path(vocab_file).stem if name == CL100K else name
     try:
         content = Path(vocab_file).read_bytes()
@@ -231,10 +236,9 @@ def _load(name: str, vocab_file: str | None) -> Tokenizer:
         from dbrx_train.data.fast_tokenizer import FastTokenizer
 
         return FastTokenizer(own, content, vocab_file)
-    made = TiktokenTokenizer(own, _parse_ranks(content, vocab_file), vocab_file)
-    if made.fingerprint == CL100K_FINGERPRINT:
-        made.name = name
-    return made
+    ranks = _parse_ranks(content, vocab_file)
+    special = _special_after(ranks)
+    return TiktokenTokenizer(name if special is _DBRX_SPECIAL else own, ranks, special, vocab_file)
 
 
 def _parse_ranks(data: bytes, origin: str) -> dict[bytes, int]:
