@@ -8,7 +8,7 @@ B200 are taken to attain the H100's shares.
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __all__ = ["ALIASES", "GPU", "GPUS", "gpu"]
 
@@ -44,91 +44,62 @@ class GPU:
     """The same with the kernels of the published runs (Triton's FlashAttention)."""
 
 
-_PRODUCTS_H100, _ATTENTION_H100, _ATTENTION_H100_2023 = 0.771, 0.45, 0.181
-_PRODUCTS_A100, _ATTENTION_A100, _ATTENTION_A100_2023 = 0.86, 0.5, 0.323
-
 # An H100's machine takes 7.75 kW under load, 0.76 of its data sheet's most; others that share of theirs.
 # The H100's price is that of a reserved hour in 2026-03 ($2.95 on demand in 2026-05).
-GPUS = {
-    each.name: each
-    for each in (
-        GPU(
-            name="h100",
-            torch_name="H100 80GB HBM3",
-            peak=989.5e12,
-            peak_float32=67e12,
-            memory=80 * 2**30,
-            memory_bandwidth=3.35e12,
-            nvlink=450e9,
-            network=50e9,
-            watts=969,
-            hour_price=2.35,
-            products=_PRODUCTS_H100,
-            attention=_ATTENTION_H100,
-            attention_2023=_ATTENTION_H100_2023,
-        ),
-        GPU(
-            name="h200",
-            torch_name="H200",
-            peak=989.5e12,
-            peak_float32=67e12,
-            memory=141e9,
-            memory_bandwidth=4.8e12,
-            nvlink=450e9,
-            network=50e9,
-            watts=969,
-            hour_price=None,
-            products=_PRODUCTS_H100,
-            attention=_ATTENTION_H100,
-            attention_2023=_ATTENTION_H100_2023,
-        ),
-        GPU(
-            name="b200",
-            torch_name="B200",
-            peak=2250e12,
-            peak_float32=75e12,
-            memory=180e9,
-            memory_bandwidth=7.7e12,
-            nvlink=900e9,
-            network=50e9,
-            watts=1360,
-            hour_price=None,
-            products=_PRODUCTS_H100,
-            attention=_ATTENTION_H100,
-            attention_2023=_ATTENTION_H100_2023,
-        ),
-        GPU(
-            name="a100-80gb",
-            torch_name="A100-SXM4-80GB",
-            peak=312e12,
-            peak_float32=19.5e12,
-            memory=80 * 2**30,
-            memory_bandwidth=2.04e12,
-            nvlink=300e9,
-            network=25e9,
-            watts=618,
-            hour_price=None,
-            products=_PRODUCTS_A100,
-            attention=_ATTENTION_A100,
-            attention_2023=_ATTENTION_A100_2023,
-        ),
-        GPU(
-            name="a100-40gb",
-            torch_name="A100-SXM4-40GB",
-            peak=312e12,
-            peak_float32=19.5e12,
-            memory=40 * 2**30,
-            memory_bandwidth=1.555e12,
-            nvlink=300e9,
-            network=25e9,
-            watts=618,
-            hour_price=None,
-            products=_PRODUCTS_A100,
-            attention=_ATTENTION_A100,
-            attention_2023=_ATTENTION_A100_2023,
-        ),
-    )
-}
+_H100 = GPU(
+    name="h100",
+    torch_name="H100 80GB HBM3",
+    peak=989.5e12,
+    peak_float32=67e12,
+    memory=80 * 2**30,
+    memory_bandwidth=3.35e12,
+    nvlink=450e9,
+    network=50e9,
+    watts=969,
+    hour_price=2.35,
+    products=0.771,
+    attention=0.45,
+    attention_2023=0.181,
+)
+_A100 = GPU(
+    name="a100-80gb",
+    torch_name="A100-SXM4-80GB",
+    peak=312e12,
+    peak_float32=19.5e12,
+    memory=80 * 2**30,
+    memory_bandwidth=2.04e12,
+    nvlink=300e9,
+    network=25e9,
+    watts=618,
+    hour_price=None,
+    products=0.86,
+    attention=0.5,
+    attention_2023=0.323,
+)
+_OTHERS = (
+    replace(_H100, name="h200", torch_name="H200", memory=141e9, memory_bandwidth=4.8e12, hour_price=None),
+    replace(
+        _H100,
+        name="b200",
+        torch_name="B200",
+        peak=2250e12,
+        peak_float32=75e12,
+        memory=180e9,
+        memory_bandwidth=7.7e12,
+        nvlink=900e9,
+        watts=1360,
+        hour_price=None,
+    ),
+    _A100,
+    replace(
+        _A100,
+        name="a100-40gb",
+        torch_name="A100-SXM4-40GB",
+        memory=40 * 2**30,
+        memory_bandwidth=1.555e12,
+    ),
+)
+GPUS = {each.name: each for each in (_H100, *_OTHERS)}
 ALIASES = {"h100-80gb": "h100", "a100": "a100-80gb"}
 
 
