@@ -14,6 +14,7 @@ __all__ = [
     "MISTAKE",
     "STOPPED",
     "Stopped",
+    "aside",
     "check_exists",
     "exit_code",
     "first_line",
@@ -85,6 +86,11 @@ def seen_from(path: str | os.PathLike[str]) -> str:
         return f", seen from {os.getcwd()}"
     except FileNotFoundError:
         return ", seen from a folder that was deleted"
+
+
+def aside(line: str) -> None:
+    """Say what is no result: on standard error."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def first_line(error: BaseException) -> str:

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -22,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dbrx_train.errors import Stopped
+from dbrx_train.errors import Stopped, aside
 from dbrx_train.files import atomic_write, naming_file
 
 __all__ = [
@@ -192,7 +191,7 @@ def scratch_folder(out: Path) -> Iterator[Path]:
     if os.path.lexists(out):
         raise ValueError(f"{out}: exists already; choose another, or delete it")
     partial = out.with_name(f"{out.name}.partial")
-    with Lease(partial, lost=lambda _: None, say=_aside) as lease:
+    with Lease(partial, lost=lambda _: None, say=aside) as lease:
         try:
             for left in partial.iterdir():  # by a process that was killed
                 if left.name != FOLDER:
@@ -211,10 +210,6 @@ def new_folder(out: Path) -> Iterator[Path]:
         filled.mkdir()
         yield filled
         filled.rename(out)
-
-
-def _aside(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def holder() -> dict[str, Any]:

@@ -16,7 +16,7 @@ from dbrx_train.config import load
 from dbrx_train.model.config import ACTIVATION_CHECKPOINTING
 from dbrx_train.model.decoder import Dbrx
 from dbrx_train.parallel import MeshShape, checkpoint_activations
-from dbrx_train.plan.estimates import memory
+from dbrx_train.plan.memory import memory
 
 LAYERS, TOKENS, STEPS = 8, 4096, 5
 

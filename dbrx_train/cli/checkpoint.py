@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from dbrx_train.cli.options import Precision, aside
+from dbrx_train.cli.options import Precision
+from dbrx_train.errors import aside
 
 __all__ = ["checkpoint_app"]
 

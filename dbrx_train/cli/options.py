@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from enum import StrEnum, auto
 from typing import Annotated, Any
 
@@ -46,7 +45,3 @@ class Command(typer.core.TyperCommand):
             if typed is None or not colon:
                 raise
             raise ValueError(f"{typed.opts[0] if typed.opts[0] != name else name.upper()}: {rest}") from error
-
-
-def aside(line: str) -> None:
-    print(line, file=sys.stderr)

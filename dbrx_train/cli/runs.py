@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from dbrx_train import exits, logs
-from dbrx_train.cli.options import Config, Int8, Overrides, aside
+from dbrx_train.cli.options import Config, Int8, Overrides
+from dbrx_train.errors import aside
 from dbrx_train.files import atomic_write
 
 __all__ = ["runs_app"]

@@ -6,7 +6,11 @@ import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["ConfigError", "naming", "nearest", "require"]
+import yaml
+
+from dbrx_train.errors import first_line
+
+__all__ = ["ConfigError", "naming", "nearest", "require", "where_and_what"]
 
 _RENAMED = {
     "hangs": "watchdog",
@@ -35,6 +39,13 @@ def naming(prefix: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ConfigError(f"{prefix}{error}") from None
+
+
+def where_and_what(error: yaml.YAMLError) -> tuple[str, str]:
+    """Of text that is no YAML: ``, line N`` if that is known, and what is wrong there, in a line."""
+    place = getattr(error, "problem_mark", None)
+    line = f", line {place.line + 1}" if place else ""
+    return line, getattr(error, "problem", None) or first_line(error)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dbrx_train.config.errors import ConfigError, require
+from dbrx_train.config.errors import ConfigError, require, where_and_what
 from dbrx_train.config.kinds import unknown_keys, wrong_kinds
 from dbrx_train.config.run import RunConfig
 from dbrx_train.errors import first_line, seen_from
@@ -103,9 +103,7 @@ def _read_yaml(path: Path) -> DictConfig:
             raise ConfigError(f"{path}: {_A_RUN}") from None
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or first_line(error)
+        line, problem = where_and_what(error)
         raise ConfigError(f"{path}{line}: not valid YAML: {problem}") from None
     if not isinstance(given, DictConfig):
         raise ConfigError(f"{path}: {_A_RUN}")

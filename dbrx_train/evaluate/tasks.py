@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from dbrx_train.config.errors import nearest
+from dbrx_train.config.errors import nearest, where_and_what
 from dbrx_train.options import check, option
 
 __all__ = ["GAUNTLET", "METRICS", "TASKS", "Task", "read_tasks", "select"]
@@ -103,11 +103,8 @@ def read_tasks(path: Path, data: Path | None = None) -> list[Task]:
     try:
         tree = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise ValueError(
-            f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}"
-        ) from None
+        line, problem = where_and_what(error)
+        raise ValueError(f"{path}{line}: not valid YAML: {problem}") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path}: no text in UTF-8") from None
     entries = _entries(tree)

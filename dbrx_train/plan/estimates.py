@@ -1,4 +1,4 @@
-"""What a mesh costs a rank: bytes that it sends in a step, bytes that it holds (``memory.py``).
+"""What a mesh costs a rank: bytes that it sends in a step. What it holds: ``memory.py``.
 
 FSDP pads a parameter's rows to a multiple of the ranks.
 """
@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.parallel.mesh import MeshShape
 from dbrx_train.plan.collectives import KINDS, collectives
-from dbrx_train.plan.memory import Memory, memory
 from dbrx_train.plan.units import HasItemsize
 
-__all__ = ["Memory", "Traffic", "memory", "traffic"]
+__all__ = ["Traffic", "traffic"]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +36,7 @@ from dbrx_train.data.prepare.text_template import text_template
 from dbrx_train.data.prepare.tokenize import EXAMPLES, SPLITS, Job, has_marks, read_mark
 from dbrx_train.data.prepare.workers import run_parts
 from dbrx_train.data.tokenizer import Tokenizer, load_tokenizer
+from dbrx_train.errors import aside
 from dbrx_train.lease import FOLDER as LEASE
 from dbrx_train.lease import Lease
 
@@ -235,7 +235,7 @@ def _claimed(folder: Path, plan: dict[str, Any]) -> Iterator[Lease]:
     if not begun and not (folder / MANIFEST).is_file():
         raise ValueError(f"{folder}: is not empty and holds no unfinished preparation; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    with Lease(folder, lost=_aside, say=_aside) as lease:
+    with Lease(folder, lost=aside, say=aside) as lease:
         if not (folder / MANIFEST).is_file():
             _begin_or_resume(folder, plan)
         yield lease
@@ -257,10 +257,6 @@ def _remove_traces(folder: Path) -> None:
     """Remove what served the work only. The lease goes only once the manifest is there to stop a newcomer."""
     for name in (WORK, LEASE):
         shutil.rmtree(folder / name, ignore_errors=True)
-
-
-def _aside(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _clear(folder: Path) -> None:
