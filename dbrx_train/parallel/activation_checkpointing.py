@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch.utils.checkpoint import (
 )
 
 from dbrx_train.model.config import ACTIVATION_CHECKPOINTING
-from dbrx_train.model.decoder import Dbrx
+from dbrx_train.model.decoder import Block, Dbrx
+from dbrx_train.parallel.torch_patches import kept_unsharded
 
 __all__ = ["checkpoint_activations"]
 
@@ -43,7 +45,8 @@ def checkpoint_activations(model: Dbrx, what: str) -> None:
     - ``norm_attn_norm``: of attention and its norms the input is kept alone, of the experts everything; so
       DBRX was trained.
 
-    Experts on other ranks are sent their tokens again in the first two.
+    Experts on other ranks are sent their tokens again in the first two, and stay gathered from then to their
+    backward pass.
 
     Raises:
         ValueError: ``what`` is none of ``ACTIVATION_CHECKPOINTING``.
@@ -53,10 +56,24 @@ def checkpoint_activations(model: Dbrx, what: str) -> None:
     for block in model.transformer.blocks:
         if what == "norm_attn_norm":
             _recompute(block.norm_attn_norm)
-        elif what == "full":
-            _recompute(block)
-        elif what == "selective":
-            _recompute(block, context_fn=partial(create_selective_checkpoint_contexts, _keep_dear))
+        elif what in ("full", "selective"):
+            _recompute(block, context_fn=partial(_contexts, block, what))
+
+
+def _contexts(block: Block, what: str) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Of the forward pass, and of its repetition in the backward pass."""
+    if what == "full":
+        return nullcontext(), kept_unsharded(block.ffn.experts)
+    forward, again = create_selective_checkpoint_contexts(_keep_dear)
+    return forward, _both(again, kept_unsharded(block.ffn.experts))
+
+
+@contextmanager
+def _both(*contexts: AbstractContextManager[Any]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for each in contexts:
+            stack.enter_context(each)
+        yield
 
 
 def _recompute(module: nn.Module, **options: Any) -> None:

@@ -1,17 +1,20 @@
-"""What FSDP2 gets wrong on CPUs, where gloo carries the bytes: the one place in which we mend torch.
+"""What FSDP2 gets wrong, or has no name for: the one place that reaches into torch.
 
-Without it a run on CPUs would not compute what the same run on GPUs does.
+On CPUs, where gloo carries the bytes, a run would not compute what the same run on GPUs does.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
-__all__ = ["mend_fsdp_on_cpu"]
+__all__ = ["kept_unsharded", "mend_fsdp_on_cpu"]
 
 
 @functools.cache
@@ -44,3 +47,24 @@ def mend_fsdp_on_cpu() -> None:
 
     collectives._get_gradient_divide_factors = by_hand
     param_group.foreach_reduce = with_event
+
+
+@contextmanager
+def kept_unsharded(module: nn.Module) -> Iterator[None]:
+    """Leave an FSDP unit gathered after its forward pass, for a backward pass that follows at once.
+
+    FSDP knows it to follow only where it gathers the unit for it; for one inside a block that is computed again
+    that is after the repetition, so it would free the unit and gather it a third time. Anything else is left
+    alone, as is FSDP if it does not keep its choice where it does today (torch 2.7 to 2.11).
+    """
+    state = getattr(module, "_get_fsdp_state", None)
+    group = getattr(state() if state else None, "_fsdp_param_group", None)
+    if not hasattr(group, "post_forward_mesh_info"):
+        yield
+        return
+    before = group.post_forward_mesh_info
+    group.post_forward_mesh_info = None
+    try:
+        yield
+    finally:
+        group.post_forward_mesh_info = before

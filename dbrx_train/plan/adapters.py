@@ -25,7 +25,7 @@ def frozen_memory(config: RunConfig, shape: MeshShape, dtype: HasItemsize | None
     Frozen weights lie in ``dtype``, embedding and factors in float32. The factors alone have gradients
     and optimizer state; of blocks, head and embedding no gradient is made.
     """
-    embedding, *blocks, _, head = fsdp_units(config.model, shape, dtype, True, "none")
+    embedding, *blocks, _, head = fsdp_units(config.model, shape, dtype, True)
     itemsize = dtype.itemsize if dtype else FLOAT32
     frozen = sum(unit.padded // unit.ranks for unit in (*blocks, head)) * itemsize
     frozen += embedding.padded // embedding.ranks * FLOAT32

@@ -96,7 +96,7 @@ def collectives(
 
     Norms of gradients, a few bytes each, are left out.
     """
-    parts = Counter(fsdp_units(config, shape, param_dtype, reshard_after_forward, activation_checkpointing))
+    parts = Counter(fsdp_units(config, shape, param_dtype, reshard_after_forward))
     found: dict[tuple[str, str], Collective] = {}
 
     def add(kind: str, what: str, sent: float, ranks: int, stride: int, calls: int) -> None:

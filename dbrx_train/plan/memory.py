@@ -104,7 +104,7 @@ def memory(
     an even share. ``moments``: tensors of optimizer state a parameter, 2 of AdamW. Left out are attention's
     masks, at most 0.1 GB.
     """
-    parts = fsdp_units(config, shape, param_dtype, True, "none")
+    parts = fsdp_units(config, shape, param_dtype, True)
     b = param_dtype.itemsize if param_dtype else FLOAT32
     wte, *blocks, _, head = parts
     inner = [unit for unit in blocks[: len(blocks) // config.n_layers] if unit.itemsize == b or b == FLOAT32]

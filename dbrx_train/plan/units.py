@@ -48,13 +48,11 @@ class Unit:
 
 
 def fsdp_units(
-    config: DbrxConfig, shape: MeshShape, param_dtype: HasItemsize | None, reshard: bool, recomputed: str
+    config: DbrxConfig, shape: MeshShape, param_dtype: HasItemsize | None, reshard: bool
 ) -> list[Unit]:
     """As ``parallelize`` makes them: embedding, parts of blocks, final norm, head."""
     lower = param_dtype.itemsize if param_dtype else FLOAT32
     twice, shard, outer = (2 if reshard else 1), shape.shard, shape.shard // shape.expert
-    # What lies inside a block that is computed again is gathered for that too.
-    inside = 3 if recomputed in ("full", "selective") else 2
     d, vocab = config.d_model, config.vocab_size
     attention = [(d + 2 * config.n_kv_heads * config.head_dim, d), (d, d)]
     norms = [(d, 1), (d, 1)]
@@ -69,9 +67,8 @@ def fsdp_units(
     if param_dtype is not None:
         block.append(dense(exact, FLOAT32, 1))
     if shape.expert > 1:
-        again = inside if reshard else 1
         mine = _padded(experts, shard) // shape.expert
-        block.append(Unit(mine, outer, lower, again, "experts", shape.expert))
+        block.append(Unit(mine, outer, lower, twice, "experts", shape.expert))
     rest = [*attention, *(exact if param_dtype is None else []), *(experts if shape.expert == 1 else [])]
     block.append(dense(rest, lower, twice))
     return [
