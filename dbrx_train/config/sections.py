@@ -89,6 +89,12 @@ class OptimizerConfig:
     betas: list[float] = option("momentum coefficients", lambda: [0.9, 0.95])
     eps: float = option("AdamW's epsilon", 1e-8, gt=0)
     weight_decay: float = option("decay of matrices; norms never decay", 0.1, ge=0)
+    state_dtype: str = option(
+        "what AdamW's moments are kept in, `float32` or `bfloat16`: 8 bytes a parameter or 4, rounded "
+        "stochastically",
+        "float32",
+        one_of=("float32", "bfloat16"),
+    )
     decay_embeddings: bool = option("decay the embedding and the output head too", True)
     router_lr_scale: float = option("the routers' learning rate, relative to `lr`", 1.0, ge=0)
 
@@ -96,6 +102,11 @@ class OptimizerConfig:
         require(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
             f"optimization.optimizer.betas: two numbers in [0, 1), not {self.betas}",
+        )
+        require(
+            self.name == "adamw" or self.state_dtype == "float32",
+            f"optimization.optimizer.state_dtype: {self.state_dtype} is for adamw; {self.name} keeps one "
+            "moment, in float32",
         )
 
 
@@ -172,6 +183,18 @@ class ParallelismConfig:
         "ranks of a group that share the experts of every layer among them; tokens travel to their experts",
         1,
         ge=1,
+    )
+    innermost: str = option(
+        "which ranks of a group are neighbours, and so on one machine: `expert`, those that share experts, "
+        "so that tokens stay within it; or `shard`, those that divide an expert's weights, so that these do",
+        "expert",
+        one_of=("expert", "shard"),
+    )
+    reduce_dtype: str = option(
+        "what gradients of the large matrices are scattered and reduced in, `float32` or `bfloat16`: half "
+        "the bytes, but every sum over ranks is rounded",
+        "float32",
+        one_of=("float32", "bfloat16"),
     )
     reshard_after_forward: bool = option(
         "free a block's gathered parameters between its forward and backward pass: less memory, one more "

@@ -33,6 +33,7 @@ def parallelize(
     device_type: str,
     seed: int | None,
     param_dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype = torch.float32,
     reshard_after_forward: bool = True,
     cpu_offload: bool = False,
 ) -> None:
@@ -41,7 +42,9 @@ def parallelize(
     The weights are those that one process would draw from ``seed``; each rank draws its own rows alone, and
     none where it is None.
     ``param_dtype`` is what the large matrices are gathered in, for use under autocast to it; norms, routers
-    and the embedding, which autocast leaves in float32, stay so, and gradients are reduced in float32.
+    and the embedding, which autocast leaves in float32, stay so.
+    ``reduce_dtype`` is what the large matrices' gradients are scattered and reduced in; all others' are in
+    float32, as are the shards of all of them afterwards.
     ``reshard_after_forward`` frees a block's gathered parameters between its forward and backward pass.
     ``cpu_offload`` keeps shards, gradients and so optimizer state in the host's memory.
 
@@ -57,7 +60,7 @@ def parallelize(
     meshes = shape.build(device_type)
     place = _placement(cpu_offload, device_type)
     exact = place | {"mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
-    policy = MixedPrecisionPolicy(param_dtype, torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(param_dtype, reduce_dtype, cast_forward_inputs=False)
     lower = place | {"mp_policy": policy, "reshard_after_forward": reshard_after_forward}
     transformer, units = model.transformer, []
     fully_shard(transformer.wte, mesh=meshes.dense, **exact)
@@ -79,7 +82,7 @@ def parallelize(
         units.append([fully_shard(block, mesh=meshes.dense, **lower), *inner])
     fully_shard(transformer.norm_f, mesh=meshes.dense, **exact)
     # The head's backward pass follows at once, so it is kept; its product is all in the lower precision.
-    head = MixedPrecisionPolicy(param_dtype, torch.float32)
+    head = MixedPrecisionPolicy(param_dtype, reduce_dtype)
     fully_shard(model.lm_head, mesh=meshes.dense, mp_policy=head, reshard_after_forward=False, **place)
     fully_shard(model, mesh=meshes.dense, **lower)
     _prefetch(units)

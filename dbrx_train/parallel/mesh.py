@@ -4,8 +4,9 @@ Ranks form ``replicate`` groups that hold the same, each of ``shard`` ranks that
 and optimizer state among them (FSDP). With ``replicate`` above 1 this is hybrid sharding (HSDP): gradients
 are reduced within a group first, then between groups, so that the long way carries 1/``shard`` of the bytes.
 
-With ``expert`` above 1, runs of that many ranks within a group share the experts of every layer among them,
-and divide each one's weights over what is left of the group.
+With ``expert`` above 1, so many ranks of a group share the experts of every layer among them, and divide each
+one's weights over what is left of the group. Which of these two are neighbours, and so on one machine, is
+``innermost``.
 """
 
 from __future__ import annotations
@@ -24,15 +25,26 @@ __all__ = ["MeshShape", "Meshes"]
 
 @dataclass(frozen=True)
 class MeshShape:
-    """Ranks along each axis; ``replicate`` x ``shard`` is the world size, ``expert`` divides ``shard``."""
+    """Ranks along each axis; ``replicate`` x ``shard`` is the world size, ``expert`` divides ``shard``.
+
+    ``innermost`` says which ranks of a group are neighbours: with ``expert`` those that share experts, and
+    tokens travel least far; with ``shard`` those that divide an expert's weights, and these do.
+    """
 
     replicate: int
     shard: int
     expert: int
+    innermost: str = "expert"
 
     @classmethod
     def of(
-        cls, world_size: int, *, replicate: int | None = 1, shard: int | None = None, expert: int = 1
+        cls,
+        world_size: int,
+        *,
+        replicate: int | None = 1,
+        shard: int | None = None,
+        expert: int = 1,
+        innermost: str = "expert",
     ) -> MeshShape:
         """The mesh of ``world_size`` ranks; of ``replicate`` and ``shard``, one that is None takes the rest.
 
@@ -57,7 +69,14 @@ class MeshShape:
         if shard % expert:
             fitting = nearest_divisor(shard, expert)
             raise ValueError(f"expert: {expert} does not divide {shard} ranks of a group; use {fitting}")
-        return cls(replicate, shard, expert)
+        if innermost not in ("expert", "shard"):
+            raise ValueError(f"innermost: must be expert or shard, not {innermost!r}")
+        return cls(replicate, shard, expert, innermost)
+
+    @property
+    def stride(self) -> tuple[int, int]:
+        """How far apart neighbours of an ``expert`` and of a ``shard_outer`` group are, in ranks."""
+        return (1, self.expert) if self.innermost == "expert" else (self.shard // self.expert, 1)
 
     def check(self, config: DbrxConfig) -> None:
         """Raise ValueError, with the nearest that fits, unless a model's experts divide over the mesh."""
@@ -78,7 +97,8 @@ class MeshShape:
 
     def build(self, device_type: str) -> Meshes:
         """Its DeviceMeshes; torch.distributed must be initialised."""
-        from torch.distributed.device_mesh import init_device_mesh
+        import torch
+        from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
         names = ("replicate",) if self.replicate > 1 else ()
         dense = init_device_mesh(
@@ -86,11 +106,13 @@ class MeshShape:
         )[(*names, "shard")]
         if self.expert == 1:
             return Meshes(dense, None, None)
-        experts = init_device_mesh(
-            device_type,
-            (self.replicate, self.shard // self.expert, self.expert),
-            mesh_dim_names=("replicate", "shard_outer", "expert"),
-        )
+        # The axes' order is FSDP's, which wants its own first; the ranks' is a matter of their numbers.
+        ranks = torch.arange(self.replicate * self.shard)
+        if self.innermost == "expert":
+            ranks = ranks.view(self.replicate, -1, self.expert)
+        else:
+            ranks = ranks.view(self.replicate, self.expert, -1).transpose(1, 2)
+        experts = DeviceMesh(device_type, ranks, mesh_dim_names=("replicate", "shard_outer", "expert"))
         return Meshes(dense, experts[(*names, "shard_outer")], experts["expert"])
 
 

@@ -53,9 +53,9 @@ def mend_fsdp_on_cpu() -> None:
 def kept_unsharded(module: nn.Module) -> Iterator[None]:
     """Leave an FSDP unit gathered after its forward pass, for a backward pass that follows at once.
 
-    FSDP knows it to follow only where it gathers the unit for it; for one inside a block that is computed again
-    that is after the repetition, so it would free the unit and gather it a third time. Anything else is left
-    alone, as is FSDP if it does not keep its choice where it does today (torch 2.7 to 2.11).
+    Of a unit inside a block that is computed again FSDP learns this only after the repetition, so it would
+    free the unit and gather it a third time. Anything else is left alone, as is FSDP if it does not keep its
+    choice where it does today (torch 2.7 to 2.11).
     """
     state = getattr(module, "_get_fsdp_state", None)
     group = getattr(state() if state else None, "_fsdp_param_group", None)

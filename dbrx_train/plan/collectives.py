@@ -89,6 +89,7 @@ def collectives(
     microbatches: int,
     tokens: int,
     param_dtype: HasItemsize | None = None,
+    reduce_dtype: HasItemsize | None = None,
     reshard_after_forward: bool = True,
     activation_checkpointing: str = "none",
 ) -> list[Collective]:
@@ -96,7 +97,7 @@ def collectives(
 
     Norms of gradients, a few bytes each, are left out.
     """
-    parts = Counter(fsdp_units(config, shape, param_dtype, reshard_after_forward))
+    parts = Counter(fsdp_units(config, shape, param_dtype, reshard_after_forward, reduce_dtype))
     found: dict[tuple[str, str], Collective] = {}
 
     def add(kind: str, what: str, sent: float, ranks: int, stride: int, calls: int) -> None:
@@ -108,9 +109,9 @@ def collectives(
         gathers, scatters = unit.gathers * microbatches * number, microbatches * number
         sent = _ring(unit.padded * unit.itemsize, unit.ranks) * gathers
         add("gathered", unit.what, sent, unit.ranks, unit.stride, gathers)
-        sent = _ring(unit.padded * FLOAT32, unit.ranks) * scatters
+        sent = _ring(unit.padded * unit.reduced, unit.ranks) * scatters
         add("scattered", unit.what, sent, unit.ranks, unit.stride, scatters)
-        sent = 2 * _ring(unit.padded // unit.ranks * FLOAT32, shape.replicate) * number
+        sent = 2 * _ring(unit.padded // unit.ranks * unit.reduced, shape.replicate) * number
         add("reduced", unit.what, sent, shape.replicate, shape.shard, number)
 
     again = activation_checkpointing in ("full", "selective")
@@ -121,7 +122,7 @@ def collectives(
     rows = tokens * config.top_k * width * away * ways
     rows += _INT64 * config.num_experts * away * counts
     times = config.n_layers * microbatches
-    add("exchanged", "tokens", rows * times, shape.expert, 1, (ways + counts) * times)
+    add("exchanged", "tokens", rows * times, shape.expert, shape.stride[0], (ways + counts) * times)
     return sorted((each for each in found.values() if each.sent), key=lambda each: KINDS.index(each.kind))
 
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from dbrx_train.config import RunConfig
 from dbrx_train.plan.adapters import trained
+from dbrx_train.plan.estimates import state_bytes
 from dbrx_train.plan.hardware import GPU
+from dbrx_train.plan.units import FLOAT32
 from dbrx_train.schedule import parse_time
 
 __all__ = ["Cost", "best_interval", "cost", "lost_share"]
@@ -77,7 +79,7 @@ def cost(
 ) -> Cost:
     """Of a run whose steps take ``seconds`` in all; evaluation is left out."""
     given, params = config.plan, trained(config)
-    checkpoint = params * (12 if config.optimization.optimizer.name == "adamw" else 8)
+    checkpoint = params * (FLOAT32 + state_bytes(config.optimization.optimizer))
     write = checkpoint / (given.storage * 1e9)
     copy = checkpoint / shard / _TO_HOST
     asynchronous = config.checkpoints.asynchronous

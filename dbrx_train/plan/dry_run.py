@@ -23,7 +23,8 @@ from dbrx_train.model.decoder import Dbrx
 from dbrx_train.parallel import MeshShape, clip_grad_norm
 from dbrx_train.parallel.expert_parallel import TokenDispatcher
 from dbrx_train.parallel.mesh import Meshes
-from dbrx_train.plan.memory import Memory, memory
+from dbrx_train.plan.estimates import run_memory
+from dbrx_train.plan.memory import Memory
 from dbrx_train.plan.memory_tracker import Collectives, MemoryTracker, Peak
 from dbrx_train.plan.rank import build_model, is_sharded, param_dtype
 from dbrx_train.plan.world import Microbatch, check_world, largest_microbatch, mesh_shape
@@ -120,17 +121,7 @@ def dry_run(
 
 def estimated(config: RunConfig, run: DryRun, skew: float) -> Memory:
     """What the closed form says of the same step."""
-    return memory(
-        config.model,
-        run.shape,
-        tokens=run.microbatch.tokens,
-        param_dtype=param_dtype(config),
-        activation_checkpointing=config.parallelism.activation_checkpointing,
-        reshard_after_forward=config.parallelism.reshard_after_forward,
-        accumulates=run.microbatches > 1,
-        skew=skew,
-        moments=2 if config.optimization.optimizer.name == "adamw" else 1,
-    )
+    return run_memory(config, run.shape, run.microbatch, skew)
 
 
 def _check(config: RunConfig) -> None:
@@ -245,7 +236,8 @@ class _Rank:
         self.tracker.collectives = Collectives()  # norms are not counted
         if self.config.optimization.clip_grad_norm is not None:
             clip_grad_norm(self.model.parameters(), self.config.optimization.clip_grad_norm)
-        self.optimizer.step()
+        with self.tracker.scalars(1):  # how many steps it has taken
+            self.optimizer.step()
         self.tracker.collectives = sent
         states = self.optimizer.state.values()
         self.tracker.tag(

@@ -1,4 +1,4 @@
-"""What a mesh costs a rank: bytes that it sends in a step. What it holds: ``memory.py``.
+"""What a mesh costs a rank of a run: bytes that it sends in a step, and bytes that it holds.
 
 FSDP pads a parameter's rows to a multiple of the ranks.
 """
@@ -7,12 +7,60 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dbrx_train.config import OptimizerConfig, RunConfig
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.parallel.mesh import MeshShape
-from dbrx_train.plan.collectives import KINDS, collectives
-from dbrx_train.plan.units import HasItemsize
+from dbrx_train.plan.collectives import KINDS, Collective, collectives
+from dbrx_train.plan.memory import Memory, memory
+from dbrx_train.plan.units import BFLOAT16, ElementType, HasItemsize
+from dbrx_train.plan.world import Microbatch
 
-__all__ = ["Traffic", "traffic"]
+__all__ = ["Traffic", "param_type", "reduce_type", "run_collectives", "run_memory", "state_bytes", "traffic"]
+
+
+def param_type(config: RunConfig) -> ElementType | None:
+    """What the large matrices are gathered in; None for float32."""
+    return BFLOAT16 if config.precision == "amp_bf16" else None
+
+
+def reduce_type(config: RunConfig) -> ElementType | None:
+    """What their gradients are scattered in; None for float32."""
+    return BFLOAT16 if config.parallelism.reduce_dtype == "bfloat16" else None
+
+
+def state_bytes(config: OptimizerConfig) -> int:
+    """Bytes of optimizer state a parameter."""
+    return 4 if config.name == "lionw" or config.state_dtype == "bfloat16" else 8
+
+
+def run_memory(config: RunConfig, shape: MeshShape, batch: Microbatch, skew: float) -> Memory:
+    """What a rank holds; ``skew`` as in ``memory``."""
+    return memory(
+        config.model,
+        shape,
+        tokens=batch.tokens,
+        param_dtype=param_type(config),
+        reduce_dtype=reduce_type(config),
+        activation_checkpointing=config.parallelism.activation_checkpointing,
+        reshard_after_forward=config.parallelism.reshard_after_forward,
+        accumulates=batch.per_step > 1,
+        skew=skew,
+        state_bytes=state_bytes(config.optimization.optimizer),
+    )
+
+
+def run_collectives(config: RunConfig, shape: MeshShape, batch: Microbatch) -> list[Collective]:
+    """What a rank sends in a step."""
+    return collectives(
+        config.model,
+        shape,
+        microbatches=batch.per_step,
+        tokens=batch.tokens,
+        param_dtype=param_type(config),
+        reduce_dtype=reduce_type(config),
+        reshard_after_forward=config.parallelism.reshard_after_forward,
+        activation_checkpointing=config.parallelism.activation_checkpointing,
+    )
 
 
 @dataclass(frozen=True)
@@ -36,6 +84,7 @@ def traffic(
     microbatches: int,
     tokens: int,
     param_dtype: HasItemsize | None = None,
+    reduce_dtype: HasItemsize | None = None,
     reshard_after_forward: bool = True,
     activation_checkpointing: str = "none",
 ) -> Traffic:
@@ -50,6 +99,7 @@ def traffic(
         microbatches=microbatches,
         tokens=tokens,
         param_dtype=param_dtype,
+        reduce_dtype=reduce_dtype,
         reshard_after_forward=reshard_after_forward,
         activation_checkpointing=activation_checkpointing,
     ):

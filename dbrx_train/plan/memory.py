@@ -92,24 +92,25 @@ def memory(
     *,
     tokens: int,
     param_dtype: HasItemsize | None = None,
+    reduce_dtype: HasItemsize | None = None,
     activation_checkpointing: str = "none",
     reshard_after_forward: bool = True,
     accumulates: bool = False,
     skew: float = 1.0,
-    moments: int = 2,
+    state_bytes: int = 8,
 ) -> Memory:
     """Of a model that ``parallelize`` spread, for a rank's ``tokens`` a microbatch; an estimate.
 
     ``accumulates``: a step has several microbatches. ``skew``: tokens that a rank's spread experts get, over
-    an even share. ``moments``: tensors of optimizer state a parameter, 2 of AdamW. Left out are attention's
-    masks, at most 0.1 GB.
+    an even share. ``state_bytes``: of optimizer state, a parameter. Left out are attention's masks, at most
+    0.1 GB.
     """
-    parts = fsdp_units(config, shape, param_dtype, True)
+    parts = fsdp_units(config, shape, param_dtype, True, reduce_dtype)
     b = param_dtype.itemsize if param_dtype else FLOAT32
     wte, *blocks, _, head = parts
     inner = [unit for unit in blocks[: len(blocks) // config.n_layers] if unit.itemsize == b or b == FLOAT32]
     local = sum(unit.padded // unit.ranks for unit in parts) * FLOAT32
-    held = {"parameters": local, "optimizer state": moments * local}
+    held = {"parameters": local, "optimizer state": local // FLOAT32 * state_bytes}
     stream = tokens * config.d_model * FLOAT32
     work = _work(config, tokens, b, activation_checkpointing, spread=shape.expert > 1, skew=skew)
     kept_gathered = 0 if reshard_after_forward else sum(u.padded for u in inner) * b * config.n_layers
@@ -162,11 +163,11 @@ def _block_moments(inner: list[Unit], work: _Work, b: int, *, first: bool, last:
 
     ``first`` and ``last``, of all blocks, in the order of the backward pass.
     """
-    sizes = [unit.padded for unit in inner]
+    sizes, reduced = [unit.padded for unit in inner], inner[0].reduced
     # Spread experts are a unit of their own, the first of two.
     experts, own, every = sizes[0], sizes[-1], sum(sizes)
     ahead = 0 if last else b * every  # the next block, which is gathered meanwhile
-    before = 0 if first else FLOAT32 * own  # what the block before scattered; freed when this one scatters
+    before = 0 if first else reduced * own  # what the block before scattered; freed when this one scatters
     return [
         {
             "gathered": b * every,
@@ -177,13 +178,13 @@ def _block_moments(inner: list[Unit], work: _Work, b: int, *, first: bool, last:
         {
             "gathered": b * (every - experts),
             "gather_buffers": ahead,
-            "scattered": FLOAT32 * experts,
+            "scattered": reduced * experts,
             "backward": work.again + b * experts,
         },
         {
             "gathered": b * every,
             "gather_buffers": ahead,
-            "scattered": FLOAT32 * experts if len(sizes) > 1 else before,
+            "scattered": reduced * experts if len(sizes) > 1 else before,
             "backward": work.attention + b * own,
         },
     ]

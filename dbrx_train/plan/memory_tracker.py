@@ -116,6 +116,15 @@ class MemoryTracker(TorchDispatchMode):
         finally:
             torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
 
+    @contextmanager
+    def scalars(self, value: float) -> Iterator[None]:
+        """Fake scalars, which have none, are read as ``value``."""
+        self._dispatched[torch.ops.aten._local_scalar_dense.default] = lambda scalar: value
+        try:
+            yield
+        finally:
+            del self._dispatched[torch.ops.aten._local_scalar_dense.default]
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is _DEVICE and hasattr(args[0], "fake_device"):  # half of all calls

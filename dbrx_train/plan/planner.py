@@ -9,12 +9,12 @@ from dbrx_train.model.config import LONGEST_MASK
 from dbrx_train.parallel.mesh import MeshShape
 from dbrx_train.plan import hardware, step_time
 from dbrx_train.plan.adapters import frozen_memory, trained
-from dbrx_train.plan.collectives import KINDS, Collective, collectives
+from dbrx_train.plan.collectives import KINDS, Collective
 from dbrx_train.plan.cost import Cost, cost
+from dbrx_train.plan.estimates import param_type, run_collectives, run_memory
 from dbrx_train.plan.hardware import GPU
-from dbrx_train.plan.memory import GATHERED, STATES, Memory, memory
+from dbrx_train.plan.memory import GATHERED, STATES, Memory
 from dbrx_train.plan.step_time import RUNTIME, Architecture, StepTime
-from dbrx_train.plan.units import BFLOAT16, ElementType
 from dbrx_train.plan.world import Microbatch, check_world, largest_microbatch, mesh_shape, microbatch
 from dbrx_train.schedule import Stage
 
@@ -132,19 +132,9 @@ def held(config: RunConfig, ranks: int) -> Held:
     """Bytes of a rank at the largest microbatch of all stages, experts loaded as ``plan.imbalance`` says."""
     micro, given = largest_microbatch(config, ranks), config.parallelism
     shape, offloaded = mesh_shape(config, ranks), given.cpu_offload
-    found = memory(
-        config.model,
-        shape,
-        tokens=micro.tokens,
-        param_dtype=_dtype(config),
-        activation_checkpointing=given.activation_checkpointing,
-        reshard_after_forward=given.reshard_after_forward,
-        accumulates=micro.per_step > 1,
-        skew=config.plan.imbalance,
-        moments=1 if config.optimization.optimizer.name == "lionw" else 2,
-    )
+    found = run_memory(config, shape, micro, config.plan.imbalance)
     if config.lora.rank is not None:
-        found = frozen_memory(config, shape, _dtype(config), found)
+        found = frozen_memory(config, shape, param_type(config), found)
     if ranks == 1 and not offloaded:
         none = dict.fromkeys(GATHERED, 0)
         found = Memory({moment: kinds | none for moment, kinds in found.moments.items()})
@@ -183,15 +173,7 @@ def _step(
     ranks = shape.replicate * shape.shard
     batch, given, frozen = microbatch(config, stage, ranks), config.plan, config.lora.rank is not None
     recomputed = config.parallelism.activation_checkpointing
-    sent = collectives(
-        config.model,
-        shape,
-        microbatches=batch.per_step,
-        tokens=batch.tokens,
-        param_dtype=_dtype(config),
-        reshard_after_forward=config.parallelism.reshard_after_forward,
-        activation_checkpointing=recomputed,
-    )
+    sent = run_collectives(config, shape, batch)
     if frozen:
         sent = [each for each in sent if each.kind in ("gathered", "exchanged")]
     seconds = dict.fromkeys(KINDS, 0.0)
@@ -217,10 +199,6 @@ def _step(
         optimizer=step_time.optimizer_seconds(trained(config) / shape.shard, gpu),
         retries=step_time.retries(holds, gpu),
     )
-
-
-def _dtype(config: RunConfig) -> ElementType | None:
-    return BFLOAT16 if config.precision == "amp_bf16" else None
 
 
 def _network(config: RunConfig) -> float | None:

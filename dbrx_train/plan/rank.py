@@ -48,6 +48,7 @@ def build_model(config: RunConfig, device: str, shape: MeshShape, *, draw: bool 
             device_type="cpu" if device == "cpu" else "cuda",
             seed=config.seed if draw else None,
             param_dtype=param_dtype(config),
+            reduce_dtype=getattr(torch, parallelism.reduce_dtype),
             reshard_after_forward=parallelism.reshard_after_forward,
             cpu_offload=parallelism.cpu_offload,
         )

@@ -38,6 +38,7 @@ def mesh_shape(config: RunConfig, ranks: int) -> MeshShape:
             replicate=None if parallelism.replicate == "auto" else int(parallelism.replicate),
             shard=None if parallelism.shard == "auto" else int(parallelism.shard),
             expert=parallelism.expert,
+            innermost=parallelism.innermost,
         )
         shape.check(config.model)
     except ValueError as error:

@@ -12,6 +12,7 @@ from dbrx_train.config import OptimizerConfig
 from dbrx_train.model.decoder import Dbrx
 from dbrx_train.model.moe.experts import GatedExperts
 from dbrx_train.model.moe.router import Router
+from dbrx_train.train.bfloat16_adamw import BFloat16AdamW
 
 
 class LionW(torch.optim.Optimizer):
@@ -85,8 +86,10 @@ def parameter_groups(model: Dbrx, config: OptimizerConfig) -> list[dict[str, Any
 
 
 def _adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101), torch's fused kernel."""
+    """AdamW (arXiv 1711.05101), torch's fused kernel; another where the moments are in bfloat16."""
     betas = (config.betas[0], config.betas[1])
+    if config.state_dtype == "bfloat16":
+        return BFloat16AdamW(groups, lr=config.lr, betas=betas, eps=config.eps)
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
 

@@ -1,7 +1,7 @@
 """A program for tests: one rank of a sharded model, held against the same model in one process.
 
-torchrun --nproc-per-node N parallel_ranks.py MESHES, where MESHES is a JSON list of
-[replicate, shard, expert]. Rank 0 prints a JSON list of what differs, relatively, for each of KINDS on each.
+torchrun --nproc-per-node N parallel_ranks.py MESHES, where MESHES is a JSON list of [replicate, shard,
+expert, innermost]. Rank 0 prints a JSON list of what differs, relatively, for each of KINDS on each.
 On CPUs over gloo, unless the environment's DEVICE is cuda: then on GPUs over NCCL.
 """
 
@@ -47,6 +47,7 @@ CONFIG = DbrxConfig(
 )
 STEPS, BATCH, LENGTH = 3, 8, 5
 DEVICE = os.environ.get("DEVICE", "cpu")
+# "bfloat16": what is gathered, and on every other mesh what is reduced.
 # "balance": the loss that evens out the global batch's load, which one process sees at once.
 KINDS = ("adamw", "lionw", "bfloat16", "balance")
 
@@ -93,14 +94,22 @@ def norms_by_group(model: Dbrx) -> dict[str, float]:
     return group_norms(groups)
 
 
-def compare(shape: MeshShape, kind: str, checkpointing: str) -> dict[str, Any]:
+def compare(shape: MeshShape, kind: str, checkpointing: str, reduced: torch.dtype) -> dict[str, Any]:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     balanced, dtype = kind == "balance", torch.bfloat16 if kind == "bfloat16" else None
     model_config = replace(CONFIG, balance_loss_weight=0.5 if balanced else 0.0)
     with torch.device("meta"):
         sharded = Dbrx(model_config)
     checkpoint_activations(sharded, checkpointing)
-    parallelize(sharded, shape, device_type=DEVICE, seed=3, param_dtype=dtype, cpu_offload=balanced)
+    parallelize(
+        sharded,
+        shape,
+        device_type=DEVICE,
+        seed=3,
+        param_dtype=dtype,
+        reduce_dtype=torch.float32 if dtype is None else reduced,
+        cpu_offload=balanced,
+    )
     alone = Dbrx(model_config, seed=3).to(DEVICE)
     if balanced:
         sharded.batch_load = GlobalBatchLoad()
@@ -154,9 +163,12 @@ def compare(shape: MeshShape, kind: str, checkpointing: str) -> dict[str, Any]:
 if __name__ == "__main__":
     dist.init_process_group("gloo" if DEVICE == "cpu" else "nccl")
     found = []
-    for i, (replicate, shard, expert) in enumerate(json.loads(sys.argv[1])):
-        shape = MeshShape.of(dist.get_world_size(), replicate=replicate, shard=shard, expert=expert)
+    for i, (replicate, shard, expert, innermost) in enumerate(json.loads(sys.argv[1])):
+        shape = MeshShape.of(
+            dist.get_world_size(), replicate=replicate, shard=shard, expert=expert, innermost=innermost
+        )
+        reduced = torch.bfloat16 if i % 2 else torch.float32
         for j, kind in enumerate(KINDS):
             recomputed = ACTIVATION_CHECKPOINTING[(i + j) % len(ACTIVATION_CHECKPOINTING)]
-            found.append(compare(shape, kind, recomputed))
+            found.append(compare(shape, kind, recomputed, reduced))
     tell(found)

@@ -1,8 +1,8 @@
 """A program for tests: the bytes that a step sends, counted, beside those that the formulas give.
 
 torchrun --nproc-per-node N traffic_ranks.py CASES, where CASES is a JSON list of [replicate, shard, expert,
-activation checkpointing, reshard after forward, bfloat16]. Rank 0 prints a JSON list of [counted, computed],
-each [gathered, scattered, reduced, exchanged], of all ranks together.
+activation checkpointing, reshard after forward, bfloat16, innermost, reduce dtype]. Rank 0 prints a JSON list
+of [counted, computed], each [gathered, scattered, reduced, exchanged], of all ranks together.
 """
 
 from __future__ import annotations
@@ -71,14 +71,32 @@ class CountBytes(CommDebugMode):  # type: ignore[misc]
 
 
 def case(
-    replicate: int, shard: int, expert: int, recomputed: str, reshard: bool, bfloat16: bool
+    replicate: int,
+    shard: int,
+    expert: int,
+    recomputed: str,
+    reshard: bool,
+    bfloat16: bool,
+    innermost: str,
+    reduced: str,
 ) -> list[list[float]]:
-    shape = MeshShape.of(dist.get_world_size(), replicate=replicate, shard=shard, expert=expert)
+    shape = MeshShape.of(
+        dist.get_world_size(), replicate=replicate, shard=shard, expert=expert, innermost=innermost
+    )
+    reduce_dtype = getattr(torch, reduced)
     with torch.device("meta"):
         model = Dbrx(CONFIG)
     checkpoint_activations(model, recomputed)
     dtype = torch.bfloat16 if bfloat16 else None
-    parallelize(model, shape, device_type="cpu", seed=0, param_dtype=dtype, reshard_after_forward=reshard)
+    parallelize(
+        model,
+        shape,
+        device_type="cpu",
+        seed=0,
+        param_dtype=dtype,
+        reduce_dtype=reduce_dtype,
+        reshard_after_forward=reshard,
+    )
     generator = torch.Generator().manual_seed(dist.get_rank())
     away = 0
     with CountBytes() as count:
@@ -91,13 +109,14 @@ def case(
             assert output.routing is not None
             output.loss.backward()
             load = output.routing.tokens_per_expert.view(CONFIG.n_layers, expert, -1).sum((0, 2))
-            away += int(load.sum() - load[dist.get_rank() % expert])
+            away += int(load.sum() - load[dist.get_rank() // shape.stride[0] % expert])
     expected = traffic(
         CONFIG,
         shape,
         microbatches=MICROBATCHES,
         tokens=BATCH * LENGTH,
         param_dtype=dtype,
+        reduce_dtype=reduce_dtype,
         reshard_after_forward=reshard,
         activation_checkpointing=recomputed,
     )

@@ -25,15 +25,25 @@ PROGRAM = str(HELPERS / "parallel_ranks.py")
 @pytest.mark.parametrize(
     ("ranks", "meshes"),
     [
-        (1, [[1, 1, 1]]),
-        pytest.param(1, [[1, 1, 1]], marks=[pytest.mark.gpu, NEEDS_CUDA]),
-        (2, [[1, 2, 1], [2, 1, 1], [1, 2, 2]]),
-        (4, [[1, 4, 1], [2, 2, 1], [1, 4, 4], [1, 4, 2], [2, 2, 2]]),
+        (1, [[1, 1, 1, "expert"]]),
+        pytest.param(1, [[1, 1, 1, "expert"]], marks=[pytest.mark.gpu, NEEDS_CUDA]),
+        (2, [[1, 2, 1, "expert"], [2, 1, 1, "expert"], [1, 2, 2, "shard"]]),
+        (
+            4,
+            [
+                [1, 4, 1, "expert"],
+                [2, 2, 1, "expert"],
+                [1, 4, 4, "expert"],
+                [1, 4, 2, "expert"],
+                [2, 2, 2, "expert"],
+                [1, 4, 2, "shard"],
+            ],
+        ),
     ],
     ids=["1", "cuda", "2", "4"],
 )
 def test_every_gradient_on_every_mesh(
-    ranks: int, meshes: list[list[int]], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    ranks: int, meshes: list[list[Any]], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if request.node.get_closest_marker("gpu"):
         monkeypatch.setenv("DEVICE", "cuda")
@@ -44,7 +54,7 @@ def test_every_gradient_on_every_mesh(
     kinds = len(results) // len(meshes)
     assert [found["kind"] for found in results] == ["adamw", "lionw", "bfloat16", "balance"] * len(meshes)
     for i, found in enumerate(results):
-        (replicate, shard, _), kind = meshes[i // kinds], found["kind"]
+        (replicate, shard, *_), kind = meshes[i // kinds], found["kind"]
         assert found["initial"] == 0, "weights are drawn alike, bit for bit"
         if kind == "bfloat16":
             assert max(found["gradients"].values()) < 0.02, found["gradients"]
@@ -62,13 +72,13 @@ def test_every_gradient_on_every_mesh(
 @pytest.mark.slow
 def test_a_step_sends_the_bytes_that_the_formulas_say(warm: Warm) -> None:
     cases = [
-        [1, 4, 1, "none", True, False],
-        [1, 4, 1, "none", False, True],
-        [2, 2, 1, "full", True, True],
-        [1, 4, 4, "none", True, False],
-        [1, 4, 2, "full", True, True],
-        [2, 2, 2, "selective", False, True],
-        [1, 4, 2, "norm_attn_norm", True, True],
+        [1, 4, 1, "none", True, False, "expert", "float32"],
+        [1, 4, 1, "none", False, True, "expert", "float32"],
+        [2, 2, 1, "full", True, True, "expert", "bfloat16"],
+        [1, 4, 4, "none", True, False, "expert", "float32"],
+        [1, 4, 2, "full", True, True, "expert", "float32"],
+        [2, 2, 2, "selective", False, True, "expert", "float32"],
+        [1, 4, 2, "norm_attn_norm", True, True, "shard", "bfloat16"],
     ]
     program = str(HELPERS / "traffic_ranks.py")
     results = json.loads(warm.torchrun(4, program, json.dumps(cases)))

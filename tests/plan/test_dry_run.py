@@ -19,12 +19,15 @@ from dbrx_train.parallel import MeshShape
 from dbrx_train.plan.caching_allocator import CachingAllocator
 from dbrx_train.plan.dry_run import dry_run, estimated, worst_skew
 from dbrx_train.plan.dry_run_table import table
-from dbrx_train.plan.estimates import traffic
+from dbrx_train.plan.estimates import reduce_type, traffic
 from dbrx_train.plan.memory_tracker import MemoryTracker
 from dbrx_train.plan.rank import param_dtype
 from dbrx_train.train.optim import build_optimizer
 
 MIB = 2**20
+
+
+BF16_STATE = "optimization.optimizer.state_dtype=bfloat16"
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +49,7 @@ def family(name: str, *options: str) -> RunConfig:
         ("dbrx-9b", 64, ["precision=fp32", "parallelism.activation_checkpointing=none"]),
         ("dense-a", 512, ["parallelism.reshard_after_forward=false"]),
         ("dbrx-132b", 3072, []),
+        ("dbrx-132b", 512, ["parallelism.reduce_dtype=bfloat16", "parallelism.innermost=shard", BF16_STATE]),
     ],
 )
 def test_memory_and_traffic_are_those_of_the_formulas(name: str, ranks: int, options: list[str]) -> None:
@@ -59,6 +63,7 @@ def test_memory_and_traffic_are_those_of_the_formulas(name: str, ranks: int, opt
         microbatches=run.microbatches,
         tokens=run.microbatch.tokens,
         param_dtype=param_dtype(config),
+        reduce_dtype=reduce_type(config),
         reshard_after_forward=config.parallelism.reshard_after_forward,
         activation_checkpointing=config.parallelism.activation_checkpointing,
     )

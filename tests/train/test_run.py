@@ -93,15 +93,22 @@ def test_a_run_learns_and_logs_what_it_did(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("optimizer", "jitter"), [("adamw", 0.0), ("lionw", 0.2)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["optimization.optimizer.name=lionw", "model.router_jitter=0.2"],
+        ["optimization.optimizer.state_dtype=bfloat16"],
+    ],
+    ids=["adamw", "lionw", "bfloat16"],
+)
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
-    workplace: Path, in_tmp: Path, optimizer: str, jitter: float
+    workplace: Path, in_tmp: Path, options: list[str]
 ) -> None:
-    options = [f"optimization.optimizer.name={optimizer}", f"model.router_jitter={jitter}"]
-    options += ["evaluation.interval=2ba", "evaluation.max_samples=2"]
-    straight = load(run_yaml(workplace, in_tmp, f"straight-{optimizer}"), options)
+    options = [*options, "evaluation.interval=2ba", "evaluation.max_samples=2"]
+    straight = load(run_yaml(workplace, in_tmp, "straight"), options)
     run(straight)
-    broken = load(run_yaml(workplace, in_tmp, f"broken-{optimizer}"), options)
+    broken = load(run_yaml(workplace, in_tmp, "broken"), options)
     run(broken)
     folder = Path(broken.folder) / "checkpoints"
     for late in ("ba8", "ba6"):
@@ -346,6 +353,7 @@ def test_on_resuming_the_configurations_options_rule_and_what_changed_is_kept(
     fixed = ["evaluation.max_samples=0", "data.mix=[{at: 0tok, weights: {web: 1, code: 1}}]"]
     run(load(path, [*fixed, "max_duration=2ba"]))
     changed = ["optimization.optimizer.lr=0.004", "optimization.learning_rate.schedule=constant"]
+    changed.append("optimization.optimizer.state_dtype=bfloat16")  # the moments are read, and rounded
     run(load(path, [*fixed, *changed, "max_duration=3ba"]))
     said = capsys.readouterr().out
     lr = "optimization.optimizer.lr 0.01 -> 0.004"
