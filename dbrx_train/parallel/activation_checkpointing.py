@@ -64,7 +64,7 @@ def _contexts(block: Block, what: str) -> tuple[AbstractContextManager[Any], Abs
     """Of the forward pass, and of its repetition in the backward pass."""
     if what == "full":
         return nullcontext(), kept_unsharded(block.ffn.experts)
-    forward, again = create_selective_checkpoint_contexts(_keep_dear)
+    forward, again = create_selective_checkpoint_contexts(_keep_dear)  # type: ignore[no-untyped-call]
     return forward, _both(again, kept_unsharded(block.ffn.experts))
 
 

@@ -58,7 +58,7 @@ def kept_unsharded(module: nn.Module) -> Iterator[None]:
     choice where it does today (torch 2.7 to 2.11).
     """
     state = getattr(module, "_get_fsdp_state", None)
-    group = getattr(state() if state else None, "_fsdp_param_group", None)
+    group: Any = getattr(state() if state else None, "_fsdp_param_group", None)
     if not hasattr(group, "post_forward_mesh_info"):
         yield
         return

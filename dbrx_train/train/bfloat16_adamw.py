@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -36,10 +37,11 @@ class BFloat16AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():  # type: ignore[no-untyped-call]
                 loss = closure()
-        for i, group in enumerate(self.param_groups):
-            for j, p in enumerate(group["params"]):
+        places = itertools.count()
+        for group in self.param_groups:
+            for p, place in zip(group["params"], places, strict=False):
                 if p.grad is not None:
-                    self._update(group, p, (i << 32) + j)
+                    self._update(group, p, place)
         return loss
 
     def _update(self, group: dict[str, Any], parameter: Tensor, place: int) -> None:
@@ -59,9 +61,11 @@ class BFloat16AdamW(torch.optim.Optimizer):
         p.mul_(1 - lr * group["weight_decay"])
         scale = square.div(1 - beta2**step).sqrt_().add_(group["eps"])
         p.addcdiv_(mean, scale, value=-lr / (1 - beta1**step))
-        generator = torch.Generator(p.device).manual_seed((step << 40) ^ place)
-        for moment, exact in zip(kept, (mean, square), strict=True):
-            moment.copy_(round_stochastically(exact, generator))
+        # Spread over 32 bits: of a seed a CPU's generator takes no more.
+        seed = (step * 0x9E3779B1 + place * 0x85EBCA6B) % 2**32
+        generator = torch.Generator(p.device).manual_seed(seed)
+        for rounded, exact in zip(kept, (mean, square), strict=True):
+            rounded.copy_(round_stochastically(exact, generator))
 
 
 def round_stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
