@@ -21,15 +21,18 @@ __all__ = ["TokenDispatcher"]
 class TokenDispatcher:
     """Brings each token to the rank that holds its expert, and the expert's answer back. No token is dropped.
 
-    Two all-to-alls of variable splits forward and two backward. The ranks' losses are averaged in the end,
-    but an expert's gradient is the sum over the tokens of all R ranks, so on its way into the experts the
-    gradient is divided by R, and multiplied again on its way out to the tokens.
+    Weights of the answers, if any, go along: applied where the experts are, they need no answers kept for
+    their gradient. Two all-to-alls of variable splits forward and two backward. The ranks' losses are
+    averaged in the end, but an expert's gradient is the sum over the tokens of all R ranks, so on its way into
+    the experts the gradient is divided by R, and multiplied again on its way out to the tokens.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.ranks = group, group.size()
 
-    def __call__(self, experts: GatedExperts, x_ND: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    def __call__(
+        self, experts: GatedExperts, x_ND: Tensor, tokens_per_expert: Tensor, weight_N: Tensor | None = None
+    ) -> Tensor:
         """x [N, D] sorted by expert, tokens_per_expert [E] of this rank -> the experts' outputs [N, D]."""
         sent_Re = tokens_per_expert.view(self.ranks, -1)
         got_Re = torch.empty_like(sent_Re)
@@ -42,9 +45,12 @@ class TokenDispatcher:
         order_M = expert_M.argsort(stable=True)
         place_M = inverse(order_M)
 
-        x_MD = _AllToAll.apply(x_ND, leaving, arriving, self.group, float(self.ranks))  # type: ignore[no-untyped-call]
-        x_MD = dispatch(x_MD, order_M, place_M[:, None])  # by rank they are not needed any more
-        y_MD = experts(x_MD, got_Re.sum(0))
+        def brought(rows: Tensor) -> Tensor:
+            rows = _AllToAll.apply(rows, leaving, arriving, self.group, float(self.ranks))  # type: ignore[no-untyped-call]
+            return dispatch(rows, order_M, place_M[:, None])  # by rank they are not needed any more
+
+        weight_M = None if weight_N is None else brought(weight_N[:, None])[:, 0]
+        y_MD = experts(brought(x_ND), got_Re.sum(0), weight_M)
         y_MD = dispatch(y_MD, place_M, order_M[:, None])
         y_ND: Tensor = _AllToAll.apply(y_MD, arriving, leaving, self.group, 1 / self.ranks)  # type: ignore[no-untyped-call]
         return y_ND

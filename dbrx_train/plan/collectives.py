@@ -116,13 +116,14 @@ def collectives(
 
     again = activation_checkpointing in ("full", "selective")
     away = (shape.expert - 1) / shape.expert
-    # Two ways, forward and backward; both again if the block is computed again. Counts go ahead of them.
-    ways, counts = (6, 2) if again else (4, 1)
-    width = config.d_model * (param_dtype.itemsize if param_dtype else FLOAT32)
-    rows = tokens * config.top_k * width * away * ways
+    # Two ways, forward and backward; both again if the block is computed again. Counts go ahead of them, and
+    # a row's weight with it.
+    ways, weights, counts = (6, 3, 2) if again else (4, 2, 1)
+    itemsize = param_dtype.itemsize if param_dtype else FLOAT32
+    rows = tokens * config.top_k * (config.d_model * ways + weights) * itemsize * away
     rows += _INT64 * config.num_experts * away * counts
     times = config.n_layers * microbatches
-    add("exchanged", "tokens", rows * times, shape.expert, shape.stride[0], (ways + counts) * times)
+    add("exchanged", "tokens", rows * times, shape.expert, shape.stride[0], (ways + weights + counts) * times)
     return sorted((each for each in found.values() if each.sent), key=lambda each: KINDS.index(each.kind))
 
 

@@ -176,9 +176,11 @@ class _AssumedLoad(TokenDispatcher):
         leaving = [here, *(rest + (i < more) for i in range(self.ranks - 1))]
         return leaving, [here] * self.ranks
 
-    def __call__(self, experts: Any, x_ND: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    def __call__(
+        self, experts: Any, x_ND: Tensor, tokens_per_expert: Tensor, weight_N: Tensor | None = None
+    ) -> Tensor:
         self.rows_sent = x_ND.shape[0]
-        return super().__call__(experts, x_ND, tokens_per_expert)
+        return super().__call__(experts, x_ND, tokens_per_expert, weight_N)
 
 
 class _Rank:

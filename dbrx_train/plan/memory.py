@@ -196,8 +196,7 @@ def _work(config: DbrxConfig, tokens: int, b: int, what: str, *, spread: bool, s
     stream = FLOAT32 * d
     # Input, q, k, v before and after rotation (heads repeated), attention's output
     attention = b * (6 * d + 2 * kv)
-    # Their input; theirs from other ranks come back to be weighted
-    experts = b * rows * (d + 2 * ffn) + (b * config.top_k * d if spread else 0)
+    experts = b * rows * (d + 2 * ffn)
     normed = 0 if config.is_dense else stream  # the router's input, in float32
     between = stream + normed
     products = b * (3 * d + 2 * kv + rows * (d + 2 * ffn))

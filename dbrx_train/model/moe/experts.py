@@ -82,12 +82,11 @@ class Experts(nn.Module):
     def __init__(self, config: DbrxConfig) -> None:
         super().__init__()
         self.mlp = GatedExperts(config)
-        self.token_dispatcher: Callable[[GatedExperts, Tensor, Tensor], Tensor] | None = None
+        self.token_dispatcher: Callable[[GatedExperts, Tensor, Tensor, Tensor | None], Tensor] | None = None
 
     def forward(self, x_ND: Tensor, tokens_per_expert: Tensor, weight_N: Tensor | None = None) -> Tensor:
         """See GatedExperts."""
         if self.token_dispatcher is not None:
-            y = self.token_dispatcher(self.mlp, x_ND, tokens_per_expert)
-            return y if weight_N is None else y * weight_N[:, None]
+            return self.token_dispatcher(self.mlp, x_ND, tokens_per_expert, weight_N)
         answer: Tensor = self.mlp(x_ND, tokens_per_expert, weight_N)
         return answer
