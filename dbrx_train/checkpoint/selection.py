@@ -23,10 +23,12 @@ def select(
     candidates: Iterator[Checkpoint],
     fetch: Callable[[Checkpoint, str], None],
     on_skip: Callable[[str], None],
+    readers: int | None = None,
 ) -> Checkpoint | None:
     """The first of rank 0's ``candidates`` whose files hold what its manifest says; all ranks call this.
 
     ``fetch`` brings a file to this host, if it is not there. ``on_skip`` hears of those that are damaged.
+    ``readers``: how many ranks read, the first ones; by default all.
 
     Raises:
         ValueError: what looking for a candidate raised on rank 0.
@@ -35,16 +37,18 @@ def select(
         found = _next(candidates)
         if found is None:
             return None
-        trouble = next(filter(None, gather_objects(_damage(found, fetch))), None)
+        trouble = next(filter(None, gather_objects(_damage(found, fetch, readers))), None)
         if trouble is None:
             return found
         on_skip(f"passed over {trouble}")
 
 
-def _damage(checkpoint: Checkpoint, fetch: Callable[[Checkpoint, str], None]) -> str | None:
+def _damage(
+    checkpoint: Checkpoint, fetch: Callable[[Checkpoint, str], None], readers: int | None
+) -> str | None:
     """What is wrong with this rank's share of the files."""
     rank, ranks = _place()
-    mine = [name for name in checkpoint.metadata["files"] if _writer(name) % ranks == rank]
+    mine = [name for name in checkpoint.metadata["files"] if _writer(name) % (readers or ranks) == rank]
     try:
         check_files(checkpoint, mine, lambda name: fetch(checkpoint, name))
     except ValueError as error:

@@ -23,8 +23,8 @@ class TokenDispatcher:
 
     Weights of the answers, if any, go along: applied where the experts are, they need no answers kept for
     their gradient. Two all-to-alls of variable splits forward and two backward. The ranks' losses are
-    averaged in the end, but an expert's gradient is the sum over the tokens of all R ranks, so on its way into
-    the experts the gradient is divided by R, and multiplied again on its way out to the tokens.
+    averaged in the end, but an expert's gradient is the sum over the tokens of all R ranks, so on its way
+    into the experts the gradient is divided by R, and multiplied again on its way out to the tokens.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:

@@ -26,11 +26,8 @@ def search(config: RunConfig, gpus: int) -> list[Plan]:
 
 def changes(config: RunConfig, found: Plan) -> list[str]:
     """What makes the plan's configuration of ``config``, as ``key=value``."""
-    keys = [f"parallelism.{key}" for key in ("replicate", "shard", "expert", "activation_checkpointing")]
-    before = [*_resolved(config, found.gpus), config.optimization.microbatch_size]
-    after = [*_resolved(found.config, found.gpus), found.config.optimization.microbatch_size]
-    pairs = zip([*keys, "optimization.microbatch_size"], before, after, strict=True)
-    return [f"{key}={new}" for key, old, new in pairs if old != new]
+    before, after = (_resolved(each, found.gpus) for each in (config, found.config))
+    return [f"{key}={_yaml(new)}" for key, new in after.items() if before[key] != new]
 
 
 def nearest(config: RunConfig, gpus: int) -> str:
@@ -67,27 +64,47 @@ def _all(config: RunConfig, gpus: int) -> Iterator[RunConfig]:
     """The configuration with everything that divides."""
     share = max(stage.tokens_per_batch for stage in config.clock.stages) // gpus // config.data.seq_len
     batches = [replace(config.optimization, microbatch_size=n) for n in _divisors(max(1, share))]
-    meshes = product(_divisors(gpus), _divisors(config.model.num_experts), ACTIVATION_CHECKPOINTING)
-    for shard, expert, recomputed in meshes:
-        if shard % expert:
-            continue
+    meshes = product(
+        _divisors(gpus),
+        _divisors(config.model.num_experts),
+        ("expert", "shard"),
+        ACTIVATION_CHECKPOINTING,
+        (True, False),
+    )
+    for shard, expert, innermost, recomputed, reshard in meshes:
+        if shard % expert or (innermost != config.parallelism.innermost and expert in (1, shard)):
+            continue  # the same
         spread = replace(
             config.parallelism,
             replicate=gpus // shard,
             shard=shard,
             expert=expert,
+            innermost=innermost,
             activation_checkpointing=recomputed,
+            reshard_after_forward=reshard,
         )
         for batch in batches:
             yield replace(config, parallelism=spread, optimization=batch)
 
 
-def _resolved(config: RunConfig, gpus: int) -> list[int | str]:
-    """The mesh with ``auto`` as numbers, and the activation checkpointing."""
+def _resolved(config: RunConfig, gpus: int) -> dict[str, int | str | bool]:
+    """By its key, what `_all` varies, with ``auto`` as numbers."""
     given = config.parallelism
     shard = given.shard if isinstance(given.shard, int) else None
     replicate = given.replicate if isinstance(given.replicate, int) else gpus // (shard or gpus)
-    return [replicate, shard or gpus // replicate, given.expert, given.activation_checkpointing]
+    return {
+        "parallelism.replicate": replicate,
+        "parallelism.shard": shard or gpus // replicate,
+        "parallelism.expert": given.expert,
+        "parallelism.innermost": given.innermost,
+        "parallelism.activation_checkpointing": given.activation_checkpointing,
+        "parallelism.reshard_after_forward": given.reshard_after_forward,
+        "optimization.microbatch_size": config.optimization.microbatch_size or 0,
+    }
+
+
+def _yaml(value: int | str | bool) -> str:
+    return str(value).lower()
 
 
 def _divisors(number: int) -> list[int]:

@@ -45,7 +45,9 @@ def ranking(config: RunConfig, found: Sequence[Plan]) -> str:
             "GB",
             "replicate x shard",
             "expert",
+            "innermost",
             "checkpointing",
+            "gathered",
             "microbatch",
             "limit",
         )
@@ -60,13 +62,15 @@ def ranking(config: RunConfig, found: Sequence[Plan]) -> str:
                 f"{each.held.total / 1e9:.1f}",
                 f"{shape.replicate} x {shape.shard}",
                 f"{shape.expert}",
+                shape.innermost if 1 < shape.expert < shape.shard else "",
                 spread.activation_checkpointing,
+                "twice" if spread.reshard_after_forward else "once",
                 f"{each.microbatch.samples} x {each.microbatch.seq_len}",
                 each.limit,
             )
         )
     best = " ".join(changes(config, found[0])) or "as it is"
-    title = f"{len(found)} meshes, microbatches and checkpointings fit; the quickest ({best}):"
+    title = f"{len(found)} meshes, microbatches and the like fit; the quickest ({best}):"
     return "\n".join([title, *_aligned(rows)])
 
 
@@ -145,7 +149,8 @@ def _head(plan: Plan) -> list[str]:
         f"  run       {counted(clock.total_tokens)} tokens in {clock.total_batches:,} steps",
         f"  FLOPs     {flops:.3g} a token ({causal:.3g} causal), {flops * clock.total_tokens:.3g} the run",
         (
-            f"  mesh      replicate {shape.replicate} x shard {shape.shard}, experts over {shape.expert}; "
+            f"  mesh      replicate {shape.replicate} x shard {shape.shard}, experts over {shape.expert}"
+            f"{' (shard innermost)' if shape.innermost == 'shard' else ''}; "
             f"{config.precision}, checkpointing {config.parallelism.activation_checkpointing}"
         ),
         (

@@ -27,6 +27,7 @@ from dbrx_train.data.tokenizer import load_tokenizer
 from dbrx_train.errors import first_line
 from dbrx_train.lease import Lease, LeaseHeld
 from dbrx_train.model.config import DbrxConfig
+from dbrx_train.plan.world import mesh_shape
 from dbrx_train.train.data import train_dataset
 from dbrx_train.train.environment import print_rank0
 from dbrx_train.train.lr_schedule import learning_rate_factor
@@ -199,7 +200,9 @@ def newest(config: RunConfig, remote: Remote | None, last: float = math.inf) -> 
 
     newest_first = heapq.merge(folders.whole(root, print_rank0), there(), key=lambda found: -found.step)
     begin = time.monotonic()
-    found = select((each for each in newest_first if each.step <= last), fetch, print_rank0)
+    # Of what is fetched one replica has need, the first.
+    readers = None if remote is None else mesh_shape(config, dist.get_world_size()).shard
+    found = select((each for each in newest_first if each.step <= last), fetch, print_rank0, readers)
     if found is not None:
         print_rank0(
             f"{found.folder}: {found.bytes:,} bytes are as written, read in {time.monotonic() - begin:.1f} s"

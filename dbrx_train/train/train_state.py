@@ -17,8 +17,10 @@ import torch
 from composer import Callback, Logger, State, Trainer
 from composer.utils import dist
 from torch import Tensor
+from torch.distributed import get_process_group_ranks
 
 from dbrx_train.checkpoint.folder import Checkpoint
+from dbrx_train.checkpoint.replicas import read_once, replica_group
 from dbrx_train.checkpoint.tensors import Reader, model_tensors, optimizer_tensors
 from dbrx_train.model.decoder import Dbrx
 from dbrx_train.train.step_outcome import StepOutcome
@@ -117,10 +119,11 @@ def restore(trainer: Trainer, checkpoint: Checkpoint, reader: Reader) -> None:
     """
     state, model = trainer.state, model_of(trainer.state)
     found = model_tensors(model) | optimizer_tensors(model, state.optimizers[0])
-    name = f"random.{dist.get_global_rank()}"
-    same_world = checkpoint.metadata["ranks"] == dist.get_world_size()
-    drawn = torch.empty(reader.shapes[name][0], dtype=torch.uint8) if same_world else None
-    reader.read(found if drawn is None else found | {name: drawn})
+    group = replica_group(found.values())
+    ranks = [dist.get_global_rank()] if group is None else get_process_group_ranks(group)
+    names = [f"random.{rank}" for rank in ranks if checkpoint.metadata["ranks"] == dist.get_world_size()]
+    drawn = {name: torch.empty(reader.shapes[name][0], dtype=torch.uint8) for name in names}
+    read_once(reader, found | drawn, group)
     times = checkpoint.metadata["time"]
     spans = {key: datetime.timedelta(seconds=value) for key, value in times.items() if key.endswith("_wct")}
     state.load_state_dict(
@@ -130,7 +133,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint, reader: Reader) -> None:
     for callback in _stateful(state):
         if callback.key in checkpoint.metadata:  # not in older ones
             callback.load_state_dict(checkpoint.metadata[callback.key])
-    callback_of(state, TrainState).rng_state = drawn
+    callback_of(state, TrainState).rng_state = drawn.get(f"random.{dist.get_global_rank()}")
 
 
 def _random_state() -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from dbrx_train.checkpoint.replicas import read_once, replica_group
 from dbrx_train.checkpoint.tensors import Reader, model_tensors, optimizer_tensors, staged, write
 from dbrx_train.config import OptimizerConfig
 from dbrx_train.model.decoder import Dbrx
@@ -75,7 +76,12 @@ def read_all(folder: Path, meshes: list[list[int]]) -> list[str]:
         for checkpoint in sorted(folder.iterdir()):
             for tensor in tensors.values():
                 local_rows(tensor.detach())[0].zero_()
-            Reader(checkpoint).read(tensors)
+            fetched: list[str] = []
+            reader, group = Reader(checkpoint, fetched.append), replica_group(tensors.values())
+            read_once(reader, {name: t for name, t in tensors.items() if name != "few"}, group)
+            if group is not None and group.rank() > 0 and fetched:
+                wrong.append(f"a replica fetched {fetched}")
+            reader.read({"few": tensors["few"]})
             for name, tensor in tensors.items():
                 if not torch.equal(whole(tensor.detach()), expected(name, tensor)):
                     wrong.append(f"{name} of {checkpoint.name} on {dist.get_world_size()}-{i}")
