@@ -187,7 +187,7 @@ def _step(
         activation_checkpointing=recomputed,
         local_experts=config.model.num_experts // shape.expert,
         imbalance=given.imbalance if shape.expert > 1 else 1.0,
-        masked=config.model.mask_documents and stage.seq_len <= LONGEST_MASK,
+        masked=_is_masked(config, stage.seq_len),
         frozen=frozen,
     )
     return sent, StepTime(
@@ -199,6 +199,11 @@ def _step(
         optimizer=step_time.optimizer_seconds(trained(config) / shape.shard, gpu),
         retries=step_time.retries(holds, gpu),
     )
+
+
+def _is_masked(config: RunConfig, seq_len: int) -> bool:
+    """Whether documents are kept apart by a mask: in float32, for which no kernel takes their places."""
+    return config.model.mask_documents and seq_len <= LONGEST_MASK and param_type(config) is None
 
 
 def _network(config: RunConfig) -> float | None:

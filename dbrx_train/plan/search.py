@@ -12,7 +12,7 @@ from dbrx_train.model.config import ACTIVATION_CHECKPOINTING
 from dbrx_train.plan.hardware import GPUS
 from dbrx_train.plan.planner import Plan, held, kind, plan
 from dbrx_train.plan.step_time import RUNTIME
-from dbrx_train.plan.world import check_world
+from dbrx_train.plan.world import check_world, largest_microbatch
 
 __all__ = ["changes", "nearest", "search"]
 
@@ -27,7 +27,11 @@ def search(config: RunConfig, gpus: int) -> list[Plan]:
 def changes(config: RunConfig, found: Plan) -> list[str]:
     """What makes the plan's configuration of ``config``, as ``key=value``."""
     before, after = (_resolved(each, found.gpus) for each in (config, found.config))
-    return [f"{key}={_yaml(new)}" for key, new in after.items() if before[key] != new]
+    if config.parallelism.replicate == "auto":
+        del after["parallelism.replicate"]
+    if largest_microbatch(config, found.gpus) == largest_microbatch(found.config, found.gpus):
+        del after["optimization.microbatch_size"]
+    return [f"{key}={str(new).lower()}" for key, new in after.items() if before[key] != new]
 
 
 def nearest(config: RunConfig, gpus: int) -> str:
@@ -101,10 +105,6 @@ def _resolved(config: RunConfig, gpus: int) -> dict[str, int | str | bool]:
         "parallelism.reshard_after_forward": given.reshard_after_forward,
         "optimization.microbatch_size": config.optimization.microbatch_size or 0,
     }
-
-
-def _yaml(value: int | str | bool) -> str:
-    return str(value).lower()
 
 
 def _divisors(number: int) -> list[int]:

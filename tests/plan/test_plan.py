@@ -31,6 +31,14 @@ from dbrx_train.plan.table import render
 from dbrx_train.plan.units import BFLOAT16
 
 CONFIGS = ROOT / "configs"
+WITHIN_MACHINES = [
+    "parallelism.shard=64",
+    "parallelism.expert=8",
+    "parallelism.innermost=expert",
+    "parallelism.reduce_dtype=float32",
+    "parallelism.activation_checkpointing=full",
+    "optimization.microbatch_size=1",
+]
 
 
 @cache
@@ -43,7 +51,7 @@ def by_name(found: Plan) -> dict[tuple[str, str], Collective]:
 
 
 def test_bytes_are_told_apart_by_link() -> None:
-    found = plan(configured("dbrx-132b"), 3072)
+    found = plan(configured("dbrx-132b", *WITHIN_MACHINES), 3072)
     sent = by_name(found)
     network = {key: round(each.over_network(8) / 1e9, 1) for key, each in sent.items()}
     assert network["gathered", "experts"] == 55.5 == round(sent["gathered", "experts"].sent / 1e9, 1)
@@ -53,6 +61,14 @@ def test_bytes_are_told_apart_by_link() -> None:
     assert sent["gathered", "dense"].over_network(8) == sent["gathered", "dense"].sent / 8
     assert network["reduced", "experts"] == 15.5
     assert all(each.over_network(3072) == 0 for each in found.sent)
+    # The other way round tokens leave their machine, and an expert's weights do not.
+    there = by_name(plan(configured("dbrx-132b", *WITHIN_MACHINES, "parallelism.innermost=shard"), 3072))
+    assert there["gathered", "experts"].over_network(8) == 0
+    assert there["exchanged", "tokens"].over_network(8) == there["exchanged", "tokens"].sent
+    halved = by_name(
+        plan(configured("dbrx-132b", *WITHIN_MACHINES, "parallelism.reduce_dtype=bfloat16"), 3072)
+    )
+    assert 2 * halved["scattered", "experts"].sent == sent["scattered", "experts"].sent
 
 
 def test_bytes_by_link_are_those_of_the_traffic() -> None:
@@ -64,6 +80,7 @@ def test_bytes_by_link_are_those_of_the_traffic() -> None:
         microbatches=found.microbatch.per_step,
         tokens=found.microbatch.tokens,
         param_dtype=BFLOAT16,
+        reduce_dtype=BFLOAT16,
         activation_checkpointing=config.parallelism.activation_checkpointing,
     )
     sums = dict.fromkeys(("gathered", "scattered", "reduced", "exchanged"), 0.0)
@@ -153,14 +170,15 @@ def test_stages_of_a_run_are_planned_apart() -> None:
 
 
 def test_what_does_not_fit_is_said_first_with_what_would(capsys: pytest.CaptureFixture[str]) -> None:
-    config = configured("dbrx-132b", "plan.gpus=64", "parallelism.activation_checkpointing=none")
+    options = (*WITHIN_MACHINES, "plan.gpus=64", "parallelism.activation_checkpointing=none")
+    config = configured("dbrx-132b", *options)
     with pytest.raises(ConfigError) as refused:
         report(config)
     out = capsys.readouterr().out
     assert out.startswith(f"DOES NOT FIT: {refused.value}\n")
     assert "\n" not in str(refused.value)
     named = str(refused.value).split("would fit with ")[1].split(" (")[0].split()
-    mended = configured("dbrx-132b", "plan.gpus=64", *named)
+    mended = configured("dbrx-132b", *options, *named)
     assert plan(mended).fits
     report(mended)
     assert "DOES NOT FIT" not in capsys.readouterr().out
@@ -188,8 +206,8 @@ def test_adapters_hold_frozen_weights_and_their_own_state() -> None:
     ("overrides", "said"),
     [
         (["plan.gpu=h1000"], "plan.gpu: 'h1000' is not known; did you mean h100?"),
-        (["plan.gpus=60"], "parallelism.shard: 64 does not divide 60 ranks; use 60"),
-        (["parallelism.expert=3"], "parallelism.expert: 3 does not divide 64 ranks of a group; use 4"),
+        (["plan.gpus=60"], "parallelism.shard: 512 does not divide 60 ranks; use 60"),
+        (["parallelism.expert=3"], "parallelism.expert: 3 does not divide 512 ranks of a group; use 4"),
         (["plan.gpus=4096"], "the nearest size that does, in samples of 4096, is 4096"),
         (["plan.gpu_hour_price=0"], "plan.gpu_hour_price: must be positive or null, not 0.0"),
         (["plan.failures=0"], "plan.failures: must be positive, not 0.0"),
