@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 
 import xxhash
 
+from dbrx_train.config.inherited import CHECKPOINT_MANIFEST
 from dbrx_train.errors import first_line
 from dbrx_train.files import naming_file, seal
 from dbrx_train.model.hf.files import check_names
@@ -54,7 +55,7 @@ __all__ = [
     "whole",
 ]
 
-MANIFEST = "checkpoint.json"
+MANIFEST = CHECKPOINT_MANIFEST
 _STEP = re.compile(r"ba(\d+)")
 _THREADS = 8
 """Files hashed at a time: a thread hashes some 8 GB/s, and disks want several readers."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +13,9 @@ from dbrx_train import exits, logs
 from dbrx_train.cli.options import Config, Int8, Overrides
 from dbrx_train.errors import aside
 from dbrx_train.files import atomic_write
+
+if TYPE_CHECKING:
+    from dbrx_train.config import RunConfig
 
 __all__ = ["runs_app"]
 
@@ -21,6 +26,9 @@ runs_app = typer.Typer()
 def train(
     config: Config,
     overrides: Overrides = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only say whether configuration, data and ranks fit together.")
+    ] = False,
 ) -> None:
     """Train as CONFIG says; resume if a run of its name was started before."""
     exits.resumable()
@@ -28,10 +36,30 @@ def train(
 
     logs.outlive_readers()
     loaded = load(config, overrides or [])
+    _check(loaded)
+    if check:
+        from dbrx_train.plan.table import counted
+
+        size, tokens = counted(loaded.model.num_params), counted(loaded.clock.total_tokens)
+        sources = ", ".join(loaded.data.sources)
+        print(f"{loaded.run_name} is in order: {size} parameters, {tokens} tokens of {sources}")
+        return
     with exits.hearing_alone():
         from dbrx_train.train.run import run
 
     run(loaded)
+
+
+def _check(config: RunConfig) -> None:
+    """What can be told of a run without torch, so that a mistake costs no wait for it."""
+    from dbrx_train.data.tokenizer import load_tokenizer
+    from dbrx_train.plan.planner import count
+    from dbrx_train.plan.world import check_world
+    from dbrx_train.train.sources import check_sources
+
+    check_world(config, int(os.environ.get("WORLD_SIZE", 0)) or count(config))
+    if all(source.remote is None for source in config.data.sources.values()):
+        check_sources(config, load_tokenizer(config.tokenizer.name, config.tokenizer.vocab_file))
 
 
 @runs_app.command()
@@ -166,7 +194,7 @@ def generate(
     checkpoint: Annotated[
         Path, typer.Argument(help="A run's folder, a checkpoint, its weights, or a Hugging Face folder.")
     ],
-    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
     max_new_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="Stop after this many tokens; default: 128, or what there is room for."),
@@ -183,6 +211,8 @@ def generate(
     """Continue PROMPT with the model in CHECKPOINT."""
     from dbrx_train.evaluate.text import continue_text
 
+    if prompt == "-":
+        prompt = sys.stdin.read()
     pieces = continue_text(
         checkpoint,
         prompt,

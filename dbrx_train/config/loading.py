@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dbrx_train.config.errors import ConfigError, require, where_and_what
+from dbrx_train.config.inherited import with_model
 from dbrx_train.config.kinds import unknown_keys, wrong_kinds
 from dbrx_train.config.run import RunConfig
 from dbrx_train.errors import first_line, seen_from
@@ -45,7 +46,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for trouble in (*unknown_keys(resolved, RunConfig), *wrong_kinds(resolved, RunConfig)):
         raise ConfigError(f"{path}: {trouble}")
     try:
-        config = from_dict(resolved)
+        config = from_dict(with_model(resolved))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     except ValueError as error:  # DbrxConfig checks itself when it is made
         raise ConfigError(f"{path}: model.{first_line(error)}") from None
     try:

@@ -42,7 +42,9 @@ class RunConfig:
         "the same command goes on; null: never",
         None,
     )
-    model: DbrxConfig = option("the model's shape", DbrxConfig)
+    model: DbrxConfig = option(
+        "the model's shape; must be given, in whole or as far as it is not that of `init_from`", DbrxConfig
+    )
     data: DataConfig = option("what it is trained on", DataConfig)
     folder: str = option("where the run's files go", "runs/${run_name}")
     seed: int = option(

@@ -85,7 +85,7 @@ class OptimizerConfig:
     name: str = option(
         "`adamw` or `lionw`, both with decoupled weight decay", "adamw", one_of=("adamw", "lionw")
     )
-    lr: float = option("peak learning rate", 3e-4, gt=0)
+    lr: float = option("peak learning rate", 3e-4, gt=0, le=10)
     betas: list[float] = option("momentum coefficients", lambda: [0.9, 0.95])
     eps: float = option("AdamW's epsilon", 1e-8, gt=0)
     weight_decay: float = option("decay of matrices; norms never decay", 0.1, ge=0)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from composer import DataSpec
 
-from dbrx_train.config import ConfigError, RunConfig
-from dbrx_train.data.manifest import Manifest, check_dataset
+from dbrx_train.config import RunConfig
 from dbrx_train.data.stream.dataset import ScheduledDataset
 from dbrx_train.data.stream.loader import build_loader
 from dbrx_train.data.stream.shards import Source
@@ -18,45 +16,7 @@ from dbrx_train.data.tokenizer import Tokenizer
 from dbrx_train.model.decoder import shift_labels
 from dbrx_train.model.loss import IGNORE_INDEX
 from dbrx_train.schedule import samples_of
-from dbrx_train.train.evaluators import held_out
 from dbrx_train.train.preferences import Batch, pairs_present
-
-
-def check_sources(config: RunConfig, tokenizer: Tokenizer) -> None:
-    """Every source is whole, and was prepared at its sequence length with this tokenizer.
-
-    Raises:
-        ConfigError: one is not; the line names it.
-    """
-    lengths = config.sample_lengths
-    for name, source in config.data.sources.items():
-        check = partial(
-            check_dataset,
-            source.local,
-            lengths.get(name),
-            tokenizer.fingerprint,
-            config.model.vocab_size,
-            remote=source.remote,
-        )
-        try:
-            _check_kind(config, source.local, check())
-        except ValueError as error:
-            raise ConfigError(f"data.sources.{name}: {error}") from None
-    if config.evaluation.max_samples:
-        deque(held_out(config, tokenizer), maxlen=0)
-
-
-def _check_kind(config: RunConfig, folder: str, manifest: Manifest) -> None:
-    pairs = bool(manifest.chat and manifest.chat["preferences"])
-    if pairs and config.preferences.beta is None:
-        raise ValueError(f"{folder}: holds preferences; set preferences.beta, or prepare other data")
-    if not pairs and config.preferences.beta is not None:
-        raise ValueError(
-            f"{folder}: holds no preferences, which preferences.beta asks for; prepare them with "
-            f"`data prepare-chat --preferences`"
-        )
-    if manifest.chat and not config.model.mask_documents:
-        raise ValueError(f"{folder}: holds conversations, to be kept apart; set model.mask_documents=true")
 
 
 def count_pairs(batch: Batch) -> dict[str, int]:

@@ -37,7 +37,6 @@ from dbrx_train.train.callbacks.heartbeat import HeartbeatCallback
 from dbrx_train.train.callbacks.order import Supervision
 from dbrx_train.train.callbacks.preemption import Preemption
 from dbrx_train.train.callbacks.tasks import task_benchmark
-from dbrx_train.train.data import check_sources
 from dbrx_train.train.environment import print_rank0
 from dbrx_train.train.fits import check_fits
 from dbrx_train.train.reference import set_reference
@@ -49,6 +48,7 @@ from dbrx_train.train.resume import (
     open_remote,
     take_leases,
 )
+from dbrx_train.train.sources import check_sources
 from dbrx_train.train.startup_summary import summary
 from dbrx_train.train.throughput import peak_flops
 from dbrx_train.train.tracking import events, plots

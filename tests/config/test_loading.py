@@ -78,7 +78,11 @@ def test_variables_interpolate_and_are_no_part_of_the_run(tmp_path: Path) -> Non
         ("data.mix=[{at: 5ba, weights: {web: 1}}]", "data.mix"),
         ("data.mix=[{at: 0tok, weights: {web: -1}}]", "data.mix"),
         ("optimization.global_batch_size=0", "optimization.global_batch_size: must be positive"),
-        ("optimization.optimizer.lr=.inf", "optimization.optimizer.lr: must be positive"),
+        (
+            "optimization.optimizer.lr=300",
+            "optimization.optimizer.lr: must be above 0 and at most 10, not",
+        ),
+        ("optimization.optimizer.lr=.inf", "optimization.optimizer.lr: must be above 0 and at most 10"),
         ("optimization.optimizer.eps=-1", "optimization.optimizer.eps: must be positive"),
         ("optimization.optimizer.router_lr_scale=-1", "router_lr_scale: must not be negative"),
         ("optimization.microbatch_size=0", "optimization.microbatch_size: must be positive"),

@@ -313,17 +313,34 @@ def test_a_wrong_config_costs_no_heavy_import(in_tmp: Path) -> None:
     done = command("train", "wrong.yaml", cwd=in_tmp)
     assert done.returncode == 2
     assert done.stderr == "dbrx-train: wrong.yaml: unknown key modle; did you mean model?\n"
+    assert imported_by("train", f"{in_tmp}/wrong.yaml") == "[]"
+
+
+@pytest.mark.slow
+def test_check_tells_all_that_can_be_told_without_torch(workplace: Path, in_tmp: Path) -> None:
+    path = run_yaml(workplace, in_tmp, "fresh")
+    said = imported_by("train", str(path), "--check")
+    assert re.fullmatch(r"fresh is in order: .* parameters, .* tokens of web, code\n\[\]", said)
+    missing = command("train", str(path), f"data.sources.code.local={in_tmp}/nowhere", cwd=in_tmp)
+    assert missing.returncode == 2
+    assert missing.stderr.startswith(f"dbrx-train: data.sources.code: {in_tmp}/nowhere: no such folder")
+    assert imported_by("train", str(path), f"data.sources.code.local={in_tmp}/nowhere") == "[]"
+    assert not (in_tmp / "fresh").exists()
+
+
+def imported_by(*arguments: str) -> str:
+    """What a command prints, and then which of the packages that take seconds it has loaded."""
     code = f"""
 import sys
 from dbrx_train.cli import main
-sys.argv = ["dbrx-train", "train", "{in_tmp}/wrong.yaml"]
+sys.argv = ["dbrx-train", *{arguments!r}]
 try:
     main()
 finally:
     print(sorted({{"torch", "composer", "streaming", "mlflow"}} & set(sys.modules)))
 """
     python = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert python.stdout.strip() == "[]"
+    return python.stdout.strip()
 
 
 @pytest.mark.slow
