@@ -131,22 +131,25 @@ def count(config: RunConfig) -> int:
 def held(config: RunConfig, ranks: int) -> Held:
     """Bytes of a rank at the largest microbatch of all stages, experts loaded as ``plan.imbalance`` says."""
     micro, given = largest_microbatch(config, ranks), config.parallelism
-    shape, offloaded = mesh_shape(config, ranks), given.cpu_offload
+    shape, offloaded, dtype = mesh_shape(config, ranks), given.cpu_offload, _dtype(config)
+    alone, frozen = ranks == 1 and not offloaded, config.lora.rank is not None
+    # Nothing is gathered then, but autograd keeps what each matrix was cast to, as if it were not freed.
+    casts = alone and dtype is not None and not frozen
     found = memory(
         config.model,
         shape,
         tokens=micro.tokens,
-        param_dtype=_dtype(config),
+        param_dtype=dtype,
         activation_checkpointing=given.activation_checkpointing,
-        reshard_after_forward=given.reshard_after_forward,
+        reshard_after_forward=given.reshard_after_forward and not casts,
         accumulates=micro.per_step > 1,
         skew=config.plan.imbalance,
         moments=1 if config.optimization.optimizer.name == "lionw" else 2,
     )
-    if config.lora.rank is not None:
-        found = frozen_memory(config, shape, _dtype(config), found)
-    if ranks == 1 and not offloaded:
-        none = dict.fromkeys(GATHERED, 0)
+    if frozen:
+        found = frozen_memory(config, shape, dtype, found)
+    if alone:
+        none = {kind: 0 for kind in GATHERED if not (casts and kind == "gathered")}
         found = Memory({moment: kinds | none for moment, kinds in found.moments.items()})
     return Held(found, sum(found.peak[kind] for kind in STATES) if offloaded else 0)
 
@@ -205,7 +208,7 @@ def _step(
         activation_checkpointing=recomputed,
         local_experts=config.model.num_experts // shape.expert,
         imbalance=given.imbalance if shape.expert > 1 else 1.0,
-        masked=config.model.mask_documents and stage.seq_len <= LONGEST_MASK,
+        masked=_is_masked(config, stage.seq_len),
         frozen=frozen,
     )
     return sent, StepTime(
@@ -217,6 +220,11 @@ def _step(
         optimizer=step_time.optimizer_seconds(trained(config) / shape.shard, gpu),
         retries=step_time.retries(holds, gpu),
     )
+
+
+def _is_masked(config: RunConfig, seq_len: int) -> bool:
+    """Whether documents are kept apart by a mask: in float32, for which no kernel takes their places."""
+    return config.model.mask_documents and seq_len <= LONGEST_MASK and _dtype(config) is None
 
 
 def _dtype(config: RunConfig) -> ElementType | None:
