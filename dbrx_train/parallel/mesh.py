@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 from dbrx_train.model.config import DbrxConfig
 
@@ -76,22 +77,18 @@ class MeshShape:
                 f"experts need; use {fitting}"
             )
 
-    def build(self, device_type: str) -> Meshes:
-        """Its DeviceMeshes; torch.distributed must be initialised."""
-        from torch.distributed.device_mesh import init_device_mesh
+    def build(self, device_type: str, timeout: timedelta | None = None) -> Meshes:
+        """Its DeviceMeshes; torch.distributed must be initialised.
 
-        names = ("replicate",) if self.replicate > 1 else ()
-        dense = init_device_mesh(
-            device_type, (self.replicate, self.shard), mesh_dim_names=("replicate", "shard")
-        )[(*names, "shard")]
+        ``timeout``: after which ranks of a group give up waiting for each other; None: torch's default.
+        """
+        replicas = {"replicate": self.replicate} if self.replicate > 1 else {}
+        dense = _device_mesh(device_type, replicas | {"shard": self.shard}, timeout)
         if self.expert == 1:
             return Meshes(dense, None, None)
-        experts = init_device_mesh(
-            device_type,
-            (self.replicate, self.shard // self.expert, self.expert),
-            mesh_dim_names=("replicate", "shard_outer", "expert"),
-        )
-        return Meshes(dense, experts[(*names, "shard_outer")], experts["expert"])
+        axes = replicas | {"shard_outer": self.shard // self.expert, "expert": self.expert}
+        experts = _device_mesh(device_type, axes, timeout)
+        return Meshes(dense, experts[(*replicas, "shard_outer")], experts["expert"])
 
 
 @dataclass(frozen=True)
@@ -116,3 +113,31 @@ def nearest_divisor(number: int, wanted: int) -> int:
     """The divisor of ``number`` that is nearest to ``wanted``, by ratio."""
     divisors = [d for d in range(1, number + 1) if number % d == 0]
     return min(divisors, key=lambda d: max(d, wanted) / min(d, wanted))
+
+
+def _device_mesh(device_type: str, axes: dict[str, int], timeout: timedelta | None) -> DeviceMesh:
+    """All ranks along ``axes``, by name, the last one innermost.
+
+    ``init_device_mesh`` of torch 2.7 gives its groups a timeout of its own, and has every rank take part in
+    making every group of the world. Here a rank makes those that it is in: all ranks by the same order of
+    axes, so none waits for another that waits for it.
+    """
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+
+    ranks = torch.arange(dist.get_world_size()).view(*axes.values())
+    (place,) = (ranks == dist.get_rank()).nonzero().tolist()
+    groups: list[Any] = []
+    for axis in range(ranks.ndim):
+        line = ranks[tuple(slice(None) if i == axis else at for i, at in enumerate(place))].tolist()
+        whole = len(line) == dist.get_world_size()
+        groups.append(
+            dist.group.WORLD
+            if whole
+            else dist.new_group(line, timeout=timeout, use_local_synchronization=True)
+        )
+    names = tuple(axes)
+    if len(names) == 1:
+        return DeviceMesh.from_group(groups[0], device_type, mesh_dim_names=names)
+    return DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=names)
