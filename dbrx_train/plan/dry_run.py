@@ -212,7 +212,7 @@ class _Rank:
                 block.ffn.experts.token_dispatcher = assumed
                 self.dispatchers.append(assumed)
         # As on a GPU, where no mask is made at any length.
-        self.model.transformer.separate = lambda *_: [[micro.seq_len]] * micro.samples  # type: ignore[assignment]
+        vars(self.model.transformer)["separate"] = lambda *_: [[micro.seq_len]] * micro.samples
         self.optimizer = build_optimizer(self.model, config.optimization.optimizer)
         self._watch_moments()
         self.tracker.tag(self.model.parameters(), "parameters")

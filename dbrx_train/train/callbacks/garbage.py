@@ -15,13 +15,14 @@ class GarbageCollection(Callback):  # type: ignore[misc]
     """
 
     def __init__(self, steps: int = 100) -> None:
-        self.steps, self.was_on = steps, gc.isenabled()
+        self.steps, self.turned_off = steps, False
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        self.was_on = gc.isenabled()
-        gc.collect()
-        gc.freeze()
-        gc.disable()
+        if gc.isenabled():  # not after a roll-back, say
+            self.turned_off = True
+            gc.collect()
+            gc.freeze()
+            gc.disable()
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if state.timestamp.batch.value % self.steps == 0:
@@ -34,6 +35,7 @@ class GarbageCollection(Callback):  # type: ignore[misc]
         self._restore()  # however the run ended
 
     def _restore(self) -> None:
-        gc.unfreeze()
-        if self.was_on:
+        if self.turned_off:
+            self.turned_off = False
+            gc.unfreeze()
             gc.enable()
