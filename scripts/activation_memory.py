@@ -1,7 +1,7 @@
 """Peak GPU memory of a step of dbrx-9b's layers, for each choice of activation checkpointing.
 
 As many of its 24 layers as leave room on 80 GB for weights, gradients and AdamW's state. Prints a line
-for each choice: what the step needs beside them, the estimate of parallel/costs.py, ms a step.
+for each choice: what the step needs beside them, the estimate of plan/memory.py, ms a step.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ def main() -> None:
     path = Path(__file__).parent.parent / "configs" / "pretrain" / "dbrx-9b.yaml"
     config = replace(load(path).model, n_layers=LAYERS)
     ids = torch.randint(config.vocab_size, (1, TOKENS), device="cuda")
+    documents = {"document_ids": torch.zeros_like(ids)}
+    documents["document_starts"] = torch.zeros(1, 1, dtype=torch.int32, device="cuda")
     for what in ACTIVATION_CHECKPOINTING:
         with torch.device("meta"):
             model = Dbrx(config)
@@ -38,7 +40,7 @@ def main() -> None:
                 torch.cuda.reset_peak_memory_stats()
                 resting, begin = torch.cuda.memory_allocated(), time.perf_counter()
             with torch.autocast("cuda", torch.bfloat16):
-                loss = model(ids, labels=ids).loss
+                loss = model(ids, labels=ids, **documents).loss
             assert loss is not None
             loss.backward()
             optimizer.step()

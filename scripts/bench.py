@@ -151,10 +151,12 @@ class Process:
 
 
 def contest(case: list[str], entered: list[str], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """On a CPU a step at a time, in turn; on a GPU, whose memory is short, all steps at a time, twice."""
+    """On a CPU a step at a time, in turn; on a GPU, whose memory is short, all steps at a time."""
     task, shape, dtype, *_ = case
     contestants = [Contestant(name) for name in (*entered, "roof")]
-    heats = [[each] for _ in range(2) for each in contestants] if DEVICE == "cuda" else [contestants]
+    heats = [contestants]
+    if DEVICE == "cuda":
+        heats = [[each] for _ in range(args.heats) for each in contestants]
     for heat in heats:
         processes = [Process(each, case, args.threads) for each in heat]
         for process in in_turn(processes, WARM_UP + args.rounds):
@@ -236,6 +238,7 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--trained", type=int, default=40, help="steps of training before")
+    parser.add_argument("--heats", type=int, default=2, help="processes of each, on a GPU, one after another")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path)
     parser.add_argument("--contend", type=json.loads, help=argparse.SUPPRESS)

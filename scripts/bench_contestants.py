@@ -32,6 +32,19 @@ def our_model(config: DbrxConfig, expert_impl: str = "auto", recompute: str = "n
     return model
 
 
+def packed_model(config: DbrxConfig) -> nn.Module:
+    """As training calls it, with documents: one a sample, so that it computes what the others do."""
+    model = our_model(config)
+
+    def add_documents(_module: nn.Module, args: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        ids = args[0]
+        starts = torch.zeros(len(ids), 1, dtype=torch.int32, device=ids.device)
+        return args, options | {"document_ids": torch.zeros_like(ids), "document_starts": starts}
+
+    model.register_forward_pre_hook(add_documents, with_kwargs=True)
+    return model
+
+
 def _empty(make: Callable[[], Any]) -> Any:
     """A module whose weights are to be set: drawing billions of them would take longer than the contest."""
     device = torch.empty(0).device
@@ -62,6 +75,7 @@ STEP: dict[str, Callable[[DbrxConfig], nn.Module]] = {
     "loop": partial(our_model, expert_impl="loop"),
     AS_RUN: our_model,
     "ours, as modules": our_model,
+    "ours, packed": packed_model,
     "ours, norm_attn_norm": partial(our_model, recompute="norm_attn_norm"),
     "ours, full": partial(our_model, recompute="full"),
     "transformers eager": partial(transformers_model, attention="eager"),

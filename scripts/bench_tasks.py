@@ -53,11 +53,11 @@ CPU_SHAPES = {
 }
 GPU_SHAPES = {
     "dbrx-layer": _shape(4, 4096, n_layers=1, vocab_size=12544),
-    "dbrx-9b/6": _shape(
+    "dbrx-9b, 6 layers": _shape(
         2,
         4096,
         d_model=2048,
-        n_layers=4,
+        n_layers=6,
         n_heads=16,
         ffn_hidden_size=3584,
     ),

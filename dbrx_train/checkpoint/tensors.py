@@ -22,9 +22,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from dbrx_train.checkpoint.folder import fingerprint
 from dbrx_train.errors import first_line
@@ -32,7 +34,7 @@ from dbrx_train.model.hf.files import check_names
 from dbrx_train.model.init import is_norm
 from dbrx_train.parallel.gather import gather_objects
 
-__all__ = ["Reader", "model_tensors", "optimizer_tensors", "staged", "write"]
+__all__ = ["Reader", "Staging", "model_tensors", "optimizer_tensors", "own_share", "write"]
 
 # All that a metadata file is made of. Anything else in one is not ours, and is not run.
 _METADATA_TYPES = {
@@ -110,7 +112,8 @@ def write(
     Raises:
         OSError: a rank cannot write.
     """
-    writer = _Writer(folder)
+    # Copied by no stream of the thread that writes: it may be another than that which trains
+    writer = _Writer(folder, per_thread_copy_ahead=0)
     try:
         save(tensors, storage_writer=writer, process_group=group)
     except CheckpointException as error:
@@ -124,15 +127,55 @@ def write(
     return {name: facts for files in gather_objects(mine, group) for name, facts in files.items()}
 
 
-def staged(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of the tensors in the host's memory, which training no longer changes."""
-    copies: dict[str, Tensor] = FileSystemWriter(folder).stage(tensors)
-    return copies
+def own_share(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of what several ranks hold alike, what this one is to write: replicas take the tensors in turn.
+
+    Without it all that any rank holds would be planned for, and sorted out, on rank 0 alone.
+    """
+    if not dist.is_initialized():
+        return tensors
+    mine = {name: tensor for name, tensor in tensors.items() if name.startswith("random.")}  # of each rank
+    alike = sorted(tensors.keys() - mine.keys())
+    for number, name in enumerate(alike):
+        tensor = tensors[name]
+        copies, copy = 1, 0
+        if isinstance(tensor, DTensor):
+            mesh = tensor.device_mesh
+            for axis, place in enumerate(tensor.placements):
+                if place.is_replicate():
+                    copies, copy = (
+                        copies * mesh.size(axis),
+                        copy * mesh.size(axis) + mesh.get_local_rank(axis),
+                    )
+        else:
+            copies, copy = dist.get_world_size(), dist.get_rank()
+        if number % copies == copy:
+            mine[name] = tensor
+    return mine
+
+
+class Staging:
+    """Copies of tensors in the host's memory, which training no longer changes until the next are made.
+
+    Those of tensors on ``device_type`` are pinned, and kept for the next time: to pin memory takes longer
+    than to copy into it.
+    """
+
+    def __init__(self, device_type: str = "cuda") -> None:
+        self._device_type = device_type
+        self._pinned = BlockingAsyncStager(cache_staged_state_dict=True)
+
+    def copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """To be called each time with the same names and shapes of tensors that are on the device."""
+        there = {name: t for name, t in tensors.items() if t.device.type == self._device_type}
+        here = {name: t for name, t in tensors.items() if name not in there}
+        copies: dict[str, Tensor] = BlockingAsyncStager().stage(here)
+        return copies | (self._pinned.stage(there) if there else {})
 
 
 class _Writer(FileSystemWriter):
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, **options: Any) -> None:
+        super().__init__(folder, **options)
         self.fs = self.files = _Hashing()
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:

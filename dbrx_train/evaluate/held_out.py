@@ -80,7 +80,8 @@ def held_out(model: Dbrx, config: RunConfig) -> Iterator[HeldOut]:
     for name, parts in batches(config):
         total, labels = 0.0, 0
         for batch in parts:
-            output = model(batch["input_ids"], labels=batch["labels"], document_ids=batch["document_ids"])
+            names = ("labels", "document_ids", "document_starts")
+            output = model(batch["input_ids"], **{name: batch[name] for name in names})
             assert output.token_losses is not None
             assert output.num_labels is not None
             total += float(output.token_losses.sum(dtype=torch.float64))

@@ -5,11 +5,22 @@ Shape suffixes: B batch, S sequence, D d_model, H query heads, K key/value heads
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dbrx_train.model.config import DbrxConfig
+from dbrx_train.model.documents import DocumentOffsets, attend_by_document, attend_by_offset
+
+Mask: TypeAlias = Tensor | DocumentOffsets | list[list[int]] | None
+"""What attention takes to keep documents apart: `additive_mask`, `document_offsets`, `document_lengths`,
+or nothing."""
+
+# Not cuDNN's, the first choice of newer torch on an H100: it plans for each new length, which takes a second.
+_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class RotaryEmbedding:
@@ -46,37 +57,6 @@ def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
     aligned = -(-keys // 16) * 16
     mask = torch.zeros(*rows, aligned, dtype=dtype, device=visible.device)[..., :keys]
     return mask.masked_fill_(~visible, -torch.inf)
-
-
-def document_lengths(document_ids: Tensor) -> list[list[int]]:
-    """document_ids [B, S] -> the lengths of each sample's documents, in order; the host waits for them.
-
-    Raises ValueError for a document in several pieces.
-    """
-    lengths = []
-    for row in document_ids:
-        ids, counts = row.unique_consecutive(return_counts=True)
-        if ids.numel() != ids.unique().numel():
-            raise ValueError(
-                "document_ids: has a document in pieces; in a sample this long it must lie together"
-            )
-        lengths.append(counts.tolist())
-    return lengths
-
-
-def attend_by_document(
-    q_BHSC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, lengths: list[list[int]], shares_heads: bool
-) -> Tensor:
-    """Causal attention within each document, one after another: no mask, and no work across documents."""
-    rows = []
-    for q, k, v, row in zip(q_BHSC, k_BKSC, v_BKSC, lengths, strict=True):
-        documents = zip(*(t[None].split(row, dim=2) for t in (q, k, v)), strict=True)
-        parts = [
-            F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shares_heads)
-            for q, k, v in documents
-        ]
-        rows.append(torch.cat(parts, dim=2))
-    return torch.cat(rows)
 
 
 class LayerCache:
@@ -132,14 +112,14 @@ class GroupedQueryAttention(nn.Module):
         self,
         x_BSD: Tensor,
         rope: tuple[Tensor, Tensor],
-        mask: Tensor | list[list[int]] | None = None,
+        mask: Mask = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
         """x [B, S, D] -> [B, S, D].
 
         rope: cos and sin for these S positions. mask: of `additive_mask`, in the dtype of the products,
-        broadcast to [B, H, S, keys], or of `document_lengths`; None is causal. cache: earlier keys and
-        values, extended in place.
+        broadcast to [B, H, S, keys], or what else keeps documents apart; None is causal. cache: earlier
+        keys and values, extended in place.
         """
         B, S, _ = x_BSD.shape
         qkv = self.Wqkv(x_BSD)
@@ -150,15 +130,24 @@ class GroupedQueryAttention(nn.Module):
         q, k = apply_rotary(q, *rope), apply_rotary(k, *rope)
         if cache is not None:
             k, v = cache.append(k, v)
-        # Only CUDA's flash kernel, which takes no mask, shares heads without falling back to plain matmuls.
-        shares_heads = q.is_cuda and not isinstance(mask, Tensor)
+        y = self._attend(q, k, v, mask)
+        out: Tensor = self.out_proj(y.transpose(1, 2).reshape(B, S, -1))
+        return out
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+        """q [B, H, S, C], k and v [B, K, keys, C] -> [B, H, S, C]."""
+        if isinstance(mask, DocumentOffsets):
+            return attend_by_offset(q, k, v, mask)
+        # Only CUDA's flash kernel, of 16 bits and without a mask, shares heads without falling back to plain
+        # matmuls.
+        shares_heads = q.is_cuda and q.dtype.itemsize == 2 and not isinstance(mask, Tensor)
         if not shares_heads:
             k, v = (t.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1) for t in (k, v))
         if isinstance(mask, list):
-            y = attend_by_document(q, k, v, mask, shares_heads)
-        else:
-            # Without a mask the queries are all of the sequence, or the last one alone, which sees every key.
-            causal = mask is None and S > 1
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=shares_heads)
-        out: Tensor = self.out_proj(y.transpose(1, 2).reshape(B, S, -1))
-        return out
+            return attend_by_document(q, k, v, mask, shares_heads)
+        # Without a mask the queries are all of the sequence, or the last one alone, which sees every key.
+        options = {"is_causal": mask is None and q.shape[2] > 1, "enable_gqa": shares_heads}
+        if not q.is_cuda:
+            return F.scaled_dot_product_attention(q, k, v, mask, **options)
+        with sdpa_kernel(_KERNELS):
+            return F.scaled_dot_product_attention(q, k, v, mask, **options)

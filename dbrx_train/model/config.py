@@ -78,7 +78,7 @@ class DbrxConfig:
     reset_positions: bool = option("Rotary positions restart at each document of a packed sample.", False)
     expert_impl: str = option(
         "How tokens meet their experts: auto, loop (the reference), grouped (one after another), grouped_mm "
-        "(torch 2.8 or later) or grouped_gemm (MegaBlocks' kernels); adapters have their own way.",
+        "(torch 2.10 or later) or grouped_gemm (MegaBlocks' kernels); adapters have their own way.",
         "auto",
         one_of=EXPERT_IMPLS,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,17 @@ from dbrx_train.model.attention import (
     GroupedQueryAttention,
     KVCache,
     LayerCache,
+    Mask,
     RotaryEmbedding,
     additive_mask,
-    document_lengths,
 )
 from dbrx_train.model.config import LONGEST_MASK, DbrxConfig
+from dbrx_train.model.documents import (
+    document_lengths,
+    document_offsets,
+    document_starts,
+    takes_offsets,
+)
 from dbrx_train.model.init import init_weights
 from dbrx_train.model.loss import IGNORE_INDEX, HeadLoss, LMHead
 from dbrx_train.model.moe import load_balancing
@@ -29,9 +35,6 @@ from dbrx_train.model.moe.layer import MoE
 from dbrx_train.model.moe.load_balancing import RoutingStats
 from dbrx_train.model.moe.router import Routing
 from dbrx_train.model.precision import compute_dtype
-
-Mask: TypeAlias = Tensor | list[list[int]] | None
-"""What attention takes to keep documents apart: `additive_mask`, `document_lengths`, or nothing."""
 
 
 class Layout(NamedTuple):
@@ -114,9 +117,6 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Embedding, blocks and final norm: all but the head."""
 
-    document_lengths = staticmethod(document_lengths)
-    """A dry run, which has no ids to look at, puts its own in this one's place."""
-
     def __init__(self, config: DbrxConfig) -> None:
         super().__init__()
         self.wte = nn.Embedding(config.vocab_size, config.d_model)
@@ -131,34 +131,47 @@ class Transformer(nn.Module):
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
         layout: Layout | None = None,
+        starts: Tensor | None = None,
     ) -> tuple[Tensor, list[Routing]]:
         """input_ids [B, S] -> hidden states [B, S, D] and the layers' routings (none when dense)."""
         past, S = cache.length if cache else 0, input_ids.shape[1]
         positions = torch.arange(past, past + S, device=input_ids.device)[None]
+        x_BSD = self.wte(input_ids)
+        dtype = compute_dtype(x_BSD)
         mask: Mask = None
-        visible = token_mask = None
+        token_mask = None
         if layout is not None:
-            positions, visible = layout.positions, layout.visible[:, None]
+            positions, mask = layout.positions, additive_mask(layout.visible[:, None], dtype)
         elif document_ids is not None:
             token_mask = document_ids >= 0
-            if self.mask_documents and S > LONGEST_MASK:
-                mask = self.document_lengths(document_ids)
-            elif self.mask_documents:
-                visible = document_mask(document_ids)
+            if self.mask_documents:
+                mask = self.separate(document_ids, starts, dtype)
             positions = document_positions(document_ids) if self.reset_positions else positions
         elif past and S > 1:
             visible = torch.ones(S, past + S, dtype=torch.bool, device=input_ids.device).tril(past)
+            mask = additive_mask(visible, dtype)
 
-        x_BSD = self.wte(input_ids)
         rope = self.rotary(positions)
-        if visible is not None:
-            mask = additive_mask(visible, compute_dtype(x_BSD))
         routings = []
         for i, block in enumerate(self.blocks):
             x_BSD, routing = block(x_BSD, rope, mask, token_mask, cache.layers[i] if cache else None)
             if routing is not None:
                 routings.append(routing)
         return self.norm_f(x_BSD), routings
+
+    def separate(self, document_ids: Tensor, starts: Tensor | None, dtype: torch.dtype) -> Mask:
+        """What keeps documents apart in attention that multiplies in ``dtype``.
+
+        starts: `document_starts`, on the device. A dry run, which has no ids to look at, puts its own
+        in this one's place.
+        """
+        S = document_ids.shape[1]
+        at_once = takes_offsets(document_ids.device, dtype, self.rotary.head_dim)
+        if not at_once and S <= LONGEST_MASK:
+            return additive_mask(document_mask(document_ids), dtype)
+        if starts is None:
+            starts = document_starts(document_ids.cpu()).to(document_ids.device)
+        return document_offsets(starts, S) if at_once else document_lengths(starts, S)
 
 
 class Dbrx(nn.Module):
@@ -199,6 +212,7 @@ class Dbrx(nn.Module):
         return_log_probs: bool = False,
         layout: Layout | None = None,
         logits_at: Tensor | None = None,
+        document_starts: Tensor | None = None,
     ) -> DbrxOutput:
         """input_ids [B, S] -> logits, loss and routing statistics.
 
@@ -210,10 +224,11 @@ class Dbrx(nn.Module):
         return_log_probs: of each label, with gradient, for losses of one's own; `loss` is then without them.
         layout: positions and mask of the caller's, instead of those that follow from the rest.
         logits_at [N]: make the logits of these tokens alone, numbered along the rows of input_ids.
+        document_starts [B, M]: `documents.document_starts` of document_ids; spares a GPU's host the wait.
         Raises ValueError for shapes that do not fit.
         """
         self._check_inputs(input_ids, labels, document_ids, cache, layout is not None)
-        hidden_BSD, routings = self.transformer(input_ids, document_ids, cache, layout)
+        hidden_BSD, routings = self.transformer(input_ids, document_ids, cache, layout, document_starts)
         token_mask = None if document_ids is None else (document_ids >= 0).flatten()
         output = DbrxOutput()
         if routings:

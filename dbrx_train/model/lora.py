@@ -167,11 +167,13 @@ class ExpertFactors(nn.Module):
 
 def segment_mm(x_NK: Tensor, w_EKM: Tensor, tokens_per_expert: Tensor) -> Tensor:
     """Each expert's tokens, sorted by expert, times its matrix: [N, M]."""
+    if w_EKM.shape[0] == 1:
+        return x_NK @ w_EKM[0]
     # It wants rows that are multiples of 16 bytes.
     aligned = all(width * x_NK.element_size() % 16 == 0 for width in w_EKM.shape[1:])
-    if hasattr(torch.nn.functional, "grouped_mm") and aligned and w_EKM.shape[0] > 1:
+    if hasattr(torch.nn.functional, "grouped_mm") and aligned:
         mm = torch.nn.functional.grouped_mm  # type: ignore[attr-defined,unused-ignore]
-        y: Tensor = mm(x_NK, w_EKM, offs=tokens_per_expert.cumsum(0).to(torch.int32))
+        y: Tensor = mm(x_NK, w_EKM, offs=tokens_per_expert.cumsum(0, dtype=torch.int32))
         return y
     segments = torch.split(x_NK, tokens_per_expert.tolist())
     return torch.cat([x @ w for x, w in zip(segments, w_EKM.unbind(), strict=True)])

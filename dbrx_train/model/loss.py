@@ -210,7 +210,7 @@ class _ChunkSoftmax:
         self._weight = weight_VD
         self._logits = weight_VD.new_empty(chunk_size, weight_VD.shape[0])
         self._log_probs = self._logits
-        if weight_VD.dtype != torch.float32 or weight_VD.is_cuda:
+        if weight_VD.dtype != torch.float32:
             self._log_probs = torch.empty_like(self._logits, dtype=torch.float32)
 
     def terms(self, hidden_CD: Tensor, labels_C1: Tensor) -> Tensor:
@@ -224,9 +224,8 @@ class _ChunkSoftmax:
 
     def _normalise(self, logits_CV: Tensor) -> Tensor:
         log_probs = self._log_probs[: logits_CV.shape[0]]
-        if logits_CV.is_cuda:
-            return torch.log_softmax(logits_CV, -1, torch.float32, out=log_probs)
-        # On a CPU that would make a float32 copy of them first, and a row may be normalised where it lies.
+        # Asked for float32 of bfloat16, torch would make a float32 copy of its own first; a row may be
+        # normalised where it lies.
         if self._log_probs is not self._logits:
             log_probs.copy_(logits_CV)
         return torch.log_softmax(log_probs, -1, out=log_probs)

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import (
 
 from dbrx_train.model.config import ACTIVATION_CHECKPOINTING
 from dbrx_train.model.decoder import Block, Dbrx
+from dbrx_train.model.documents import VARIABLE_LENGTH
 from dbrx_train.parallel.torch_patches import kept_unsharded
 
 __all__ = ["checkpoint_activations"]
@@ -32,9 +33,12 @@ _DEAR = {
         "_scaled_dot_product_flash_attention_for_cpu",
         "_scaled_dot_product_efficient_attention",
         "_scaled_dot_product_cudnn_attention",
+        "_flash_attention_forward",
     )
     if hasattr(torch.ops.aten, name)
 } | {torch.ops.dbrx_train.grouped_glu.default}
+if VARIABLE_LENGTH is not None:
+    _DEAR.add(VARIABLE_LENGTH)
 
 
 def checkpoint_activations(model: Dbrx, what: str) -> None:

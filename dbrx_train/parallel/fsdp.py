@@ -7,6 +7,7 @@ gradients scattered when its backward pass is over (arXiv 2304.11277).
 from __future__ import annotations
 
 import itertools
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ def parallelize(
     reduce_dtype: torch.dtype = torch.float32,
     reshard_after_forward: bool = True,
     cpu_offload: bool = False,
+    timeout: timedelta | None = None,
 ) -> None:
     """Shard ``model``, made under ``torch.device("meta")``, over a mesh of ``shape``, and draw its weights.
 
@@ -47,6 +49,7 @@ def parallelize(
     float32, as are the shards of all of them afterwards.
     ``reshard_after_forward`` frees a block's gathered parameters between its forward and backward pass.
     ``cpu_offload`` keeps shards, gradients and so optimizer state in the host's memory.
+    ``timeout`` is after what time ranks give up waiting for each other; None: torch's default.
 
     Raises:
         ValueError: the model has weights already, or does not fit the mesh.
@@ -57,7 +60,7 @@ def parallelize(
     _check_adapters(model, shape)
     if device_type == "cpu":
         mend_fsdp_on_cpu()
-    meshes = shape.build(device_type)
+    meshes = shape.build(device_type, timeout)
     place = _placement(cpu_offload, device_type)
     exact = place | {"mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
     policy = MixedPrecisionPolicy(param_dtype, reduce_dtype, cast_forward_inputs=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,18 +28,28 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
             mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
             by_mesh.setdefault(mesh, []).append(parameter)
     norms = []
-    for members in by_mesh.values():
-        norm = get_total_norm([p.grad for p in members if p.grad is not None])
-        if isinstance(norm, DTensor):  # of offloaded gradients on a CPU, whose group is of the devices
-            there: Any = norm.to(norm.device_mesh.device_type)
-            norm = there.full_tensor()
-        norms.append(norm)
+    for mesh, members in by_mesh.items():
+        grads = [p.grad for p in members if p.grad is not None]
+        if mesh is not None and grads[0].device.type != mesh.device_type:
+            norms.append(_offloaded_norm(grads, mesh))
+            continue
+        norm = get_total_norm(grads)
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     if not norms:
         return torch.zeros(())
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     for members in by_mesh.values():
         clip_grads_with_norm_(members, max_norm, total)
     return total
+
+
+def _offloaded_norm(grads: list[Tensor], mesh: DeviceMesh) -> Tensor:
+    """Of gradients on the CPU whose mesh is of devices, which alone have a way to each other."""
+    parts = torch.stack([_square_sum(grad) for grad in grads]).sum()
+    square = parts.float().to(mesh.device_type)
+    for axis in range(mesh.ndim):
+        dist.all_reduce(square, group=mesh.get_group(axis))
+    return square.sqrt()
 
 
 @torch.no_grad()

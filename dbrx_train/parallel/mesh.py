@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 from dbrx_train.model.config import DbrxConfig
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["MeshShape", "Meshes"]
@@ -95,25 +97,26 @@ class MeshShape:
                 f"experts need; use {fitting}"
             )
 
-    def build(self, device_type: str) -> Meshes:
-        """Its DeviceMeshes; torch.distributed must be initialised."""
-        import torch
-        from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+    def build(self, device_type: str, timeout: timedelta | None = None) -> Meshes:
+        """Its DeviceMeshes; torch.distributed must be initialised.
 
-        names = ("replicate",) if self.replicate > 1 else ()
-        dense = init_device_mesh(
-            device_type, (self.replicate, self.shard), mesh_dim_names=("replicate", "shard")
-        )[(*names, "shard")]
+        ``timeout``: after which ranks of a group give up waiting for each other; None: torch's default.
+        """
+        import torch
+
+        replicas = {"replicate": self.replicate} if self.replicate > 1 else {}
+        ranks = torch.arange(self.replicate * self.shard)
+        dense = _device_mesh(device_type, replicas | {"shard": self.shard}, timeout, ranks)
         if self.expert == 1:
             return Meshes(dense, None, None)
-        # The axes' order is FSDP's, which wants its own first; the ranks' is a matter of their numbers.
-        ranks = torch.arange(self.replicate * self.shard)
+        outer = self.shard // self.expert
         if self.innermost == "expert":
-            ranks = ranks.view(self.replicate, -1, self.expert)
+            ranks = ranks.view(self.replicate, outer, self.expert)
         else:
-            ranks = ranks.view(self.replicate, self.expert, -1).transpose(1, 2)
-        experts = DeviceMesh(device_type, ranks, mesh_dim_names=("replicate", "shard_outer", "expert"))
-        return Meshes(dense, experts[(*names, "shard_outer")], experts["expert"])
+            ranks = ranks.view(self.replicate, self.expert, outer).transpose(1, 2)
+        axes = replicas | {"shard_outer": outer, "expert": self.expert}
+        experts = _device_mesh(device_type, axes, timeout, ranks)
+        return Meshes(dense, experts[(*replicas, "shard_outer")], experts["expert"])
 
 
 @dataclass(frozen=True)
@@ -138,3 +141,32 @@ def nearest_divisor(number: int, wanted: int) -> int:
     """The divisor of ``number`` that is nearest to ``wanted``, by ratio."""
     divisors = [d for d in range(1, number + 1) if number % d == 0]
     return min(divisors, key=lambda d: max(d, wanted) / min(d, wanted))
+
+
+def _device_mesh(
+    device_type: str, axes: dict[str, int], timeout: timedelta | None, ranks: Tensor
+) -> DeviceMesh:
+    """All ``ranks``, in their order, along ``axes``, by name: FSDP wants its own before the experts'.
+
+    ``init_device_mesh`` of torch 2.7 gives its groups a timeout of its own, and has every rank take part in
+    making every group of the world. Here a rank makes those that it is in: all ranks by the same order of
+    axes, so none waits for another that waits for it.
+    """
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+
+    ranks = ranks.reshape(*axes.values())
+    (place,) = (ranks == dist.get_rank()).nonzero().tolist()
+    groups: list[Any] = []
+    for axis in range(ranks.ndim):
+        line = ranks[tuple(slice(None) if i == axis else at for i, at in enumerate(place))].tolist()
+        whole = len(line) == dist.get_world_size()
+        groups.append(
+            dist.group.WORLD
+            if whole
+            else dist.new_group(line, timeout=timeout, use_local_synchronization=True)
+        )
+    names = tuple(axes)
+    if len(names) == 1:
+        return DeviceMesh.from_group(groups[0], device_type, mesh_dim_names=names)
+    return DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=names)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -157,11 +158,11 @@ def _fake_rank(ranks: int) -> Iterator[Any]:
 class _RealMesh(MeshShape):
     """A mesh shape whose DeviceMeshes are of real tensors: they compute with their ranks."""
 
-    def build(self, device_type: str) -> Meshes:
+    def build(self, device_type: str, timeout: timedelta | None = None) -> Meshes:
         from torch._subclasses.fake_tensor import unset_fake_temporarily
 
         with unset_fake_temporarily():
-            return super().build(device_type)
+            return super().build(device_type, timeout)
 
 
 class _AssumedLoad(TokenDispatcher):
@@ -203,7 +204,8 @@ class _Rank:
                 assumed = _AssumedLoad(dispatcher.group)
                 block.ffn.experts.token_dispatcher = assumed
                 self.dispatchers.append(assumed)
-        self.model.transformer.document_lengths = lambda ids: [[micro.seq_len]] * micro.samples  # type: ignore[assignment]
+        # As on a GPU, where no mask is made at any length.
+        vars(self.model.transformer)["separate"] = lambda *_: [[micro.seq_len]] * micro.samples
         self.optimizer = build_optimizer(self.model, config.optimization.optimizer)
         self._watch_moments()
         self.tracker.tag(self.model.parameters(), "parameters")

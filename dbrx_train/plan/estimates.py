@@ -33,8 +33,10 @@ def state_bytes(config: OptimizerConfig) -> int:
     return 4 if config.name == "lionw" or config.state_dtype == "bfloat16" else 8
 
 
-def run_memory(config: RunConfig, shape: MeshShape, batch: Microbatch, skew: float) -> Memory:
-    """What a rank holds; ``skew`` as in ``memory``."""
+def run_memory(
+    config: RunConfig, shape: MeshShape, batch: Microbatch, skew: float, *, keeps_gathered: bool = False
+) -> Memory:
+    """What a rank holds; ``skew`` as in ``memory``. ``keeps_gathered``: whatever the run's options say."""
     return memory(
         config.model,
         shape,
@@ -42,7 +44,7 @@ def run_memory(config: RunConfig, shape: MeshShape, batch: Microbatch, skew: flo
         param_dtype=param_type(config),
         reduce_dtype=reduce_type(config),
         activation_checkpointing=config.parallelism.activation_checkpointing,
-        reshard_after_forward=config.parallelism.reshard_after_forward,
+        reshard_after_forward=config.parallelism.reshard_after_forward and not keeps_gathered,
         accumulates=batch.per_step > 1,
         skew=skew,
         state_bytes=state_bytes(config.optimization.optimizer),

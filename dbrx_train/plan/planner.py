@@ -131,12 +131,15 @@ def count(config: RunConfig) -> int:
 def held(config: RunConfig, ranks: int) -> Held:
     """Bytes of a rank at the largest microbatch of all stages, experts loaded as ``plan.imbalance`` says."""
     micro, given = largest_microbatch(config, ranks), config.parallelism
-    shape, offloaded = mesh_shape(config, ranks), given.cpu_offload
-    found = run_memory(config, shape, micro, config.plan.imbalance)
-    if config.lora.rank is not None:
-        found = frozen_memory(config, shape, param_type(config), found)
-    if ranks == 1 and not offloaded:
-        none = dict.fromkeys(GATHERED, 0)
+    shape, offloaded, dtype = mesh_shape(config, ranks), given.cpu_offload, param_type(config)
+    alone, frozen = ranks == 1 and not offloaded, config.lora.rank is not None
+    # Nothing is gathered then, but autograd keeps what each matrix was cast to, as if it were not freed.
+    casts = alone and dtype is not None and not frozen
+    found = run_memory(config, shape, micro, config.plan.imbalance, keeps_gathered=casts)
+    if frozen:
+        found = frozen_memory(config, shape, dtype, found)
+    if alone:
+        none = {kind: 0 for kind in GATHERED if not (casts and kind == "gathered")}
         found = Memory({moment: kinds | none for moment, kinds in found.moments.items()})
     return Held(found, sum(found.peak[kind] for kind in STATES) if offloaded else 0)
 

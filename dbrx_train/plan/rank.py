@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch
 
 from dbrx_train.config import RunConfig
@@ -36,9 +38,9 @@ def build_model(config: RunConfig, device: str, shape: MeshShape, *, draw: bool 
         apply_lora(model, config.lora.rank, config.lora.alpha, config.lora.targets, config.seed)
         if config.precision == "amp_bf16":
             cast_frozen(model, torch.bfloat16)
-    checkpoint_activations(model, parallelism.activation_checkpointing)
     if config.compile:
         compile_dense(model)
+    checkpoint_activations(model, parallelism.activation_checkpointing)
     if config.optimization.balance_over == "global_batch":
         model.batch_load = GlobalBatchLoad()
     if sharded:
@@ -51,5 +53,6 @@ def build_model(config: RunConfig, device: str, shape: MeshShape, *, draw: bool 
             reduce_dtype=getattr(torch, parallelism.reduce_dtype),
             reshard_after_forward=parallelism.reshard_after_forward,
             cpu_offload=parallelism.cpu_offload,
+            timeout=timedelta(seconds=parallelism.timeout),
         )
     return model

@@ -31,6 +31,7 @@ from dbrx_train.resilience.watchdog import Heartbeat, Watchdog
 __all__ = ["StoppedTogether", "propagate_failures"]
 
 _POLL_SECONDS = 0.5
+_POLLS_A_SECOND = 1000  # of all ranks together, which one process answers
 _FIRST_SECONDS = 1.0  # for the failed rank to say what went wrong before others say that they end
 _OTHERS_SECONDS = 4.0  # for all others to end of their own accord
 _CLOSE_SECONDS = 10.0
@@ -161,7 +162,7 @@ def _traceback(error: Exception) -> int:
 def _watch(
     notice: _Notice, over: threading.Event, ending: Ending, watchdog: Watchdog | None, stacks: Path | None
 ) -> None:
-    while not over.wait(_POLL_SECONDS):
+    while not over.wait(_poll_seconds(dist.get_world_size())):
         try:
             first = notice.read()
             if first is None and watchdog is not None and (hang := watchdog.look()):
@@ -177,6 +178,11 @@ def _watch(
             ending.at_end(first.code)
             over.wait(_FIRST_SECONDS)  # the launcher ends all when it sees that one did
             os._exit(first.code)
+
+
+def _poll_seconds(ranks: int) -> float:
+    """Between two questions of a rank, so that the store's process answers no more than it can."""
+    return max(_POLL_SECONDS, ranks / _POLLS_A_SECOND)
 
 
 def _dump_stacks(first: _End, folder: Path | None) -> None:

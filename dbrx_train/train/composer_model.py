@@ -9,9 +9,10 @@ from composer.models import ComposerModel
 from torch.distributed.fsdp import FSDPModule
 from torchmetrics import Metric
 
+from dbrx_train.data.stream.loader import Batch
 from dbrx_train.model.decoder import Dbrx, DbrxOutput
 from dbrx_train.train.eval_metrics import CrossEntropy, PairMean, Perplexity
-from dbrx_train.train.preferences import TERMS, Batch, pairs_present, preference_loss
+from dbrx_train.train.preferences import TERMS, pairs_present, preference_loss
 
 
 class ComposerDbrx(ComposerModel):  # type: ignore[misc]
@@ -42,6 +43,7 @@ class ComposerDbrx(ComposerModel):  # type: ignore[misc]
                 batch["input_ids"],
                 labels=batch["labels"],
                 document_ids=batch["document_ids"],
+                document_starts=batch["document_starts"],
                 return_log_probs=self.beta is not None,
             )
         if self.beta is not None and "reference" in batch:

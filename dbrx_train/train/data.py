@@ -7,34 +7,41 @@ from functools import partial
 
 import torch
 from composer import DataSpec
+from torch import Tensor
 
 from dbrx_train.config import RunConfig
 from dbrx_train.data.stream.dataset import ScheduledDataset
-from dbrx_train.data.stream.loader import build_loader
+from dbrx_train.data.stream.loader import Batch, Count, build_loader
 from dbrx_train.data.stream.shards import Source
 from dbrx_train.data.tokenizer import Tokenizer
 from dbrx_train.model.decoder import shift_labels
 from dbrx_train.model.loss import IGNORE_INDEX
 from dbrx_train.schedule import samples_of
-from dbrx_train.train.preferences import Batch, pairs_present
+from dbrx_train.train.preferences import pairs_present
 
 
-def count_pairs(batch: Batch) -> dict[str, int]:
-    """All tokens of a batch, and its pairs, each of which counts alike in the loss."""
-    return {"total": batch["input_ids"].numel(), "loss_generating": int(pairs_present(batch).sum())}
+def count_pairs(batch: Batch) -> Tensor:
+    """The pairs of each sample, every one of which counts alike in the loss, [batch]."""
+    return pairs_present(batch).sum(1)
 
 
-def count_tokens(batch: Batch, *, mask_documents: bool) -> dict[str, int]:
-    """All tokens of a batch, and those whose prediction counts in the loss."""
+def count_labels(batch: Batch, *, mask_documents: bool) -> Tensor:
+    """The tokens of each sample whose prediction counts in the loss, [batch]."""
     labels = shift_labels(batch["labels"], batch["document_ids"], mask_documents)
-    return {"total": batch["input_ids"].numel(), "loss_generating": int((labels != IGNORE_INDEX).sum())}
+    return (labels != IGNORE_INDEX).sum(1)
+
+
+def count_tokens(batch: Batch) -> dict[str, int]:
+    """All tokens of a batch, and its terms of the loss, by numbers that are in the host's memory: Composer
+    asks of every microbatch, when it is on its device."""
+    return {"total": batch["input_ids"].numel(), "loss_generating": sum(batch["loss_terms"])}
 
 
 def split_batch(batch: Batch, microbatch_size: int, *, seq_len: int) -> list[Batch]:
     """Parts of as many tokens as ``microbatch_size`` samples of ``seq_len`` have, a sample at least."""
     samples = samples_of(microbatch_size, seq_len, batch["input_ids"].shape[1])
-    parts = zip(*(torch.split(tensor, samples) for tensor in batch.values()), strict=True)
-    return [dict(zip(batch, part, strict=True)) for part in parts]
+    starts = range(0, len(batch["input_ids"]), samples)
+    return [{key: value[i : i + samples] for key, value in batch.items()} for i in starts]
 
 
 def train_dataset(config: RunConfig) -> ScheduledDataset:
@@ -55,6 +62,9 @@ def train_data(
     config: RunConfig, tokenizer: Tokenizer, arrived: Callable[[], None] = lambda: None
 ) -> DataSpec:
     """``train_dataset`` in batches, with the token counts of each; ``arrived`` is called for every batch."""
+    count: Count = count_pairs
+    if config.preferences.beta is None:
+        count = partial(count_labels, mask_documents=config.model.mask_documents)
     loader = build_loader(
         train_dataset(config),
         eos_id=tokenizer.eos_id,
@@ -63,9 +73,7 @@ def train_data(
         pin_memory=torch.cuda.is_available(),
         arrived=arrived,
         endless=True,  # the Trainer ends
+        count=count,
     )
-    count: Callable[[Batch], dict[str, int]] = count_pairs
-    if config.preferences.beta is None:
-        count = partial(count_tokens, mask_documents=config.model.mask_documents)
     split = partial(split_batch, seq_len=config.data.seq_len)
-    return DataSpec(loader, get_num_tokens_in_batch=count, split_batch=split)
+    return DataSpec(loader, get_num_tokens_in_batch=count_tokens, split_batch=split)

@@ -11,10 +11,11 @@ import subprocess
 import sys
 from collections.abc import Mapping
 
-from composer.utils import dist, get_device
+from composer.utils import dist
 
 from dbrx_train import __version__
 from dbrx_train.redact import mask, mask_argument
+from dbrx_train.train.devices import composer_device, prepare_cuda, raise_file_limit
 
 _PACKAGES = ("torch", "mosaicml", "mosaicml-streaming", "mlflow-skinny", "numpy", "tiktoken")
 
@@ -23,13 +24,19 @@ def join_ranks(device: str, timeout: float) -> None:
     """Connect the processes that ``composer``, ``torchrun`` or ``srun`` started; one alone needs no launcher.
 
     ``timeout``: seconds after which ranks give up waiting for each other.
+
+    Raises:
+        ConfigError: there are more ranks than GPUs.
     """
     if "SLURM_STEP_NUM_TASKS" in os.environ and "RANK" not in os.environ:
         os.environ.update(_from_slurm(os.environ))
     if "GROUP_RANK" in os.environ:
         # torchrun's name for it; Composer asks for its own when it loads a checkpoint on several ranks.
         os.environ.setdefault("NODE_RANK", os.environ["GROUP_RANK"])
-    dist.initialize_dist(get_device(device), timeout)
+    raise_file_limit()
+    if device == "gpu":
+        prepare_cuda()
+    dist.initialize_dist(composer_device(device), timeout)
 
 
 def print_rank0(text: str) -> None:

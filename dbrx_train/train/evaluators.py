@@ -15,10 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 from dbrx_train.config import RunConfig, naming
 from dbrx_train.data.stream.dataset import EvalDataset, Sample
 from dbrx_train.data.stream.held_out import HeldOutSamples, held_out_samples
-from dbrx_train.data.stream.loader import collate
+from dbrx_train.data.stream.loader import Batch, collate
 from dbrx_train.data.tokenizer import Tokenizer
 from dbrx_train.schedule import samples_of
-from dbrx_train.train.preferences import Batch
 
 __all__ = ["EvenlyShared", "evaluators", "held_out"]
 

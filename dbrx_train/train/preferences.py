@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dbrx_train.data.stream.loader import Batch
 from dbrx_train.model.decoder import DbrxOutput
-
-Batch = dict[str, Tensor]
 
 TERMS = ("dpo", "reward_margin", "reward_accuracy", "log_prob_chosen", "log_prob_rejected")
 """What ``preference_loss`` reports, means over pairs; 0 where there are none."""
@@ -29,7 +28,8 @@ def document_log_probs(log_probs: Tensor, document_ids: Tensor, documents: int) 
 
 def pairs_present(batch: Batch) -> Tensor:
     """Whether a sample has such a pair, [batch, pairs]."""
-    return ~batch["reference"][:, ::2].isnan()
+    present: Tensor = ~batch["reference"][:, ::2].isnan()
+    return present
 
 
 def preference_loss(output: DbrxOutput, batch: Batch, beta: float) -> tuple[Tensor, dict[str, Tensor]]:

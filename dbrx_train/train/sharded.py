@@ -14,8 +14,8 @@ from collections.abc import Callable
 from composer import Callback, Logger, State, Trainer
 from torch.distributed.fsdp import FSDPModule
 
+from dbrx_train.data.stream.loader import Batch
 from dbrx_train.train.composer_model import ComposerDbrx
-from dbrx_train.train.preferences import Batch
 from dbrx_train.train.train_state import model_of
 
 __all__ = ["ReduceOnce", "check_left_alone"]

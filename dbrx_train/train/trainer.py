@@ -13,6 +13,7 @@ from dbrx_train.plan.world import mesh_shape
 from dbrx_train.train.callbacks.order import Supervision, callbacks
 from dbrx_train.train.composer_model import ComposerDbrx
 from dbrx_train.train.data import train_data
+from dbrx_train.train.devices import composer_device
 from dbrx_train.train.evaluators import evaluators
 from dbrx_train.train.optim import build_optimizer
 from dbrx_train.train.sharded import check_left_alone
@@ -55,7 +56,7 @@ def build_trainer(
         loggers=[store],
         run_name=config.run_name,
         progress_bar=False,
-        device=device,
+        device=composer_device(device),
         precision="fp32" if on_cpu else config.precision,
         device_train_microbatch_size=optimization.microbatch_size or whole,
         accumulate_train_batch_on_tokens=True,

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from dbrx_train.checkpoint.replicas import read_once, replica_group
-from dbrx_train.checkpoint.tensors import Reader, model_tensors, optimizer_tensors, staged, write
+from dbrx_train.checkpoint.tensors import Reader, Staging, model_tensors, optimizer_tensors, own_share, write
 from dbrx_train.config import OptimizerConfig
 from dbrx_train.model.decoder import Dbrx
 from dbrx_train.parallel import MeshShape, parallelize
@@ -62,8 +62,9 @@ def save_all(folder: Path, meshes: list[list[int]]) -> None:
     for i, mesh in enumerate(meshes):
         tensors, name = content(mesh), f"{dist.get_world_size()}-{i}"
         fill(tensors)
-        copies = staged(folder / f"{name}-staged", tensors)
-        write(folder / name, tensors, None)
+        share = own_share(tensors)
+        copies = Staging().copy(share)
+        write(folder / name, share, None)
         for tensor in tensors.values():
             local_rows(tensor.detach())[0].zero_()
         write(folder / f"{name}-staged", copies, None)

@@ -58,7 +58,8 @@ def test_every_gradient_on_every_mesh(
         assert found["initial"] == 0, "weights are drawn alike, bit for bit"
         if kind == "bfloat16":
             assert max(found["gradients"].values()) < 0.02, found["gradients"]
-            assert found["loss 0"] < 1e-6
+            # A GPU's kernels for bfloat16 go by the number of rows, which sharding divides.
+            assert found["loss 0"] < (1e-3 if request.node.get_closest_marker("gpu") else 1e-6)
             continue
         assert max(found["gradients"].values()) < 1e-5, found["gradients"]
         assert found["unvisited"] > 0

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -16,10 +16,15 @@ from torch.utils.data import DataLoader
 
 from dbrx_train.data.stream.dataset import ScheduledDataset
 from dbrx_train.data.stream.worker_signals import ignore_signals_of_others
+from dbrx_train.model.documents import document_starts
 from dbrx_train.model.loss import IGNORE_INDEX
 
-__all__ = ["TimedLoader", "build_loader", "collate", "document_ids"]
+__all__ = ["Batch", "Count", "TimedLoader", "build_loader", "collate", "document_ids"]
 
+Batch: TypeAlias = dict[str, Any]
+"""Tensors, and lists of numbers that the host needs; each with an entry a sample."""
+Count: TypeAlias = Callable[[Batch], Tensor]
+"""(batch) -> [batch], how many terms of the loss each sample has."""
 
 _LONGEST_TEMPORARY = 75
 """Of the 107 characters that a Unix socket's path may have, less those of multiprocessing's names."""
@@ -34,9 +39,13 @@ def document_ids(tokens: Tensor, eos_id: int) -> Tensor:
     return ends.cumsum(-1) - ends
 
 
-def collate(samples: Sequence[dict[str, Any]], *, eos_id: int, pad_id: int) -> dict[str, Tensor]:
+def collate(
+    samples: Sequence[dict[str, Any]], *, eos_id: int, pad_id: int, count: Count | None = None
+) -> Batch:
     """Batch samples: ``input_ids``, ``labels`` and ``document_ids``, int64 [batch, sequence].
 
+    ``document_starts`` [batch, documents] is what the model would otherwise ask a GPU for, and ``loss_terms``
+    what ``count`` says, as a list: a loader's process has them in the host's memory.
     ``source`` and ``sample_id`` [batch] say where each is from. The labels are the inputs: the loss
     shifts them. In samples that come with a ``loss`` mask, labels are -100 where it is False, and padding
     belongs to document -1. What samples have as ``reference`` is stacked.
@@ -48,14 +57,19 @@ def collate(samples: Sequence[dict[str, Any]], *, eos_id: int, pad_id: int) -> d
             labels[row, ~torch.as_tensor(sample["loss"])] = IGNORE_INDEX
             documents[row, tokens[row] == pad_id] = -1
     references = [torch.as_tensor(sample["reference"]) for sample in samples if "reference" in sample]
-    return {
+    batch: Batch = {
         "input_ids": tokens,
         "labels": labels,
         "document_ids": documents,
+        "document_starts": document_starts(documents),
         "source": torch.tensor([sample["source"] for sample in samples]),
         "sample_id": torch.tensor([sample["sample_id"] for sample in samples]),
-        **({"reference": torch.stack(references)} if references else {}),
     }
+    if references:
+        batch["reference"] = torch.stack(references)
+    if count is not None:
+        batch["loss_terms"] = count(batch).tolist()
+    return batch
 
 
 class TimedLoader(DataLoader[list[dict[str, Any]]]):
@@ -93,11 +107,12 @@ def build_loader(
     pin_memory: bool = False,
     arrived: Callable[[], None] = lambda: None,
     endless: bool = False,
+    count: Count | None = None,
 ) -> TimedLoader:
     """A DataLoader of this rank's batches; the dataset makes them, as they need not be of one size.
 
     It ends with the dataset's clock; ``endless``: goes on beyond, with the last mix. ``arrived`` is called
-    for each batch, once it is there.
+    for each batch, once it is there. ``count``: see ``collate``.
 
     Raises:
         ValueError: the path of the folder for temporary files is too long for workers' sockets, in which case
@@ -115,7 +130,7 @@ def build_loader(
         endless,
         batch_size=None,
         num_workers=num_workers,
-        collate_fn=partial(collate, eos_id=eos_id, pad_id=pad_id),
+        collate_fn=partial(collate, eos_id=eos_id, pad_id=pad_id, count=count),
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
         worker_init_fn=ignore_signals_of_others,

@@ -35,8 +35,9 @@ def grouped_glu(
 ) -> Tensor:
     """x [N, D] sorted by expert, weight [N] or None, w1, v1, w2 [E, F, D], tokens_per_expert [E] -> y [N, D].
 
-    impl: `grouped` (expert by expert), `grouped_mm` (torch 2.8 or later; the host does not wait for the
+    impl: `grouped` (expert by expert), `grouped_mm` (torch 2.10 or later; the host does not wait for the
     counts), `grouped_gemm` (the kernels of MegaBlocks, bfloat16 on CUDA), or `auto`, the best that is there.
+    On CUDA a single expert is multiplied as it is, whichever is asked for.
     """
     y_ND: Tensor = _forward(x_ND, weight_N, w1_EFD, v1_EFD, w2_EFD, tokens_per_expert, impl)[0]
     return y_ND
@@ -45,9 +46,12 @@ def grouped_glu(
 def check_available(impl: str) -> None:
     """Raises ValueError if what ``impl`` names is not installed."""
     if impl == "grouped_gemm" and importlib.util.find_spec("grouped_gemm") is None:
-        raise ValueError("expert_impl: grouped_gemm is not installed; pip install 'dbrx-train[gpu]'")
+        raise ValueError(
+            "expert_impl: grouped_gemm is not installed; docs/install.md says how, or use grouped_mm (torch "
+            "2.10 or later)"
+        )
     if impl == "grouped_mm" and not hasattr(F, "grouped_mm"):
-        raise ValueError(f"expert_impl: torch {torch.__version__} has no grouped_mm; 2.8 or later has")
+        raise ValueError(f"expert_impl: torch {torch.__version__} has no grouped_mm; 2.10 or later has")
 
 
 @torch.library.custom_op("dbrx_train::grouped_glu", mutates_args=())
@@ -193,7 +197,7 @@ class _GroupedMm:
     """torch's own, which reads the counts on the device."""
 
     def __init__(self, counts: Tensor) -> None:
-        self.ends = counts.cumsum(0).to(torch.int32)
+        self.ends = counts.cumsum(0, dtype=torch.int32)
         self.mm: Any = torch.nn.functional.grouped_mm  # type: ignore[attr-defined,unused-ignore]
 
     def rows(self, a: Tensor, b: Tensor, transposed: bool) -> Tensor:
@@ -219,6 +223,16 @@ class _GroupedGemm:
     def matrices(self, a: Tensor, b: Tensor) -> Tensor:
         y: Tensor = self.gmm(a.contiguous(), b.contiguous(), self.counts, trans_a=True)
         return y
+
+
+class _OneExpert:
+    """Of a dense model, for which plain products do, and no counts are needed."""
+
+    def rows(self, a: Tensor, b: Tensor, transposed: bool) -> Tensor:
+        return torch.mm(a, b[0].T if transposed else b[0])
+
+    def matrices(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.mm(a.T, b)[None]
 
 
 def forward_at_once(
@@ -269,6 +283,8 @@ def backward_at_once(
 
 def _products(impl: str, x: Tensor, w: Tensor, counts: Tensor) -> Products | None:
     """What multiplies all experts at once; None if they are to go one by one."""
+    if x.is_cuda and len(w) == 1:
+        return _OneExpert()
     if impl == "grouped_mm":
         return _GroupedMm(counts)
     if impl == "grouped_gemm":

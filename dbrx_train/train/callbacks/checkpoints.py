@@ -9,9 +9,11 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial as bind
 from pathlib import Path
 from typing import Any
 
+import torch
 from composer import Callback, Event, Logger, State, Timestamp
 from composer.utils import dist
 from composer.utils.misc import create_interval_scheduler
@@ -21,7 +23,7 @@ from torch.distributed import ProcessGroup, new_group
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.remote import Remote
 from dbrx_train.checkpoint.remote_lease import RemoteLease
-from dbrx_train.checkpoint.tensors import staged, write
+from dbrx_train.checkpoint.tensors import Staging, own_share, write
 from dbrx_train.errors import first_line
 from dbrx_train.lease import Lease
 from dbrx_train.parallel.gather import gather_objects
@@ -68,7 +70,8 @@ class Checkpoints(Callback):  # type: ignore[misc]
         self.leases = leases
         self.exports, self.timeout = exports, timedelta(seconds=timeout)
         self.due = create_interval_scheduler(interval)
-        self.writer = ThreadPoolExecutor(1, "checkpoints") if asynchronous else None
+        self.writer = ThreadPoolExecutor(1, "checkpoints", _same_device()) if asynchronous else None
+        self.staging = Staging()
         self.pending: Future[None] | None = None
         self.group: ProcessGroup | None = None
         self.saved: Timestamp | None = None
@@ -159,10 +162,11 @@ class Checkpoints(Callback):  # type: ignore[misc]
         self.saved = state.timestamp
         facts = metadata(state) | self.provenance
         partial = folders.step_folder(self.root, state.timestamp.batch.value).with_suffix(".partial")
+        content = own_share(tensors(state))
         if self.writer is None:
-            self._write(partial, tensors(state), facts, exported)
+            self._write(partial, content, facts, exported)
         else:
-            copies = staged(partial, tensors(state))
+            copies = self.staging.copy(content)
             self.pending = self.writer.submit(self._write, partial, copies, facts, exported)
 
     def _write(
@@ -253,3 +257,10 @@ class Checkpoints(Callback):  # type: ignore[misc]
     def _gather(self, mine: str | None) -> list[str | None]:
         """What each rank says, once all have said it."""
         return gather_objects(mine, self.group)
+
+
+def _same_device() -> Callable[[], None]:
+    """Has another thread use this one's GPU, where it would use the first and open a context there."""
+    if not torch.cuda.is_available():
+        return lambda: None
+    return bind(torch.cuda.set_device, torch.cuda.current_device())

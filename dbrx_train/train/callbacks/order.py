@@ -24,7 +24,9 @@ from dbrx_train.train.callbacks.bad_steps import BadSteps
 from dbrx_train.train.callbacks.balancing import ExpertBalancing
 from dbrx_train.train.callbacks.by_source import BySource
 from dbrx_train.train.callbacks.checkpoints import Checkpoints
+from dbrx_train.train.callbacks.compiled import Compiled
 from dbrx_train.train.callbacks.expert_load import ExpertLoad
+from dbrx_train.train.callbacks.garbage import GarbageCollection
 from dbrx_train.train.callbacks.goodput import Goodput
 from dbrx_train.train.callbacks.gradients import GradientNorm
 from dbrx_train.train.callbacks.heartbeat import HeartbeatCallback
@@ -86,6 +88,8 @@ def callbacks(
         supervision.heartbeat if supervision else None,
         # Ahead of all that draw numbers at a step's beginning or ask for the outcome at its end.
         TrainState(),
+        GarbageCollection(),
+        Compiled() if config.compile else None,
         LearningRate(optimization.learning_rate, clock),
         # Ahead of the forward passes' own: says which backward pass reduces between replicas.
         ReduceOnce(data.split_batch),
@@ -195,4 +199,4 @@ def _stopping(
 ) -> Preemption | None:
     if supervision is None:
         return None
-    return Preemption(supervision.stop, checkpoints, Path(config.folder), config.parallelism.timeout)
+    return Preemption(supervision.stop, checkpoints, Path(config.folder))

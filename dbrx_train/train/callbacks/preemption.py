@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 from composer import Callback, Logger, State
 from composer.utils import dist
-from torch.distributed import ProcessGroup, ReduceOp, Work, all_reduce, barrier, new_group
+from torch.distributed import ReduceOp, Work, all_reduce
 
 from dbrx_train.resilience import StoppedTogether
 from dbrx_train.resilience.preemption import PreemptionHandler, cause, code_when_saved
@@ -19,21 +18,20 @@ from dbrx_train.train.tracking.events import record
 class Preemption(Callback):  # type: ignore[misc]
     """Once any rank is asked to stop, all save and raise StoppedTogether. Comes after the other callbacks.
 
-    The ranks agree by a reduction between CPUs, begun after the backward pass and read when the step is over:
-    no device waits for it. During an evaluation they agree at every batch, and give up the rest of it.
+    The ranks agree by a reduction of one number, begun after the backward pass and read when the step is over
+    and its losses have been waited for. It takes no group of its own: one more between all ranks' CPUs would
+    be a socket from each to each. During an evaluation they agree at every batch, and give up the rest of it.
     """
 
-    def __init__(self, stop: PreemptionHandler, saver: Checkpoints, folder: Path, timeout: float) -> None:
+    def __init__(self, stop: PreemptionHandler, saver: Checkpoints, folder: Path) -> None:
         self.stop, self.saver, self.folder = stop, saver, folder
-        self.timeout = timedelta(seconds=timeout)
-        self.group: ProcessGroup | None = None
-        self.asked = torch.zeros(1, dtype=torch.int64)
+        self.asked = torch.zeros((), dtype=torch.int64)
         self.work: Work | None = None
 
     def fit_start(self, state: State, logger: Logger) -> None:
         self._answer()  # of a step after which the run was rolled back
-        if dist.get_world_size() > 1 and self.group is None:
-            self.group = new_group(backend="gloo", timeout=self.timeout)
+        if dist.get_world_size() > 1:
+            self.asked = state.device.tensor_to_device(self.asked)
 
     def batch_start(self, state: State, logger: Logger) -> None:
         self.stop.begin_training()
@@ -62,13 +60,13 @@ class Preemption(Callback):  # type: ignore[misc]
 
     def meet(self) -> None:
         """Wait for the other ranks."""
-        if self.group is not None:
-            barrier(self.group)
+        self._ask()
+        self._answer()
 
     def _ask(self) -> None:
-        self.asked[0] = self.stop.asked()
-        if self.group is not None:
-            self.work = all_reduce(self.asked, ReduceOp.MAX, self.group, async_op=True)
+        self.asked.fill_(self.stop.asked())  # which waits for no device
+        if dist.get_world_size() > 1:
+            self.work = all_reduce(self.asked, ReduceOp.MAX, async_op=True)
 
     def _answer(self) -> int:
         """Why the run is to stop, the same on every rank; 0: it is not."""

@@ -262,10 +262,14 @@ def test_an_eos_belongs_to_the_document_that_it_ends() -> None:
         "input_ids": (torch.int64, (2, 6)),
         "labels": (torch.int64, (2, 6)),
         "document_ids": (torch.int64, (2, 6)),
+        "document_starts": (torch.int32, (2, 3)),
         "source": (torch.int64, (2,)),
         "sample_id": (torch.int64, (2,)),
     }
+    assert batch["document_starts"].tolist() == [[0, 2, 3], [0, 6, 6]]
     assert batch["labels"].data_ptr() != batch["input_ids"].data_ptr()
+    counted = collate(samples, eos_id=9, pad_id=9, count=lambda batch: (batch["labels"] > 5).sum(1))
+    assert counted["loss_terms"] == [5, 1]
 
 
 def test_samples_are_writable_copies(corpora: Path) -> None:
