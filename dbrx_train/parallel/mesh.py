@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from dbrx_train.model.config import DbrxConfig
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["MeshShape", "Meshes"]
@@ -82,13 +83,17 @@ class MeshShape:
 
         ``timeout``: after which ranks of a group give up waiting for each other; None: torch's default.
         """
+        import torch
+
+        ranks = torch.arange(self.replicate * self.shard)
         replicas = {"replicate": self.replicate} if self.replicate > 1 else {}
-        dense = _device_mesh(device_type, replicas | {"shard": self.shard}, timeout)
+        dense = _device_mesh(device_type, ranks.view(*replicas.values(), -1), (*replicas, "shard"), timeout)
         if self.expert == 1:
             return Meshes(dense, None, None)
-        axes = replicas | {"shard_outer": self.shard // self.expert, "expert": self.expert}
-        experts = _device_mesh(device_type, axes, timeout)
-        return Meshes(dense, experts[(*replicas, "shard_outer")], experts["expert"])
+        names = (*replicas, "shard_outer", "expert")
+        ranks = ranks.view(*replicas.values(), -1, self.expert)
+        experts = _device_mesh(device_type, ranks, names, timeout)
+        return Meshes(dense, experts[names[:-1]], experts["expert"])
 
 
 @dataclass(frozen=True)
@@ -115,29 +120,26 @@ def nearest_divisor(number: int, wanted: int) -> int:
     return min(divisors, key=lambda d: max(d, wanted) / min(d, wanted))
 
 
-def _device_mesh(device_type: str, axes: dict[str, int], timeout: timedelta | None) -> DeviceMesh:
-    """All ranks along ``axes``, by name, the last one innermost.
+def _device_mesh(
+    device_type: str, ranks: Tensor, names: tuple[str, ...], timeout: timedelta | None
+) -> DeviceMesh:
+    """The mesh of ``ranks``, which are all there are, laid out along axes of ``names``.
 
     ``init_device_mesh`` of torch 2.7 gives its groups a timeout of its own, and has every rank take part in
     making every group of the world. Here a rank makes those that it is in: all ranks by the same order of
     axes, so none waits for another that waits for it.
     """
-    import torch
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
 
-    ranks = torch.arange(dist.get_world_size()).view(*axes.values())
     (place,) = (ranks == dist.get_rank()).nonzero().tolist()
     groups: list[Any] = []
     for axis in range(ranks.ndim):
         line = ranks[tuple(slice(None) if i == axis else at for i, at in enumerate(place))].tolist()
-        whole = len(line) == dist.get_world_size()
-        groups.append(
-            dist.group.WORLD
-            if whole
-            else dist.new_group(line, timeout=timeout, use_local_synchronization=True)
-        )
-    names = tuple(axes)
+        if len(line) == dist.get_world_size():
+            groups.append(dist.group.WORLD)
+        else:
+            groups.append(dist.new_group(line, timeout=timeout, use_local_synchronization=True))
     if len(names) == 1:
         return DeviceMesh.from_group(groups[0], device_type, mesh_dim_names=names)
-    return DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=names)
+    return DeviceMesh.from_group(groups, device_type, ranks.contiguous(), mesh_dim_names=names)
