@@ -104,19 +104,19 @@ class MeshShape:
         """
         import torch
 
-        replicas = {"replicate": self.replicate} if self.replicate > 1 else {}
         ranks = torch.arange(self.replicate * self.shard)
-        dense = _device_mesh(device_type, replicas | {"shard": self.shard}, timeout, ranks)
+        replicas = {"replicate": self.replicate} if self.replicate > 1 else {}
+        dense = _device_mesh(device_type, ranks.view(*replicas.values(), -1), (*replicas, "shard"), timeout)
         if self.expert == 1:
             return Meshes(dense, None, None)
-        outer = self.shard // self.expert
+        names = (*replicas, "shard_outer", "expert")
+        # The axes' order is FSDP's, which wants its own first; who is whose neighbour is a matter of the ranks'.
         if self.innermost == "expert":
-            ranks = ranks.view(self.replicate, outer, self.expert)
+            ranks = ranks.view(*replicas.values(), -1, self.expert)
         else:
-            ranks = ranks.view(self.replicate, self.expert, outer).transpose(1, 2)
-        axes = replicas | {"shard_outer": outer, "expert": self.expert}
-        experts = _device_mesh(device_type, axes, timeout, ranks)
-        return Meshes(dense, experts[(*replicas, "shard_outer")], experts["expert"])
+            ranks = ranks.view(*replicas.values(), self.expert, -1).transpose(-1, -2)
+        experts = _device_mesh(device_type, ranks, names, timeout)
+        return Meshes(dense, experts[names[:-1]], experts["expert"])
 
 
 @dataclass(frozen=True)
@@ -144,9 +144,9 @@ def nearest_divisor(number: int, wanted: int) -> int:
 
 
 def _device_mesh(
-    device_type: str, axes: dict[str, int], timeout: timedelta | None, ranks: Tensor
+    device_type: str, ranks: Tensor, names: tuple[str, ...], timeout: timedelta | None
 ) -> DeviceMesh:
-    """All ``ranks``, in their order, along ``axes``, by name: FSDP wants its own before the experts'.
+    """The mesh of ``ranks``, which are all there are, laid out along axes of ``names``.
 
     ``init_device_mesh`` of torch 2.7 gives its groups a timeout of its own, and has every rank take part in
     making every group of the world. Here a rank makes those that it is in: all ranks by the same order of
@@ -155,18 +155,14 @@ def _device_mesh(
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
 
-    ranks = ranks.reshape(*axes.values())
     (place,) = (ranks == dist.get_rank()).nonzero().tolist()
     groups: list[Any] = []
     for axis in range(ranks.ndim):
         line = ranks[tuple(slice(None) if i == axis else at for i, at in enumerate(place))].tolist()
-        whole = len(line) == dist.get_world_size()
-        groups.append(
-            dist.group.WORLD
-            if whole
-            else dist.new_group(line, timeout=timeout, use_local_synchronization=True)
-        )
-    names = tuple(axes)
+        if len(line) == dist.get_world_size():
+            groups.append(dist.group.WORLD)
+        else:
+            groups.append(dist.new_group(line, timeout=timeout, use_local_synchronization=True))
     if len(names) == 1:
         return DeviceMesh.from_group(groups[0], device_type, mesh_dim_names=names)
-    return DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=names)
+    return DeviceMesh.from_group(groups, device_type, ranks.contiguous(), mesh_dim_names=names)
