@@ -107,7 +107,7 @@ def attend_by_offset(q_BHSC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, documents: 
     batch, _, length, _ = q_BHSC.shape
     q_THC, k_TKC, v_TKC = (t.transpose(1, 2).flatten(0, 1) for t in (q_BHSC, k_BKSC, v_BKSC))
     y_THC = _variable_length(q_THC, k_TKC, v_TKC, documents)
-    return y_THC.unflatten(0, (batch, length)).transpose(1, 2)
+    return y_THC.view(batch, length, *y_THC.shape[1:]).transpose(1, 2)
 
 
 def _public() -> Any:
