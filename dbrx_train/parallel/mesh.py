@@ -110,7 +110,7 @@ class MeshShape:
         if self.expert == 1:
             return Meshes(dense, None, None)
         names = (*replicas, "shard_outer", "expert")
-        # The order of axes is FSDP's, which wants its own first; who are neighbours is a matter of the ranks'.
+        # The order of axes is FSDP's, which wants its own first; that of ranks says who are neighbours.
         if self.innermost == "expert":
             ranks = ranks.view(*replicas.values(), -1, self.expert)
         else:
