@@ -10,17 +10,21 @@ import torch
 import torch.distributed as dist
 
 from dbrx_train.data.tokenizer import Tokenizer
-from dbrx_train.evaluate.answers import stopper, write
+from dbrx_train.evaluate.answers import stopper
 from dbrx_train.evaluate.outcomes import Outcome, answered, scored
 from dbrx_train.evaluate.prompts import Prompt, Subset, subsets
 from dbrx_train.evaluate.scoring import Score, batches, rows_of, score
 from dbrx_train.evaluate.tasks import Task
+from dbrx_train.evaluate.writing import written
+from dbrx_train.model.continuous_batching import Request
 from dbrx_train.model.decoder import Dbrx
 from dbrx_train.parallel.gather import gather_objects
 
 __all__ = ["Benchmark", "Part"]
 
 _T = TypeVar("_T")
+_R = TypeVar("_R")
+_CACHED = 4  # times batch_tokens: what is being written has room for so many tokens, prompts included
 Key = tuple[str, str | None, int]
 """Task with shots, category and index of an example."""
 
@@ -142,34 +146,20 @@ class Benchmark:
         self, model: Dbrx, task: Task, prompts: Mapping[int, Prompt], most: int
     ) -> Iterator[tuple[int, list[int]]]:
         stop_ids = [self.tokenizer.eos_id] if self.as_foundry else list(self.tokenizer.stop_ids)
-        is_done = stopper(task, self.tokenizer, stop_ids)
-        device = _device(model)
-
-        def written(batch: Sequence[int]) -> list[tuple[int, list[int]]]:
-            answers = write(model, [prompts[i].pairs[0][0] for i in batch], most, is_done, _any_rank, device)
-            return [
-                (i, ids[:-1] if ids[-1] in stop_ids else ids) for i, ids in zip(batch, answers, strict=True)
-            ]
-
+        is_done = stopper(task.early_stopping_criteria, self.tokenizer)
         longest_first = sorted(prompts, key=lambda i: -len(prompts[i].pairs[0][0]))
-        groups = list[list[int]]()
-        for i in longest_first:
-            width = len(prompts[groups[-1][0]].pairs[0][0]) + most if groups else 0
-            if groups and width * (len(groups[-1]) + 1) <= self.batch_tokens:
-                groups[-1].append(i)
-            else:
-                groups.append([i])
-        for answers in _on_ranks(groups, written):
-            yield from answers
+        requests = [
+            (i, Request(prompts[i].pairs[0][0], most, stop_ids=stop_ids, is_done=is_done))
+            for i in longest_first
+        ]
+        for i, ids in written(model, requests, _CACHED * self.batch_tokens):
+            yield i, ids[:-1] if ids[-1] in stop_ids else ids
 
 
 def _device(model: Dbrx) -> torch.device:
     """Where its inputs lie: shards may be offloaded, but buffers never are."""
     first = next(model.buffers(), None)
     return next(model.parameters()).device if first is None else first.device
-
-
-_R = TypeVar("_R")
 
 
 def _on_ranks(work: Sequence[_T], do: Callable[[_T], list[_R]]) -> Iterator[list[_R]]:
@@ -187,11 +177,3 @@ def _on_ranks(work: Sequence[_T], do: Callable[[_T], list[_R]]) -> Iterator[list
         done = do(work[min(number, len(work) - 1)])
         mine += done if number < len(work) else []
     yield from gather_objects(mine)
-
-
-def _any_rank(mine: bool) -> bool:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return mine
-    flag = torch.tensor(int(mine), device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)

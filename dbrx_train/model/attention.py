@@ -150,6 +150,11 @@ class GroupedQueryAttention(nn.Module):
         q, k = apply_rotary(q, *rope), apply_rotary(k, *rope)
         if cache is not None:
             k, v = cache.append(k, v)
+        if cache is not None and S == 1 and not isinstance(mask, list):
+            # Heads that share keys become queries of one head: nothing is copied, which is most of a step.
+            q = q.view(B, self.n_kv_heads, -1, self.head_dim)
+            y = F.scaled_dot_product_attention(q, k, v, mask)
+            return self._out(y.reshape(B, S, -1))
         # Only CUDA's flash kernel, which takes no mask, shares heads without falling back to plain matmuls.
         shares_heads = q.is_cuda and not isinstance(mask, Tensor)
         if not shares_heads:
@@ -160,5 +165,8 @@ class GroupedQueryAttention(nn.Module):
             # Without a mask the queries are all of the sequence, or the last one alone, which sees every key.
             causal = mask is None and S > 1
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=shares_heads)
-        out: Tensor = self.out_proj(y.transpose(1, 2).reshape(B, S, -1))
+        return self._out(y.transpose(1, 2).reshape(B, S, -1))
+
+    def _out(self, y_BSD: Tensor) -> Tensor:
+        out: Tensor = self.out_proj(y_BSD)
         return out
