@@ -117,12 +117,18 @@ def evaluate(
     skip_missing: Annotated[
         bool, typer.Option("--skip-missing", help="Leave out tasks whose data is not there.")
     ] = False,
+    unsafe_code: Annotated[
+        bool,
+        typer.Option("--unsafe-code", help="Run programs that the model writes without bubblewrap's walls."),
+    ] = False,
 ) -> None:
     """Show the loss on what was held out of each source of CONFIG, or the scores of in-context tasks."""
     from dbrx_train.evaluate.alone import Asked, evaluate
     from dbrx_train.evaluate.held_out import of_weights
 
-    asked = Asked(tasks or [], data, gauntlet, json, limit, max_seq_len, int8, as_foundry, skip_missing)
+    asked = Asked(
+        tasks or [], data, gauntlet, json, limit, max_seq_len, int8, as_foundry, skip_missing, unsafe_code
+    )
     if tasks:
         found = weights or (source if not _is_config(source) else _run_folder(source, overrides))
         print(evaluate(found, asked, aside))

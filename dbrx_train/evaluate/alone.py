@@ -14,6 +14,7 @@ from dbrx_train.evaluate.benchmark import Benchmark
 from dbrx_train.evaluate.gauntlet import Gauntlet, read_gauntlet
 from dbrx_train.evaluate.outcomes import Result, result
 from dbrx_train.evaluate.records import Records, fingerprint
+from dbrx_train.evaluate.sandbox import open_sandbox
 from dbrx_train.evaluate.table import table
 from dbrx_train.evaluate.tasks import GAUNTLET, Task, select
 from dbrx_train.model.quantize import quantize
@@ -37,6 +38,8 @@ class Asked:
     int8: bool = False
     as_foundry: bool = False
     skip_missing: bool = False
+    unsafe_code: bool = False
+    """Run programs that the model writes without a sandbox."""
 
 
 def evaluate(weights: Path, asked: Asked, aside: Callable[[str], None]) -> str:
@@ -48,6 +51,7 @@ def evaluate(weights: Path, asked: Asked, aside: Callable[[str], None]) -> str:
     """
     tasks = _there(select(asked.tasks, asked.data), asked, aside)
     gauntlet = _gauntlet(asked, tasks)
+    sandbox = open_sandbox(asked.unsafe_code) if any(task.is_code for task in tasks) else None
     opened = open_weights(weights, aside)
     tokenizer = tokenizer_of(opened)
     if tokenizer is None:
@@ -61,6 +65,7 @@ def evaluate(weights: Path, asked: Asked, aside: Callable[[str], None]) -> str:
         max_seq_len=asked.max_seq_len or longest,
         limit=asked.limit,
         as_foundry=asked.as_foundry,
+        sandbox=sandbox,
     )
     model = load_model(opened).eval().to("cuda" if torch.cuda.is_available() else "cpu")
     if asked.int8:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dbrx_train.data.tokenizer import Tokenizer
 from dbrx_train.evaluate.tasks import Task
 
-__all__ = ["cut", "is_right", "normalize", "stopper"]
+__all__ = ["cut", "is_right", "normalize", "stopper", "vote"]
 
 _QUOTES = "\u2018\u2019\u00b4`"
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(\.\d+)?")
@@ -61,6 +61,13 @@ def _begins_with(given: str, text: str) -> bool:
 
 def _value(number: str) -> float:
     return float(number.replace(",", ""))
+
+
+def vote(answer: str, task: Task) -> str:
+    """What answers have in common that are the same one: the number that they begin with, or their text."""
+    given = (normalize if task.do_normalization else str.strip)(answer)
+    found = _NUMBER.match(given.lstrip("$€£"))
+    return repr(_value(found[0])) if found else given
 
 
 def normalize(answer: str) -> str:
