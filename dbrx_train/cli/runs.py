@@ -121,13 +121,26 @@ def evaluate(
         bool,
         typer.Option("--unsafe-code", help="Run programs that the model writes without bubblewrap's walls."),
     ] = False,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw scores by length and position of the answer here.")
+    ] = None,
 ) -> None:
     """Show the loss on what was held out of each source of CONFIG, or the scores of in-context tasks."""
     from dbrx_train.evaluate.alone import Asked, evaluate
     from dbrx_train.evaluate.held_out import of_weights
 
     asked = Asked(
-        tasks or [], data, gauntlet, json, limit, max_seq_len, int8, as_foundry, skip_missing, unsafe_code
+        tasks or [],
+        data,
+        gauntlet,
+        json,
+        limit,
+        max_seq_len,
+        int8,
+        as_foundry,
+        skip_missing,
+        unsafe_code,
+        picture,
     )
     if tasks:
         found = weights or (source if not _is_config(source) else _run_folder(source, overrides))
