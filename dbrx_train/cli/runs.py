@@ -153,6 +153,21 @@ def evaluate(
         print(f"held-out {part.source}: loss {part.loss:.4f} over {part.labels:,} tokens", flush=True)
 
 
+@runs_app.command(
+    "lm-eval",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-eval's own command with `--model dbrx_train`, as `--model_args path=RUN --tasks arc_easy`."""
+    import importlib.util
+
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("lm-eval: is not installed; pip install 'dbrx-train[eval]'")
+    from dbrx_train.evaluate.harness import main
+
+    main(context.args)
+
+
 def _is_config(source: Path) -> bool:
     return source.suffix in (".yaml", ".yml")
 
