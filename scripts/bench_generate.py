@@ -1,7 +1,7 @@
 """Generation beside transformers' ``generate``, from the same weights: tokens/s at several batch sizes.
 
     python scripts/bench_generate.py [--models tiny small] [--batches 1 8 32] [--dtypes float32 bfloat16]
-                                     [--rounds 3] [--threads 2] [--new 48]
+                                     [--prompts equal ragged] [--rounds 3] [--threads 2] [--new 48]
 
 Both are processes of their own, which take turns, one run each, in an order that alternates; a run to warm
 up is thrown away. All is greedy, and no token ends a text, so that both write what they are asked for:
@@ -119,7 +119,7 @@ def contest(model: str, dtype: str, args: argparse.Namespace) -> None:
     for name in CONTESTANTS:
         lines[name], theirs = spawn.Pipe()
         spawn.Process(target=contend, args=(theirs, name, model, dtype, args.threads), daemon=True).start()
-    for kind in ("equal", "ragged"):
+    for kind in args.prompts:
         for batch in args.batches:
             work = workload(kind, batch, args.new, WORDS[model])
             count = sum(new for _, new in work)
@@ -144,6 +144,7 @@ def contest(model: str, dtype: str, args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--prompts", nargs="+", default=["equal", "ragged"], choices=["equal", "ragged"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=3)

@@ -67,7 +67,8 @@ class DbrxLM(TemplateLM):  # type: ignore[misc]
             if dtype not in ("float32", "bfloat16"):
                 raise ValueError(f"dtype: must be float32 or bfloat16, not {dtype}")
             model = model.to(getattr(torch, dtype))
-        self.where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        # lm-eval's command asks for cuda:0 whatever there is.
+        self.where = torch.device((device or "cuda") if torch.cuda.is_available() else "cpu")
         self.model = model.to(self.where)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,23 @@ def test_results_are_those_of_the_harness_on_the_export(
     assert any(len(sample["resps"][0][0]) > 3 for sample in ours["samples"]["writing"])
 
 
+@pytest.mark.slow
+def test_the_command_is_the_harness_with_this_model(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dbrx_train import cli
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
+    options = ["--model_args", f"path={folder / 'weights'}", "--include_path", str(folder)]
+    arguments = ["dbrx-train", "lm-eval", *options, "--tasks", "choices", "--limit", "2"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert not caught.value.code
+    assert "|choices|" in capsys.readouterr().out
+
+
 def _check(mine: Any, other: Any) -> None:
     if isinstance(other, list | tuple):
         for a, b in zip(mine, other, strict=True):
@@ -119,6 +137,13 @@ def _check(mine: Any, other: Any) -> None:
         assert float(mine) == pytest.approx(other, rel=1e-5, abs=1e-3)  # of float32 sums over 100,352 words
     else:
         assert mine == other
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_a_gpu_that_is_not_there_is_not_used(folder: Path) -> None:
+    from dbrx_train.evaluate.harness import DbrxLM
+
+    assert DbrxLM(str(folder / "hf"), device="cuda:0").where.type == "cpu"
 
 
 @pytest.mark.parametrize(
