@@ -149,3 +149,24 @@ def data_quickstart(
 
     for summary in prepare_quickstart(out, seq_len=seq_len).values():
         print(summary)
+
+
+@data_app.command("long-context")
+def data_long_context(
+    out: Out,
+    lengths: Annotated[list[int], typer.Option(help="Tokens of question and answer; may be repeated.")],
+    hotpot: Annotated[
+        Path | None, typer.Option(help="A file of HotpotQA's JSON: its questions, too.")
+    ] = None,
+    examples: Annotated[int, typer.Option(help="Questions of each length and position.")] = 100,
+    vocab_file: VocabFile = None,
+) -> None:
+    """Write tasks for `eval`: questions whose answer lies in a given third of a long text."""
+    from dbrx_train.data.tokenizer import load_tokenizer
+    from dbrx_train.evaluate.long_context import key_value_pairs, read_hotpot, write_tasks
+
+    tokenizer = load_tokenizer(vocab_file=vocab_file)
+    makers = {"key_value_pairs": key_value_pairs(tokenizer)}
+    if hotpot:
+        makers["hotpotqa"] = read_hotpot(hotpot).maker(tokenizer)
+    print(write_tasks(Path(out), makers, lengths, examples))

@@ -145,12 +145,31 @@ def evaluate(
     skip_missing: Annotated[
         bool, typer.Option("--skip-missing", help="Leave out tasks whose data is not there.")
     ] = False,
+    unsafe_code: Annotated[
+        bool,
+        typer.Option("--unsafe-code", help="Run programs that the model writes without bubblewrap's walls."),
+    ] = False,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw scores by length and position of the answer here.")
+    ] = None,
 ) -> None:
     """Show the loss on what was held out of each source of CONFIG, or the scores of in-context tasks."""
     from dbrx_train.evaluate.alone import Asked, evaluate
     from dbrx_train.evaluate.held_out import of_weights
 
-    asked = Asked(tasks or [], data, gauntlet, json, limit, max_seq_len, int8, as_foundry, skip_missing)
+    asked = Asked(
+        tasks or [],
+        data,
+        gauntlet,
+        json,
+        limit,
+        max_seq_len,
+        int8,
+        as_foundry,
+        skip_missing,
+        unsafe_code,
+        picture,
+    )
     if tasks:
         found = weights or (source if not _is_config(source) else _run_folder(source, overrides))
         print(evaluate(found, asked, aside))
@@ -160,6 +179,21 @@ def evaluate(
     config = source if _is_config(source) else source / "config.yaml"
     for part in of_weights(config, overrides or [], weights, int8, aside):
         print(f"held-out {part.source}: loss {part.loss:.4f} over {part.labels:,} tokens", flush=True)
+
+
+@runs_app.command(
+    "lm-eval",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-eval's own command with `--model dbrx_train`, as `--model_args path=RUN --tasks arc_easy`."""
+    import importlib.util
+
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("lm-eval: is not installed; pip install 'dbrx-train[eval]'")
+    from dbrx_train.evaluate.harness import main
+
+    main(context.args)
 
 
 def _is_config(source: Path) -> bool:

@@ -12,8 +12,10 @@ from tqdm import tqdm
 from dbrx_train.checkpoint.weights import load_model, open_weights, tokenizer_of
 from dbrx_train.evaluate.benchmark import Benchmark
 from dbrx_train.evaluate.gauntlet import Gauntlet, read_gauntlet
+from dbrx_train.evaluate.long_table import by_position, draw, position_of, position_table
 from dbrx_train.evaluate.outcomes import Result, result
 from dbrx_train.evaluate.records import Records, fingerprint
+from dbrx_train.evaluate.sandbox import open_sandbox
 from dbrx_train.evaluate.table import table
 from dbrx_train.evaluate.tasks import GAUNTLET, Task, select
 from dbrx_train.model.quantize import quantize
@@ -37,6 +39,10 @@ class Asked:
     int8: bool = False
     as_foundry: bool = False
     skip_missing: bool = False
+    unsafe_code: bool = False
+    """Run programs that the model writes without a sandbox."""
+    picture: Path | None = None
+    """Of scores by length and position, where tasks are of that kind."""
 
 
 def evaluate(weights: Path, asked: Asked, aside: Callable[[str], None]) -> str:
@@ -48,6 +54,9 @@ def evaluate(weights: Path, asked: Asked, aside: Callable[[str], None]) -> str:
     """
     tasks = _there(select(asked.tasks, asked.data), asked, aside)
     gauntlet = _gauntlet(asked, tasks)
+    if asked.picture and not _has_positions(tasks):
+        raise ValueError("--picture: is of tasks by length and position; `data long-context` makes some")
+    sandbox = open_sandbox(asked.unsafe_code) if any(task.is_code for task in tasks) else None
     opened = open_weights(weights, aside)
     tokenizer = tokenizer_of(opened)
     if tokenizer is None:
@@ -61,6 +70,7 @@ def evaluate(weights: Path, asked: Asked, aside: Callable[[str], None]) -> str:
         max_seq_len=asked.max_seq_len or longest,
         limit=asked.limit,
         as_foundry=asked.as_foundry,
+        sandbox=sandbox,
     )
     model = load_model(opened).eval().to("cuda" if torch.cuda.is_available() else "cpu")
     if asked.int8:
@@ -91,7 +101,12 @@ def evaluate(weights: Path, asked: Asked, aside: Callable[[str], None]) -> str:
     standings = gauntlet.standings(results, asked.as_foundry) if gauntlet else None
     if records:
         records.write(results, standings)
-    return table(results, gauntlet, standings or ({}, {}))
+    shown = table(results, gauntlet, standings or ({}, {}))
+    if grid := by_position(results):
+        shown += f"\n\n{position_table(grid)}"
+        if asked.picture:
+            draw(grid, asked.picture)
+    return shown
 
 
 def _there(tasks: list[Task], asked: Asked, aside: Callable[[str], None]) -> list[Task]:
@@ -110,6 +125,10 @@ def _there(tasks: list[Task], asked: Asked, aside: Callable[[str], None]) -> lis
     if not found:
         raise ValueError("--tasks: of none of them the data is there; --data names the folder")
     return found
+
+
+def _has_positions(tasks: Sequence[Task]) -> bool:
+    return any(position_of(task.name(shots)) for task in tasks for shots in task.num_fewshot)
 
 
 def _gauntlet(asked: Asked, tasks: Sequence[Task]) -> Gauntlet | None:

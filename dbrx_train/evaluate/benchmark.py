@@ -10,17 +10,23 @@ import torch
 import torch.distributed as dist
 
 from dbrx_train.data.tokenizer import Tokenizer
-from dbrx_train.evaluate.answers import stopper, write
-from dbrx_train.evaluate.outcomes import Outcome, answered, scored
+from dbrx_train.evaluate.answers import stopper
+from dbrx_train.evaluate.code import completion
+from dbrx_train.evaluate.outcomes import Outcome, answered, scored, tested
 from dbrx_train.evaluate.prompts import Prompt, Subset, subsets
+from dbrx_train.evaluate.sandbox import Sandbox
 from dbrx_train.evaluate.scoring import Score, batches, rows_of, score
 from dbrx_train.evaluate.tasks import Task
+from dbrx_train.evaluate.writing import written
+from dbrx_train.model.continuous_batching import Request
 from dbrx_train.model.decoder import Dbrx
 from dbrx_train.parallel.gather import gather_objects
 
 __all__ = ["Benchmark", "Part"]
 
 _T = TypeVar("_T")
+_R = TypeVar("_R")
+_CACHED = 4  # times batch_tokens: what is being written has room for so many tokens, prompts included
 Key = tuple[str, str | None, int]
 """Task with shots, category and index of an example."""
 
@@ -46,9 +52,10 @@ class Benchmark:
         limit: examples of each task, or of each of its categories, from the first on; None: all.
         batch_tokens: of a forward pass at most, padding included.
         as_foundry: score as LLM Foundry does even where it is wrong (docs/evaluation.md says where).
+        sandbox: where programs that the model writes are run.
 
     Raises:
-        ValueError: a file is not there, or a row is not what its type needs.
+        ValueError: a file is not there, a row is not what its type needs, or programs have nowhere to run.
     """
 
     def __init__(
@@ -60,9 +67,13 @@ class Benchmark:
         limit: int | None = None,
         batch_tokens: int = 4096,
         as_foundry: bool = False,
+        sandbox: Sandbox | None = None,
     ) -> None:
         self.tokenizer, self.limit, self.batch_tokens = tokenizer, limit, batch_tokens
-        self.as_foundry = as_foundry
+        self.as_foundry, self.sandbox = as_foundry, sandbox
+        code = next((task for task in tasks if task.is_code), None)
+        if code and sandbox is None:
+            raise ValueError(f"{code.label}: runs what the model writes, which `dbrx-train eval` alone does")
         self.parts = [
             Part(task, shots, subsets(task, shots, tokenizer, max_seq_len))
             for task in tasks
@@ -77,11 +88,12 @@ class Benchmark:
     def cost(self) -> tuple[int, int]:
         """How many examples there are, and how many tokens the model reads for them, or writes at most."""
         examples = tokens = 0
-        for subset in (subset for part in self.parts for subset in part.subsets):
+        for task, subset in [(part.task, each) for part in self.parts for each in part.subsets]:
             for prompt in subset.prompts(self.limit):
                 examples += 1
                 if subset.max_new_tokens:
-                    tokens += len(prompt.pairs[0][0]) + subset.max_new_tokens
+                    new = subset.max_new_tokens * task.generations_per_sample
+                    tokens += len(prompt.pairs[0][0]) + new
                 else:
                     tokens += sum(len(row.tokens) for row in rows_of(0, prompt.pairs))
         return examples, tokens
@@ -104,16 +116,14 @@ class Benchmark:
             yield from (known[key] for key in keys.values() if key in known)
             open_ = {i: prompts[i] for i, key in keys.items() if key not in known}
             if subset.max_new_tokens:
-                for i, ids in self._write(model, part.task, open_, subset.max_new_tokens):
-                    yield answered(
-                        part.name,
-                        subset.category,
-                        prompts[i],
-                        ids,
-                        part.task,
-                        self.tokenizer,
-                        self.as_foundry,
-                    )
+                for i, texts in self._write(model, part.task, open_, subset.max_new_tokens):
+                    context = self.tokenizer.decode(prompts[i].pairs[0][0])
+                    about = (part.name, subset.category, prompts[i], texts, part.task, context)
+                    if part.task.is_code:
+                        assert self.sandbox is not None
+                        yield tested(*about, self.sandbox)
+                    else:
+                        yield answered(*about, self.as_foundry)
             else:
                 for i, scores in self._score(model, open_):
                     yield scored(
@@ -140,36 +150,43 @@ class Benchmark:
 
     def _write(
         self, model: Dbrx, task: Task, prompts: Mapping[int, Prompt], most: int
-    ) -> Iterator[tuple[int, list[int]]]:
+    ) -> Iterator[tuple[int, list[str]]]:
+        """What the model writes after each prompt, as often as the task asks for."""
         stop_ids = [self.tokenizer.eos_id] if self.as_foundry else list(self.tokenizer.stop_ids)
-        is_done = stopper(task, self.tokenizer, stop_ids)
-        device = _device(model)
+        is_done = self._code_done if task.is_code else stopper(task.early_stopping_criteria, self.tokenizer)
+        samples, found = task.generations_per_sample, dict[int, dict[int, str]]()
+        requests = [
+            (
+                i * samples + n,
+                Request(
+                    prompts[i].pairs[0][0],
+                    most,
+                    task.temperature,
+                    task.top_p,
+                    i * samples + n,
+                    stop_ids,
+                    is_done,
+                ),
+            )
+            for i in sorted(prompts, key=lambda i: -len(prompts[i].pairs[0][0]))  # the longest first
+            for n in range(samples)
+        ]
+        for number, ids in written(model, requests, _CACHED * self.batch_tokens):
+            i, n = divmod(number, samples)
+            mine = found.setdefault(i, {})
+            mine[n] = self.tokenizer.decode(ids[:-1] if ids[-1] in stop_ids else ids)
+            if len(mine) == samples:
+                yield i, [mine[n] for n in range(samples)]
 
-        def written(batch: Sequence[int]) -> list[tuple[int, list[int]]]:
-            answers = write(model, [prompts[i].pairs[0][0] for i in batch], most, is_done, _any_rank, device)
-            return [
-                (i, ids[:-1] if ids[-1] in stop_ids else ids) for i, ids in zip(batch, answers, strict=True)
-            ]
-
-        longest_first = sorted(prompts, key=lambda i: -len(prompts[i].pairs[0][0]))
-        groups = list[list[int]]()
-        for i in longest_first:
-            width = len(prompts[groups[-1][0]].pairs[0][0]) + most if groups else 0
-            if groups and width * (len(groups[-1]) + 1) <= self.batch_tokens:
-                groups[-1].append(i)
-            else:
-                groups.append([i])
-        for answers in _on_ranks(groups, written):
-            yield from answers
+    def _code_done(self, ids: list[int]) -> bool:
+        text = self.tokenizer.decode(ids)
+        return len(completion(text)) < len(text)
 
 
 def _device(model: Dbrx) -> torch.device:
     """Where its inputs lie: shards may be offloaded, but buffers never are."""
     first = next(model.buffers(), None)
     return next(model.parameters()).device if first is None else first.device
-
-
-_R = TypeVar("_R")
 
 
 def _on_ranks(work: Sequence[_T], do: Callable[[_T], list[_R]]) -> Iterator[list[_R]]:
@@ -187,11 +204,3 @@ def _on_ranks(work: Sequence[_T], do: Callable[[_T], list[_R]]) -> Iterator[list
         done = do(work[min(number, len(work) - 1)])
         mine += done if number < len(work) else []
     yield from gather_objects(mine)
-
-
-def _any_rank(mine: bool) -> bool:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return mine
-    flag = torch.tensor(int(mine), device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 import numpy as np
 
 from dbrx_train.data.tokenizer import Tokenizer
-from dbrx_train.evaluate.answers import cut, is_right
+from dbrx_train.evaluate.answers import cut, is_right, vote
+from dbrx_train.evaluate.code import completion, judge, pass_at_k
 from dbrx_train.evaluate.prompts import Prompt
+from dbrx_train.evaluate.sandbox import Sandbox
 from dbrx_train.evaluate.scoring import Score
 from dbrx_train.evaluate.tasks import Task
 
-__all__ = ["Outcome", "Result", "answered", "result", "scored"]
+__all__ = ["Outcome", "Result", "answered", "result", "scored", "tested"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Outcome:
     """Of the right answer in UTF-8."""
     truncated: bool
     """Whether its prompt lost its beginning."""
+    single: float | None = None
+    """Where several answers were drawn: the mean score of one."""
     details: dict[str, Any] = field(default_factory=dict)
     """``prompt``, ``continuation``, and what else explains the score."""
 
@@ -69,7 +74,16 @@ def scored(
     bits = -right.log_prob / math.log(2)
     chance = 1 / len(scores) if task.is_choice else 0.0
     return Outcome(
-        name, category, prompt.index, credit, chance, bits, len(text.encode()), prompt.truncated, details
+        name,
+        category,
+        prompt.index,
+        credit,
+        chance,
+        bits,
+        len(text.encode()),
+        prompt.truncated,
+        None,
+        details,
     )
 
 
@@ -94,22 +108,64 @@ def answered(
     name: str,
     category: str | None,
     prompt: Prompt,
-    ids: Sequence[int],
+    texts: Sequence[str],
     task: Task,
-    tokenizer: Tokenizer,
+    context: str,
     as_foundry: bool,
 ) -> Outcome:
-    """The outcome where ``ids`` were written after the prompt."""
-    written = tokenizer.decode(ids)
-    answer = cut(written, task, as_foundry)
-    right = is_right(answer, prompt.answers, task, as_foundry)
+    """The outcome where ``texts`` were written after the prompt, which is ``context``.
+
+    Of several the commonest answer counts, of equally common ones the first (arXiv 2203.11171).
+    """
+    answers = [cut(text, task, as_foundry) for text in texts]
+    right = [is_right(answer, prompt.answers, task, as_foundry) for answer in answers]
+    votes = Counter(vote(answer, task) for answer in answers)
+    chosen = [vote(answer, task) for answer in answers].index(votes.most_common(1)[0][0])
     details = {
-        "prompt": tokenizer.decode(prompt.pairs[0][0]),
-        "continuation": written,
-        "answer": answer,
+        "prompt": context,
+        "continuation": texts[chosen],
+        "answer": answers[chosen],
         "answers": prompt.answers,
     }
-    return Outcome(name, category, prompt.index, float(right), 0.0, None, 0, prompt.truncated, details)
+    if len(texts) > 1:
+        details["samples"] = list(texts)
+    return _written(name, category, prompt, float(right[chosen]), [float(each) for each in right], details)
+
+
+def tested(
+    name: str,
+    category: str | None,
+    prompt: Prompt,
+    texts: Sequence[str],
+    task: Task,
+    context: str,
+    sandbox: Sandbox,
+) -> Outcome:
+    """The outcome where ``texts`` are programs: each is run, and the score is pass@k."""
+    assert prompt.problem is not None
+    found = [judge(prompt.problem, text, sandbox) for text in texts]
+    passed, programs = [float(ok) for ok, _ in found], list(map(completion, texts))
+    score = pass_at_k(len(texts), sum(ok for ok, _ in found), task.pass_at_k)
+    details: dict[str, Any] = {
+        "prompt": context,
+        "continuation": programs[0],
+        "verdict": found[0][1],
+    }
+    if len(texts) > 1:
+        details |= {"samples": programs, "verdicts": [why for _, why in found]}
+    return _written(name, category, prompt, score, passed, details)
+
+
+def _written(
+    name: str,
+    category: str | None,
+    prompt: Prompt,
+    score: float,
+    scores: Sequence[float],
+    details: dict[str, Any],
+) -> Outcome:
+    single = _mean(scores) if len(scores) > 1 else None
+    return Outcome(name, category, prompt.index, score, 0.0, None, 0, prompt.truncated, single, details)
 
 
 @dataclass(frozen=True)
@@ -126,6 +182,8 @@ class Result:
     """Of the right answers, all taken together: falls long before accuracy rises."""
     truncated: int
     """Prompts that lost their beginning."""
+    single: float | None = None
+    """Where several answers were drawn: the mean score of one (maj@1, pass@1)."""
     categories: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -140,6 +198,7 @@ def result(task: Task, outcomes: Sequence[Outcome]) -> Result:
         name: _mean([outcome.score for outcome in outcomes if outcome.category == name])
         for name in categories
     }
+    singles = [outcome.single for outcome in outcomes if outcome.single is not None]
     bits = [outcome.bits for outcome in outcomes if outcome.bits is not None]
     return Result(
         task.metric,
@@ -148,6 +207,7 @@ def result(task: Task, outcomes: Sequence[Outcome]) -> Result:
         _mean([outcome.chance for outcome in outcomes]),
         math.fsum(bits) / sum(outcome.bytes for outcome in outcomes) if bits else None,
         sum(outcome.truncated for outcome in outcomes),
+        _mean(singles) if singles else None,
         means,
     )
 

@@ -14,16 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from dbrx_train.data.tokenizer import Tokenizer
+from dbrx_train.evaluate.code import Problem
 from dbrx_train.evaluate.tasks import Task
 
 __all__ = ["Prompt", "Subset", "subsets"]
 
-_MORE_WITH_COT = 10  # LLM Foundry leaves so many tokens more to answers with a chain of thought
+_MORE = 10  # LLM Foundry leaves so many tokens more to programs, and to answers with a chain of thought
 _KEYS = {
     "multiple_choice": ("query", "", "choices"),
     "schema": ("", "continuation", "context_options"),
     "language_modeling": ("context", "continuation", ""),
     "generation_task_with_answers": ("context", "answer", ""),
+    "code_evaluation": ("prompt", "canonical_solution", ""),
 }
 """Task type -> the fields of context, answer and choices."""
 Row = dict[str, Any]
@@ -44,6 +46,8 @@ class Prompt:
     """Texts that a generated answer may begin with."""
     truncated: bool = False
     """Whether the context lost its beginning."""
+    problem: Problem | None = None
+    """What a generated program is tested by."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ def _subset(
     name: str | None, rows: list[Row], task: Task, shots: int, tokenizer: Tokenizer, max_seq_len: int
 ) -> Subset:
     room = 0
-    if task.icl_task_type == "generation_task_with_answers":
+    if task.is_written:
         room = _room(rows, task, tokenizer)
         if room >= max_seq_len:
             raise ValueError(
@@ -151,6 +155,11 @@ def _checked(row: Row, task: Task, where: str) -> Row:
         found["aliases"] = list(dict.fromkeys([found["answer"], *take("aliases", list, [])]))
         found["chain_of_thought"] = take("chain_of_thought", str, "")
         found["has_cot"] = "chain_of_thought" in row
+    if task.is_code:
+        found["aliases"], found["chain_of_thought"], found["has_cot"] = [found["answer"]], "", False
+        found["problem"] = Problem(found["context"], take("test", str), take("entry_point", str))
+        if (language := row.get("language", "python")) != "python":
+            raise ValueError(f"{where}: language is {language!r}; must be python, which alone is run")
     if task.has_categories:
         found["category"] = take("category", str)
     return found
@@ -165,7 +174,7 @@ def _room(rows: list[Row], task: Task, tokenizer: Tokenizer) -> int:
         for answer in row["aliases"]
     ]
     longest = max(map(len, tokenizer.encode_batch(texts)))
-    return max(1, longest + (_MORE_WITH_COT if task.cot_delimiter else 0))
+    return max(1, longest + (_MORE if task.cot_delimiter or task.is_code else 0))
 
 
 def _sample(size: int, shots: int, index: int, rng: random.Random) -> set[int]:
@@ -251,7 +260,8 @@ class _Writer:
         heads = [begin + self.tokenizer.encode(context) or [self.tokenizer.eos_id] for context in contexts]
         if self.room:
             head = heads[0][-(self.max_seq_len - self.room) :]
-            return Prompt(index, [(head, [])], 0, row["aliases"], len(head) < len(heads[0]))
+            cut = len(head) < len(heads[0])
+            return Prompt(index, [(head, [])], 0, row["aliases"], cut, row.get("problem"))
         tails = [self._scored(text, row["where"]) for text in self._texts(row)]
         # Either several contexts with one continuation, or one with several.
         pairs = [(head, tail) for head in heads for tail in tails]

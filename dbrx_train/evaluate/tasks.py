@@ -18,12 +18,14 @@ __all__ = ["GAUNTLET", "METRICS", "TASKS", "Task", "read_tasks", "select"]
 _HERE = Path(__file__).parent / "gauntlet_v0_3"
 TASKS, GAUNTLET = _HERE / "tasks.yaml", _HERE / "gauntlet.yaml"
 """Gauntlet v0.3 as LLM Foundry publishes it (Apache-2.0), without its data."""
+_MORE = Path(__file__).parent / "more_tasks" / "tasks.yaml"
 
 METRICS = {
     "multiple_choice": "InContextLearningMultipleChoiceAccuracy",
     "schema": "InContextLearningMultipleChoiceAccuracy",
     "language_modeling": "InContextLearningLMAccuracy",
     "generation_task_with_answers": "InContextLearningGenerationExactMatchAccuracy",
+    "code_evaluation": "InContextLearningCodeEvalAccuracy",
 }
 """Task type -> the metric of its score, by LLM Foundry's names."""
 _PUBLISHED_IN = "local_data/"
@@ -54,6 +56,10 @@ class Task:
     context_key: str | None = option("the field with the context; null: the type's", None)
     answer_key: str | None = option("the field with the answer; null: the type's", None)
     choices_key: str | None = option("the field with the choices; null: the type's", None)
+    generations_per_sample: int = option("answers to each; the commonest counts, or see pass_at_k", 1, ge=1)
+    pass_at_k: int = option("of a program: the probability that one of so many passes", 1, ge=1)
+    temperature: float = option("of generated answers; 0: the likeliest tokens", 0.0, ge=0)
+    top_p: float = option("probability to draw tokens from", 1.0, ge=0, le=1)
     batch_size: int | None = option("not used: batches are made by tokens", None)
 
     def check(self) -> None:
@@ -65,6 +71,13 @@ class Task:
         for shots in self.num_fewshot:
             if shots < 0:
                 raise ValueError(f"num_fewshot: must not be negative, not {shots}")
+        if self.generations_per_sample > 1 and self.temperature == 0:
+            raise ValueError("generations_per_sample: all would be alike; give a temperature above 0")
+        if self.pass_at_k > self.generations_per_sample:
+            raise ValueError(
+                f"pass_at_k: must be at most generations_per_sample {self.generations_per_sample}, "
+                f"not {self.pass_at_k}"
+            )
 
     @property
     def metric(self) -> str:
@@ -74,6 +87,16 @@ class Task:
     def is_choice(self) -> bool:
         """Whether the model chooses among what is given."""
         return self.icl_task_type in ("multiple_choice", "schema")
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the model writes an answer."""
+        return self.icl_task_type in ("generation_task_with_answers", "code_evaluation")
+
+    @property
+    def is_code(self) -> bool:
+        """Whether what it writes is run."""
+        return self.icl_task_type == "code_evaluation"
 
     def name(self, shots: int) -> str:
         """The task with so many shots, as results are labelled."""
@@ -86,6 +109,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "int": int,
     "int | None": int,
     "bool": bool,
+    "float": (int, float),
     "list[int]": list,
     "list[str]": list,
 }
@@ -158,6 +182,8 @@ def _task(node: yaml.Node, path: Path) -> Task:
     for key in ("label", "dataset_uri", "icl_task_type", "num_fewshot"):
         if not values.get(key):
             raise ValueError(f"{where}: lacks {key}")
+    if values["icl_task_type"] == "code_evaluation":  # of which white space is a part
+        values = {"continuation_delimiter": "", "strip_dataset": False} | values
     task = Task(**values)
     try:
         check(task)
@@ -183,15 +209,18 @@ def _find(uri: str, data: Path) -> Path:
 
 
 def select(asked: Sequence[str], data: Path | None) -> list[Task]:
-    """The tasks that a user asks for: files, ``gauntlet``, and labels in these (by default the Gauntlet's).
+    """The tasks that a user asks for: files, ``gauntlet``, and labels in these; without files, labels of the
+    Gauntlet and of what there is beside it.
 
     Raises:
         ValueError: as ``read_tasks``, and for a label that is not there.
     """
     files = [Path(name) for name in asked if name.endswith((".yaml", ".yml"))]
     labels = [name for name in asked if Path(name) not in files and name != "gauntlet"]
-    if "gauntlet" in asked or not files:
+    if "gauntlet" in asked:
         files.append(TASKS)
+    if not files:
+        files = [TASKS, _MORE] if labels else [TASKS]
     tasks = [task for path in files for task in read_tasks(path, data)]
     _check_labels(labels, tasks)
     return [task for task in tasks if not labels or task.label in labels]

@@ -130,9 +130,11 @@ class GroupedQueryAttention(nn.Module):
         q, k = apply_rotary(q, *rope), apply_rotary(k, *rope)
         if cache is not None:
             k, v = cache.append(k, v)
-        y = self._attend(q, k, v, mask)
-        out: Tensor = self.out_proj(y.transpose(1, 2).reshape(B, S, -1))
-        return out
+        if S == 1 and (mask is None or isinstance(mask, Tensor)):
+            # Heads that share keys become queries of one head: nothing is copied, which is most of a step.
+            q = q.view(B, self.n_kv_heads, -1, self.head_dim)
+            return self._out(F.scaled_dot_product_attention(q, k, v, mask).reshape(B, S, -1))
+        return self._out(self._attend(q, k, v, mask).transpose(1, 2).reshape(B, S, -1))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         """q [B, H, S, C], k and v [B, K, keys, C] -> [B, H, S, C]."""
@@ -151,3 +153,5 @@ class GroupedQueryAttention(nn.Module):
             return F.scaled_dot_product_attention(q, k, v, mask, **options)
         with sdpa_kernel(_KERNELS):
             return F.scaled_dot_product_attention(q, k, v, mask, **options)
+
+    def _out(self, y_BSD: Tensor) -> Tensor:

@@ -294,8 +294,8 @@ class Dbrx(nn.Module):
                 )
         if cache is not None and document_ids is not None:
             raise ValueError("document_ids: cannot be joined with a cache; generate from one document a row")
-        if laid_out and cache is None:
-            return  # a row may hold several sequences
+        if laid_out:
+            return  # a row may hold several sequences, and a cache some of other lengths
         past, limit = (0, self.config.max_seq_len) if cache is None else (cache.length, cache.capacity)
         limit = min(limit, self.config.max_seq_len)
         if past + shape[1] > limit:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from dbrx_train.model.attention import KVCache
 from dbrx_train.model.decoder import Dbrx
 
-__all__ = ["KVCache", "generate", "sample"]
+__all__ = ["KVCache", "check_options", "generate", "sample"]
 
 
 def generate(
@@ -28,23 +28,7 @@ def generate(
     max_new_tokens. temperature 0 takes the likeliest token. Prompts of a batch are equally long.
     Raises ValueError at once for options or lengths that cannot work.
     """
-    prompt, limit = input_ids.shape[1], model.config.max_seq_len
-    if not 1 <= prompt < limit:
-        raise ValueError(
-            f"input_ids: {prompt} tokens; must be at least 1, and at most {limit - 1} to leave room in "
-            f"max_seq_len {limit}"
-        )
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: {max_new_tokens} is too small; must be at least 1")
-    if prompt + max_new_tokens > limit:
-        raise ValueError(
-            f"max_new_tokens: {prompt} prompt and {max_new_tokens} new tokens exceed max_seq_len {limit}; "
-            f"must be at most {limit - prompt}"
-        )
-    if temperature < 0:
-        raise ValueError(f"temperature: {temperature} is negative; must be 0 (greedy) or more")
-    if not 0 <= top_p <= 1:
-        raise ValueError(f"top_p: {top_p} is out of range; must be at least 0 and at most 1")
+    check_options(input_ids.shape[1], max_new_tokens, model.config.max_seq_len, temperature, top_p)
     return _generate(model, input_ids, max_new_tokens, temperature, top_p, stop_ids, generator)
 
 
@@ -64,7 +48,10 @@ def _generate(
     token = input_ids.new_empty(input_ids.shape[0])
     for _ in range(max_new_tokens):
         logits = model(input_ids, cache=cache).logits[:, -1]
-        token = torch.where(stopped, token, sample(logits, temperature, top_p, generator))
+        device = generator.device if generator else None
+        draws = torch.rand(len(token), dtype=torch.float64, generator=generator, device=device).tolist()
+        drawn = sample(logits, [temperature] * len(token), [top_p] * len(token), draws)
+        token = torch.where(stopped, token, drawn)
         yield token
         stopped = stopped | torch.isin(token, stops)
         if stopped.all():
@@ -72,19 +59,57 @@ def _generate(
         input_ids = token[:, None]
 
 
-def sample(
-    logits: Tensor, temperature: float = 0.0, top_p: float = 1.0, generator: torch.Generator | None = None
-) -> Tensor:
-    """Draw a token id per row of logits [B, V] -> [B].
+def check_options(prompt: int, max_new_tokens: int, limit: int, temperature: float, top_p: float) -> None:
+    """Raise ValueError for options, or lengths of prompt and continuation, that cannot work within ``limit``
+    tokens."""
+    if not 1 <= prompt < limit:
+        raise ValueError(
+            f"input_ids: {prompt} tokens; must be at least 1, and at most {limit - 1} to leave room in "
+            f"max_seq_len {limit}"
+        )
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: {max_new_tokens} is too small; must be at least 1")
+    if prompt + max_new_tokens > limit:
+        raise ValueError(
+            f"max_new_tokens: {prompt} prompt and {max_new_tokens} new tokens exceed max_seq_len {limit}; "
+            f"must be at most {limit - prompt}"
+        )
+    if temperature < 0:
+        raise ValueError(f"temperature: {temperature} is negative; must be 0 (greedy) or more")
+    if not 0 <= top_p <= 1:
+        raise ValueError(f"top_p: {top_p} is out of range; must be at least 0 and at most 1")
 
-    top_p keeps the smallest set of likeliest tokens whose probability reaches it (arXiv 1904.09751); with 0,
-    the likeliest token alone.
+
+def sample(
+    logits: Tensor, temperature: Sequence[float], top_p: Sequence[float], draws: Sequence[float]
+) -> Tensor:
+    """Choose a token id per row of logits [B, V] -> [B], each by its row's options.
+
+    draws: uniform numbers in [0, 1), of which each says alone what its row becomes: the token at which the
+    cumulative probability passes it. top_p keeps the smallest set of likeliest tokens whose probability
+    reaches it (arXiv 1904.09751); with 0, the likeliest token alone. temperature 0 takes that, too.
     """
-    if temperature == 0:
-        return logits.argmax(-1)
-    probs, ids = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
-    ahead = probs.cumsum(-1) - probs
-    surplus = ahead >= top_p
-    surplus[..., 0] = False
-    probs = probs.masked_fill(surplus, 0.0)
-    return ids.gather(-1, torch.multinomial(probs, 1, generator=generator)).squeeze(-1)
+    ids = logits.argmax(-1)
+    for nucleus in (False, True):
+        rows = [i for i, t in enumerate(temperature) if t > 0 and (top_p[i] < 1) == nucleus]
+        if rows:
+            heat, share, draw = (
+                torch.tensor([values[i] for i in rows], dtype=torch.float64, device=logits.device)[:, None]
+                for values in (temperature, top_p, draws)
+            )
+            probs = (logits[rows].double() / heat).softmax(-1)
+            ids[rows] = _of_nucleus(probs, share, draw) if nucleus else _at(probs, draw)
+    return ids
+
+
+def _of_nucleus(probs: Tensor, top_p: Tensor, draw: Tensor) -> Tensor:
+    probs, ids = probs.sort(dim=-1, descending=True, stable=True)
+    surplus = probs.cumsum(-1) - probs >= top_p
+    surplus[:, 0] = False
+    return ids.gather(-1, _at(probs.masked_fill(surplus, 0.0), draw)[:, None])[:, 0]
+
+
+def _at(probs: Tensor, draw: Tensor) -> Tensor:
+    """Where the cumulative sum of probs [B, V], whatever it comes to, passes draw [B, 1] -> [B]."""
+    total = probs.cumsum(-1)
+    return torch.searchsorted(total, draw * total[:, -1:], right=True)[:, 0].clamp(max=probs.shape[1] - 1)

@@ -485,15 +485,16 @@ def test_generation_refuses_at_once(kwargs: dict[str, Any], name: str) -> None:
 def test_sampling_follows_temperature_and_top_p() -> None:
     probs = torch.tensor([0.1, 0.4, 0.2, 0.3])
     logits = probs.log().expand(20_000, 4)
-    generator = torch.Generator().manual_seed(0)
+    draws = torch.rand(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
 
-    def shares(**options: float) -> Tensor:
-        return sample(logits, generator=generator, **options).bincount(minlength=4) / 20_000
+    def shares(temperature: float, top_p: float = 1.0) -> Tensor:
+        options = [temperature] * len(draws), [top_p] * len(draws)
+        return sample(logits, *options, draws).bincount(minlength=4) / len(draws)
 
     def near(expected: Tensor) -> Any:
         return pytest.approx(expected.tolist(), abs=0.02)
 
-    assert sample(logits[:1]).item() == 1
+    assert sample(logits[:1], [0.0], [1.0], [0.9]).item() == 1
     assert shares(temperature=1.0).tolist() == near(probs)
     assert shares(temperature=0.5).tolist() == near(probs**2 / (probs**2).sum())
     assert shares(temperature=1.0, top_p=0.6).tolist() == near(torch.tensor([0.0, 4 / 7, 0.0, 3 / 7]))

@@ -36,6 +36,7 @@ DISTRIBUTIONS = {
     "griffe": "mkdocstrings",  # which brings it
     "megablocks": "megablocks",
     "mkdocs": "mkdocs",
+    "lm_eval": "lm-eval",
     "kubernetes_validate": "kubernetes-validate",
     "mlflow": "mlflow",
     "playwright": "playwright",
@@ -111,8 +112,8 @@ def installed() -> Mapping[str, list[str]]:
 @pytest.mark.parametrize(
     ("folder", "lists"),
     [
-        ("dbrx_train", ("base", "train", "gpu")),
-        ("tests", ("base", "train", "gpu", "dev", "docs")),
+        ("dbrx_train", ("base", "train", "gpu", "eval")),
+        ("tests", ("base", "train", "gpu", "eval", "dev", "docs")),
         ("scripts", ("base", "train", "gpu", "dev", "docs")),
     ],
 )
@@ -123,7 +124,7 @@ def test_what_is_imported_is_declared(folder: str, lists: tuple[str, ...]) -> No
 
 @pytest.mark.parametrize(
     ("lists", "folders"),
-    [(("base", "train", "gpu"), ("dbrx_train",)), (("dev", "docs"), ("tests", "scripts"))],
+    [(("base", "train", "gpu", "eval"), ("dbrx_train",)), (("dev", "docs"), ("tests", "scripts"))],
 )
 def test_what_is_declared_is_imported(lists: tuple[str, ...], folders: tuple[str, ...]) -> None:
     used = {name for folder in folders for name in imported_by(folder)}
