@@ -42,7 +42,7 @@ def test_the_list_of_messages_has_every_kind() -> None:
         ("lease.py", "{folder}: is in use by {found}; wait for it, or stop it"),
         ("config/run.py", "{key}: must be longer than nothing"),
         ("config/unreached.py", "profile.at: is at {at} tokens, and the run ends before; nothing is traced"),
-        ("config/kinds.py", "{name}: is missing; it {metadata}"),
+        ("kinds.py", "{name}: is missing; it {metadata}"),
         ("train/exports.py", "checkpoints.export: {out} could not be written ({error})"),
         ("train/run.py", "no picture of the run, or its last figures"),
     ):
