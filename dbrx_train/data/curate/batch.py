@@ -1,8 +1,8 @@
 """An Arrow batch of documents with its texts split once, for all steps that look at words or lines.
 
 Words are what stands between blanks, as in Gopher's rules; terms are runs of letters, digits and underscores
-in lower case, for comparing texts. Each is held as numbers of a vocabulary, so that what is asked of a word is
-asked once for each different word.
+in lower case, for comparing texts. Each is held as numbers of a vocabulary, so that what is asked of a word
+is asked once for each different word.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ class Tokens:
         """Sums of a value of each token, [tokens], over each text, [texts]."""
         total = np.zeros(len(values) + 1, np.int64)
         np.cumsum(values, out=total[1:])
-        return total[self.bounds[1:]] - total[self.bounds[:-1]]
+        sums: NDArray[np.int64] = total[self.bounds[1:]] - total[self.bounds[:-1]]
+        return sums
 
     def ngrams(self, n: int) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
         """Where an n-gram within a text begins, and its hash; the same in any batch."""
@@ -90,10 +91,18 @@ class Tokens:
 
     def hash_ngrams(self, begins: NDArray[np.int64], n: int) -> NDArray[np.uint64]:
         """Hashes of the n-grams that begin at these tokens."""
-        mixed = self.hashes[begins]
+        hashes = self.hashes
+        if len(begins) * 2 < len(hashes):
+            mixed = hashes[begins]
+            for offset in range(1, n):
+                mixed = mixed * _FACTOR + hashes[begins + offset]
+            return mixed
+        count = len(hashes) - n + 1
+        mixed = hashes[:count].copy()
         for offset in range(1, n):
-            mixed = mixed * _FACTOR + self.hashes[begins + offset]
-        return mixed
+            mixed *= _FACTOR
+            mixed += hashes[offset : offset + count]
+        return mixed if len(begins) == count else mixed[begins]
 
 
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, of random bits: the golden ratio

@@ -1,4 +1,4 @@
-"""One part of the input, annotated and, once the duplicates among all are known, written: a worker's tasks."""
+"""A part of the input, annotated and, once the duplicates among all are known, written: workers' tasks."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Raw text -> curated Parquet, by a recipe, in parallel and resumable.
 
 Two passes over parts that depend on the files alone, as in :mod:`..prepare.pipeline`: steps annotate each
-document, then duplicates are found among all by their keys, then each part is written without what is removed.
-Killed at any moment and started again, only what is unfinished is redone, and the output is the same, byte for
-byte, on any engine.
+document, then duplicates are found among all by their keys, then each part is written without what is gone.
+Killed at any moment and started again, only what is unfinished is redone, and the output is the same, byte
+for byte, on any engine.
 """
 
 from __future__ import annotations
@@ -140,7 +140,8 @@ def _build(job: Job) -> None:
             step.build(job.work)
         except ModuleNotFoundError as error:
             raise ValueError(
-                f"{step.name}: {error.name} is not installed; this step needs: pip install 'dbrx-train[curate]'"
+                f"{step.name}: {error.name} is not installed; "
+                f"this step needs: pip install 'dbrx-train[curate]'"
             ) from error
 
 
@@ -234,8 +235,8 @@ def _refuse_differences(
                 if old != source and not changed:
                     found.append(
                         f"{source['given']} of source {name} has changed ({old['files']} files of "
-                        f"{old['bytes']} bytes then, {source['files']} of {source['bytes']} now; names, sizes "
-                        f"and times count)"
+                        f"{old['bytes']} bytes then, {source['files']} of {source['bytes']} now; names, "
+                        f"sizes and times count)"
                     )
         if not found and before != now:
             found.append("an evaluation file or a model is no longer there")

@@ -34,8 +34,8 @@ def similar(signatures: NDArray[np.uint32], bands: int, rows: int, threshold: fl
     """The documents whose signature is like that of a kept one before, in order, and which that is.
 
     Two are compared if all ``rows`` of one of ``bands`` agree, and are alike if at least ``threshold`` of all
-    rows do. Comparing with kept ones alone makes no chains: that a is like b and b like c removes c only if it
-    is like a. Of what shares a band, the first hundred that are kept are compared with.
+    rows do. Comparing with kept ones alone makes no chains: that a is like b and b like c removes c only if
+    it is like a. Of what shares a band, the first hundred that are kept are compared with.
 
     Args:
         signatures: [documents, bands * rows]; may be a memory map, of which some rows at a time are read.

@@ -66,12 +66,12 @@ def _active_session() -> Any:
     return SparkSession.getActiveSession()
 
 
-def _session(processes: int | None) -> tuple[Any, bool]:
-    """The active session, or a new one: of SPARK_REMOTE, of spark-submit, or local; and whether it is new."""
+def _session(processes: int | None) -> Any:
+    """The active session, or a new one: of SPARK_REMOTE, of spark-submit, or local. It stays, as Spark's do."""
     from pyspark.sql import SparkSession
 
     if (active := _active_session()) is not None:
-        return active, False
+        return active
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     builder = SparkSession.builder.appName("dbrx-train")
     if not {"SPARK_REMOTE", "PYSPARK_GATEWAY_PORT"} & os.environ.keys():
@@ -79,18 +79,18 @@ def _session(processes: int | None) -> tuple[Any, bool]:
         builder = builder.config("spark.ui.enabled", "false").config("spark.ui.showConsoleProgress", "false")
         # the log of the JVM's own trouble goes to its file; what ends the work is raised here
         builder = builder.config("spark.log.level", "OFF")
-    return builder.getOrCreate(), True
+    return builder.getOrCreate()
 
 
 def _run_on_spark(work: Work, processes: int | None) -> None:
     """One Spark task for each of ours; the folder must lie where driver and executors see it."""
     from pyspark.errors import PySparkException
 
-    spark, new = _session(processes)
+    spark = _session(processes)
     try:
         if str(spark.conf.get("spark.speculation", "false")) == "true":
             raise ValueError(
-                "engine: spark.speculation is on, but a part is written by one task at a time; set it to false"
+                "engine: spark.speculation is on, and a part is written by one task at a time; set it false"
             )
         count = len(work.tasks)
         with warnings.catch_warnings():
@@ -101,9 +101,6 @@ def _run_on_spark(work: Work, processes: int | None) -> None:
         raise ValueError(
             f"{work.out}: Spark gave up ({first_line(error)}); start again, what is finished is kept"
         ) from error
-    finally:
-        if new:
-            spark.stop()
     if failures:
         raise ValueError(min(failures).mistake)
 

@@ -28,6 +28,8 @@ __all__ = ["Decontaminate"]
 
 _TERM = re.compile(r"\w+")
 _INDEX = "decontaminate.npz"
+_BITS = 24
+_SHIFT = np.uint64(64 - _BITS)
 
 
 @dataclass(kw_only=True)
@@ -95,8 +97,10 @@ class Decontaminate(Step):
         matches = np.zeros(len(batch), np.int64)
         task, shared = [""] * len(batch), [""] * len(batch)
         terms = batch.terms
-        for length, (hashes, owners) in index.items():
+        for length, (hashes, owners, seen) in index.items():
             begins, found = terms.ngrams(length)
+            maybe = np.flatnonzero(seen[found >> _SHIFT])
+            begins, found = begins[maybe], found[maybe]
             at = np.minimum(np.searchsorted(hashes, found), len(hashes) - 1)
             hits = np.flatnonzero(hashes[at] == found)
             np.add.at(matches, terms.owners[begins[hits]], 1)
@@ -114,10 +118,18 @@ class Decontaminate(Step):
 
 
 @lru_cache(maxsize=2)
-def _load(path: str) -> tuple[Any, dict[int, tuple[NDArray[np.uint64], NDArray[np.int32]]]]:
+def _load(
+    path: str,
+) -> tuple[Any, dict[int, tuple[NDArray[np.uint64], NDArray[np.int32], NDArray[np.bool_]]]]:
+    """The tasks' names; of each length, longest first: hashes, the task of each, which first bits they have."""
     with np.load(path) as file:
         lengths = sorted(int(name.partition("_")[2]) for name in file.files if name.startswith("hashes_"))
-        return file["tasks"], {n: (file[f"hashes_{n}"], file[f"owners_{n}"]) for n in reversed(lengths)}
+        index = {}
+        for length in reversed(lengths):
+            hashes, seen = file[f"hashes_{length}"], np.zeros(1 << _BITS, np.bool_)
+            seen[hashes >> _SHIFT] = True
+            index[length] = (hashes, file[f"owners_{length}"], seen)
+        return file["tasks"], index
 
 
 def _strings(file: str) -> Iterator[str]:

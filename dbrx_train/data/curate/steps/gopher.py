@@ -42,7 +42,7 @@ class GopherQuality(Step):
         lines = [(_share(lines, _starts), _share(lines, _ends)) for lines in batch.lines]
         bullets, ellipses = np.array(lines, np.float32).reshape(-1, 2).T
         symbols = [max(text.count("#"), sum(text.count(e) for e in _ELLIPSES)) for text in batch.texts]
-        alphabetic = words.sums(words.each(lambda word: any(map(str.isalpha, word)), np.bool_))
+        alphabetic = words.sums(words.each(_has_letter, np.bool_))
         return batch.with_columns(
             {
                 "gopher_quality.words": words.counts,
@@ -66,6 +66,10 @@ class GopherQuality(Step):
             between(f"{own}.alphabetic_words", low=self.min_alphabetic_words),
             between(f"{own}.stop_words", low=self.min_stop_words),
         ]
+
+
+def _has_letter(word: str) -> bool:
+    return word[0].isalpha() or any(map(str.isalpha, word))
 
 
 def _starts(line: str) -> bool:

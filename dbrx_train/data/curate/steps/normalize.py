@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
 from pathlib import Path
 
 from dbrx_train.data.curate.batch import Batch
@@ -17,6 +15,8 @@ __all__ = ["Normalize"]
 
 _CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\ufeff]")
 _LINE_END = re.compile("\r\n?|\u2028|\u2029|\x85|\x0c")
+_ODD = bytes([*range(9), *range(11, 32), 127])
+_ODD_UNICODE = ("\x85", "\ufeff", "\u2028", "\u2029")
 _TRAILING = re.compile(r"[ \t]+$", re.MULTILINE)
 
 
@@ -35,29 +35,42 @@ class Normalize(Step):
 
     def build(self, work: Path) -> None:
         if self.mojibake:
-            _repairer()
+            _repaired("")
 
     def annotate(self, batch: Batch, work: Path) -> Batch:
-        repair = _repairer() if self.mojibake else str
-        texts = [self._normalized(text, repair) for text in batch.texts]
+        texts = [self._normalized(text) for text in batch.texts]
         changed = [int(new != old) for new, old in zip(texts, batch.texts, strict=True)]
         return batch.with_texts(texts).with_columns({"normalize.changed": changed})
 
-    def _normalized(self, text: str, repair: Callable[[str], str]) -> str:
+    def _normalized(self, text: str) -> str:
         if not text.isascii():
-            text = repair(text)
+            if self.mojibake:
+                text = _repaired(text)
             if self.unicode != "none":
                 text = unicodedata.normalize(self.unicode, text)  # type: ignore[arg-type]
-        text = _CONTROL.sub("", _LINE_END.sub("\n", text))
+        if _is_odd(text):
+            text = _CONTROL.sub("", _LINE_END.sub("\n", text))
         return _TRAILING.sub("", text) if self.trailing_blanks else text
 
 
-@lru_cache(maxsize=1)
-def _repairer() -> Callable[[str], str]:
-    """ftfy's repair of encodings alone: what it does to quotes, ligatures and HTML would change code."""
-    import ftfy
+def _is_odd(text: str) -> bool:
+    """Whether anything is to be replaced: cheaper to find out than to try."""
+    data = text.encode("utf-8", "surrogatepass")
+    if len(data.translate(None, _ODD)) < len(data):
+        return True
+    return not text.isascii() and any(mark in text for mark in _ODD_UNICODE)
 
-    config = ftfy.TextFixerConfig(
+
+def _repaired(text: str) -> str:
+    """The text with its encoding repaired by ftfy; what else that can do, as to quotes, would change code."""
+    from ftfy import TextFixerConfig, fix_text
+    from ftfy.badness import is_bad
+
+    lines = text.split("\n")
+    bad = [number for number, line in enumerate(lines) if not line.isascii() and is_bad(line)]
+    if not bad:
+        return text
+    config = TextFixerConfig(
         unescape_html=False,
         remove_terminal_escapes=False,
         fix_latin_ligatures=False,
@@ -68,4 +81,6 @@ def _repairer() -> Callable[[str], str]:
         normalization=None,
         explain=False,
     )
-    return partial(ftfy.fix_text, config=config)
+    for number in bad:
+        lines[number] = fix_text(lines[number], config)
+    return "\n".join(lines)

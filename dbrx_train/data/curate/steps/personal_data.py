@@ -18,10 +18,10 @@ from dbrx_train.options import option
 
 __all__ = ["PersonalData"]
 
-_EMAIL = re.compile(
-    r"(?<![\w.+-])[A-Za-z0-9](?:[A-Za-z0-9._%+-]{0,62}[A-Za-z0-9_+-])?@"
-    r"(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,6}[A-Za-z]{2,24}(?![\w-])"
-)
+# On both sides of an @, which is found first: an expression for the whole would be tried at every letter
+_LOCAL = re.compile(r"(?<![\w.+-])[A-Za-z0-9](?:[A-Za-z0-9._%+-]{0,62}[A-Za-z0-9_+-])?\Z")
+_DOMAIN = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,6}[A-Za-z]{2,24}(?![\w-])")
+_LONGEST_LOCAL = 64
 _IPV4 = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w.]*\d)")
 _IPV6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{1,4}:){2,7}(?::?[0-9A-Fa-f]{1,4}){0,6}(?![\w:])")
 # +49 30 1234567, +1 (415) 555-0132, (415) 555-0132, 415-555-0132: with a plus, or in North America's form
@@ -39,9 +39,13 @@ _KEY = re.compile(
     r"|\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}"  # a JSON web token
 )
 # A cheap look for what each must have spares most texts the expression
-_KEY_MARKS = ("PRIVATE KEY", "AKIA", "ASIA", "gh", "glpat", "xox", "hf_", "sk", "rk_", "AIza", "eyJ")
+_KEY_MARKS = (
+    *("PRIVATE KEY", "AKIA", "ASIA", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "glpat-"),
+    *("xoxa-", "xoxb-", "xoxp-", "xoxr-", "xoxs-", "hf_", "sk-", "k_live_", "AIza", "eyJ"),
+)
+_IPV4_MARK = re.compile(r"[0-9]\.[0-9]{1,3}\.[0-9]")
 _IPV6_MARK = re.compile(r"[0-9A-Fa-f]:[0-9A-Fa-f:]")
-_PHONE_MARK = re.compile(r"\+\d|\d-\d{3}-\d|\(\d{3}\)")
+_PHONE_MARK = re.compile(r"\+[0-9][0-9 .()-]{7}|[0-9]-[0-9]{3}-[0-9]{4}|\([0-9]{3}\) ?[0-9]{3}")
 
 
 def _always(_: str) -> bool:
@@ -94,12 +98,14 @@ class PersonalData(Step):
     def _emails(self, text: str) -> tuple[str, int]:
         if not self.email or "@" not in text:
             return text, 0
-        return _masked(_EMAIL, text, self.email_mask)
+        return _masked_emails(text, self.email_mask)
 
     def _ips(self, text: str) -> tuple[str, int]:
         if not self.ip:
             return text, 0
-        text, count = _masked(_IPV4, text, self.ip_mask, _public)
+        count = 0
+        if _IPV4_MARK.search(text) is not None:
+            text, count = _masked(_IPV4, text, self.ip_mask, _public)
         if _IPV6_MARK.search(text) is None:
             return text, count
         text, more = _masked(_IPV6, text, self.ip_mask, _public)
@@ -109,6 +115,18 @@ class PersonalData(Step):
         if not self.phone or _PHONE_MARK.search(text) is None:
             return text, 0
         return _masked(_PHONE, text, self.phone_mask)
+
+
+def _masked_emails(text: str, mask: str) -> tuple[str, int]:
+    parts, done, at = list[str](), 0, text.find("@")
+    while at >= 0:
+        domain = _DOMAIN.match(text, at + 1)
+        before = text[max(done, at - _LONGEST_LOCAL - 1) : at] if domain else ""
+        if domain and (local := _LOCAL.search(before)) is not None:
+            parts += [text[done : at - len(local[0])], mask]
+            done = domain.end()
+        at = text.find("@", at + 1)
+    return "".join([*parts, text[done:]]), len(parts) // 2
 
 
 def _masked(
