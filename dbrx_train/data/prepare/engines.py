@@ -67,7 +67,7 @@ def _active_session() -> Any:
 
 
 def _session(processes: int | None) -> Any:
-    """The active session, or a new one: of SPARK_REMOTE, of spark-submit, or local. It stays, as Spark's do."""
+    """The active session, or a new one: of SPARK_REMOTE, of spark-submit, or local. It stays."""
     from pyspark.sql import SparkSession
 
     if (active := _active_session()) is not None:

@@ -121,7 +121,7 @@ class Decontaminate(Step):
 def _load(
     path: str,
 ) -> tuple[Any, dict[int, tuple[NDArray[np.uint64], NDArray[np.int32], NDArray[np.bool_]]]]:
-    """The tasks' names; of each length, longest first: hashes, the task of each, which first bits they have."""
+    """The tasks' names; of each length, longest first: hashes, each one's task, which first bits occur."""
     with np.load(path) as file:
         lengths = sorted(int(name.partition("_")[2]) for name in file.files if name.startswith("hashes_"))
         index = {}
