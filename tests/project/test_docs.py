@@ -27,6 +27,13 @@ def test_the_table_of_meshes_is_that_of_the_configurations() -> None:
     assert written == parallelism_docs.renewed(), "run: python scripts/parallelism_docs.py"
 
 
+def test_the_steps_of_the_docs_are_those_of_the_dataclasses() -> None:
+    import curate_docs
+
+    written = curate_docs.TARGET.read_text(encoding="utf-8")
+    assert written == curate_docs.renewed(), "run: python scripts/curate_docs.py"
+
+
 def test_messages_and_interruptions_are_those_of_the_code() -> None:
     import messages
 
