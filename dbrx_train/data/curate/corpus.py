@@ -80,7 +80,8 @@ def _duplicates(
     with tempfile.TemporaryFile(dir=job.work) as file:
         width = 0
         for index, source in enumerate(sources):
-            rows = subject[(subject >= bounds[index]) & (subject < bounds[index + 1])] - bounds[index]
+            begin, end = np.searchsorted(subject, bounds[index : index + 2])
+            rows = subject[begin:end] - bounds[index]
             if not len(rows) or (step.sources is not None and source not in step.sources):
                 continue
             keys = pq.read_table(job.annotated(index), columns=[step.key])[step.key].combine_chunks()
@@ -105,10 +106,10 @@ def _write(job: Job, bounds: NDArray[np.int64], reasons: list[str], originals: N
     parts = np.searchsorted(bounds, removed, side="right") - 1
     for index in range(len(bounds) - 1):
         job.duplicates(index).unlink(missing_ok=True)
-        of = np.flatnonzero(parts == index)
+        of = range(*np.searchsorted(parts, (index, index + 1)).tolist())
         if len(of):
             table = {
-                "row": removed[of] - bounds[index],
+                "row": removed[of.start : of.stop] - bounds[index],
                 "reason": [reasons[i] for i in of],
                 "duplicate_of": [ids[i] for i in of],
             }

@@ -152,6 +152,11 @@ def _check_order(recipe: Recipe) -> None:
                     f"once is enough, or give each other sources"
                 )
             seen.add(step.name)
+            for field in step.fields():
+                if field not in recipe.sources[source].keep:
+                    raise ValueError(
+                        f"sources.{source}.keep: must name {field!r}, by which {step.name} goes, too"
+                    )
             if isinstance(step, CorpusStep):
                 corpus = step.name
             elif corpus:

@@ -44,6 +44,10 @@ class Step:
         """Columns of counts whose sums over the kept documents are reported."""
         return ()
 
+    def fields(self) -> list[str]:
+        """Fields that the sources must keep."""
+        return []
+
     def files(self) -> list[str]:
         """Files that decide the result, besides the sources."""
         return []

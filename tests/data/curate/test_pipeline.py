@@ -266,6 +266,10 @@ def test_nothing_left_is_refused_with_the_counts(tmp_path: Path) -> None:
         (("steps:", "step:"), r"unknown key step; did you mean steps\?$"),
         (("- personal_data", "- near_duplicates"), r"near_duplicates is named twice for source web"),
         (
+            ("- personal_data", "- license: {field: terms}"),
+            r"sources\.web\.keep: must name 'terms', by which license goes, too$",
+        ),
+        (
             ("- near_duplicates", "- fineweb"),
             r"fineweb comes after exact_duplicates; what looks at all documents",
         ),
@@ -336,9 +340,10 @@ def test_java_and_pyspark_that_are_missing_or_old(tmp_path: Path, monkeypatch: p
     importlib.util.find_spec("pyspark") is None, reason="needs: pip install 'dbrx-train[spark]'"
 )
 @pytest.mark.skipif(shutil.which("java") is None, reason="needs Java 17")
-def test_spark_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_spark_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "MIN_PART_BYTES", 12000)
     recipe = corpus(tmp_path / "in")
-    run(recipe, tmp_path / "local")
+    assert run(recipe, tmp_path / "local").parts > 2
     run(recipe, tmp_path / "spark", engine="spark", processes=2)
     assert contents(tmp_path / "spark") == contents(tmp_path / "local")
     for engine in ("local", "spark"):

@@ -120,6 +120,9 @@ class License(Step):
     field: str | None = option("A field that the source keeps and that names the licence instead.", None)
     characters: int = option("How much of a document's beginning is read.", 4000, gt=0)
 
+    def fields(self) -> list[str]:
+        return [] if self.field is None else [self.field]
+
     def annotate(self, batch: Batch, work: Path) -> Batch:
         if self.field is None:
             found = [_license(text[: self.characters]) for text in batch.texts]

@@ -93,7 +93,8 @@ class Decontaminate(Step):
                 yield length, terms.hash_ngrams(begins, length)
 
     def annotate(self, batch: Batch, work: Path) -> Batch:
-        tasks, index = _load(str(work / _INDEX))
+        file = work / _INDEX
+        tasks, index = _load(str(file), file.stat().st_mtime_ns)
         matches = np.zeros(len(batch), np.int64)
         task, shared = [""] * len(batch), [""] * len(batch)
         terms = batch.terms
@@ -118,10 +119,11 @@ class Decontaminate(Step):
 
 
 @lru_cache(maxsize=2)
-def _load(
-    path: str,
-) -> tuple[Any, dict[int, tuple[NDArray[np.uint64], NDArray[np.int32], NDArray[np.bool_]]]]:
-    """The tasks' names; of each length, longest first: hashes, each one's task, which first bits occur."""
+def _load(path: str, written: int) -> tuple[Any, dict[int, tuple[Any, Any, Any]]]:
+    """The tasks' names; of each length, longest first: hashes, each one's task, which first bits occur.
+
+    ``written``, the file's time, has a newer one read anew.
+    """
     with np.load(path) as file:
         lengths = sorted(int(name.partition("_")[2]) for name in file.files if name.startswith("hashes_"))
         index = {}
