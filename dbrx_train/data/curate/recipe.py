@@ -120,7 +120,7 @@ def _step(item: Any, number: int, sources: dict[str, Source]) -> Step:
         raise ValueError(f"steps[{number}]: must be a step's name, or one name with its options")
     if name not in STEPS:
         raise ValueError(f"steps[{number}]: no step {name}{nearest(str(name), STEPS)}")
-    step = _made(STEPS[name], {} if values is None else values, f"steps[{number}].{name}")
+    step: Step = _made(STEPS[name], {} if values is None else values, f"steps[{number}].{name}")
     for source in step.sources or ():
         if source not in sources:
             raise ValueError(f"steps[{number}].{name}.sources: no source {source}{nearest(source, sources)}")

@@ -91,7 +91,7 @@ def _stop_words(words: Tokens) -> NDArray[np.int64]:
     at = np.flatnonzero(which >= 0)
     has = np.zeros((len(words.counts), len(numbers)), np.bool_)
     has[words.owners[at], which[at]] = True
-    return has.sum(axis=1)
+    return np.asarray(has.sum(axis=1))
 
 
 @dataclass
