@@ -89,7 +89,11 @@ def _message(node: ast.AST, room: str) -> str | None:
         return _text(node.args[1])
     if isinstance(node, ast.Call) and _name(node.func) in ("warn", "warn_of_failure") and node.args:
         return _text(node.args[0])
-    if isinstance(node, ast.Yield) and isinstance(node.value, ast.JoinedStr) and room == "config":
+    if (
+        isinstance(node, ast.Yield)
+        and isinstance(node.value, ast.JoinedStr)
+        and room in ("config", "kinds.py")
+    ):
         return _text(node.value)
     return None
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from paths import ROOT
 
 from dbrx_train.data.curate import parts, pipeline
 from dbrx_train.data.curate.pipeline import curate
