@@ -336,6 +336,13 @@ def test_java_and_pyspark_that_are_missing_or_old(tmp_path: Path, monkeypatch: p
         engines.check_engine("flink")
 
 
+def test_the_recipes_that_come_along_are_read() -> None:
+    found = sorted((ROOT / "configs" / "curate").glob("*.yaml"))
+    assert found
+    for path in found:
+        assert load_recipe(str(path)).steps
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("pyspark") is None, reason="needs: pip install 'dbrx-train[spark]'"
