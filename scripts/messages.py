@@ -89,11 +89,7 @@ def _message(node: ast.AST, yields: bool) -> str | None:
         return _text(node.args[1])
     if isinstance(node, ast.Call) and _name(node.func) in ("warn", "warn_of_failure") and node.args:
         return _text(node.args[0])
-    if (
-        isinstance(node, ast.Yield)
-        and isinstance(node.value, ast.JoinedStr)
-        and room in ("config", "kinds.py")
-    ):
+    if isinstance(node, ast.Yield) and isinstance(node.value, ast.JoinedStr) and yields:
         return _text(node.value)
     return None
 
