@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
 import sys
 import traceback
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from dbrx_train.redact import mask
+
+if TYPE_CHECKING:
+    import yaml
 
 __all__ = [
     "HUNG",
@@ -18,9 +24,21 @@ __all__ = [
     "check_exists",
     "exit_code",
     "first_line",
+    "nearest",
     "seen_from",
     "show",
+    "where_and_what",
 ]
+
+_RENAMED = {
+    "hangs": "watchdog",
+    "stopping": "preemption",
+    "grace": "grace_period",
+    "deviations": "mad_threshold",
+    "pass_over": "skip_data",
+    "reach": "interpolation",
+}
+"""Keys as they were once called."""
 
 MISTAKE = 2
 """Exit code: the user's input is wrong."""
@@ -96,3 +114,19 @@ def aside(line: str) -> None:
 def first_line(error: BaseException) -> str:
     """An error's message, or its name where it has none, cut to one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def where_and_what(error: yaml.YAMLError) -> tuple[str, str]:
+    """Of text that is no YAML: ``, line N`` if that is known, and what is wrong there, in a line."""
+    place = getattr(error, "problem_mark", None)
+    line = f", line {place.line + 1}" if place else ""
+    return line, getattr(error, "problem", None) or first_line(error)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a line about a name that is not ``known``: which one may have been meant."""
+    names = [*map(str, known)]
+    if _RENAMED.get(name) in names:
+        return f"; it is called {_RENAMED[name]} now"
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(names)}"

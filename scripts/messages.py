@@ -72,7 +72,7 @@ def messages() -> Iterator[tuple[str, str]]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         nodes = (node for node in ast.walk(tree) if hasattr(node, "lineno"))
         found = (
-            _message(node, path.parent.name)
+            _message(node, yields=path.parent.name == "config" or path.name == "kinds.py")
             for node in sorted(nodes, key=lambda node: (node.lineno, node.col_offset))
         )
         # One that has no words of its own passes on another's
@@ -80,7 +80,7 @@ def messages() -> Iterator[tuple[str, str]]:
             yield path.relative_to(PACKAGE).as_posix(), text
 
 
-def _message(node: ast.AST, room: str) -> str | None:
+def _message(node: ast.AST, yields: bool) -> str | None:
     """What a statement or a call says to the user, if it is one that does."""
     if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
         refuses = _name(node.exc.func) in _REFUSALS and bool(node.exc.args)
@@ -89,7 +89,7 @@ def _message(node: ast.AST, room: str) -> str | None:
         return _text(node.args[1])
     if isinstance(node, ast.Call) and _name(node.func) in ("warn", "warn_of_failure") and node.args:
         return _text(node.args[0])
-    if isinstance(node, ast.Yield) and isinstance(node.value, ast.JoinedStr) and room == "config":
+    if isinstance(node, ast.Yield) and isinstance(node.value, ast.JoinedStr) and yields:
         return _text(node.value)
     return None
 

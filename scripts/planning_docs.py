@@ -52,6 +52,8 @@ def mixtures() -> Iterator[list[str]]:
 def plans() -> Iterator[list[str]]:
     """Every configuration on the cluster that it is for, and those of pretraining on all that divide."""
     for path in sorted((ROOT / "configs").rglob("*.yaml")):
+        if path.parent.name == "curate":  # a recipe for data
+            continue
         config = load(path)
         clusters = CLUSTERS if path.parent.name == "pretrain" else (count(config),)
         yield from (row(config, found) for gpus in clusters if (found := planned(config, gpus)) is not None)

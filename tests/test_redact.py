@@ -6,12 +6,10 @@ import logging
 from pathlib import Path
 
 import pytest
-from paths import ROOT
+from paths import RUNS
 
 from dbrx_train.config import for_record, load, to_dict
 from dbrx_train.redact import mask, mask_argument, mask_logs, mask_tree
-
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +73,7 @@ def test_records_of_any_logger(capsys: pytest.CaptureFixture[str]) -> None:
     assert "me:pw@" not in errors
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_a_configuration_without_secrets_is_kept_as_it_is(path: Path) -> None:
     config = load(path)
     assert for_record(config) == to_dict(config)

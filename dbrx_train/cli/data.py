@@ -14,7 +14,7 @@ from dbrx_train.files import atomic_write
 
 __all__ = ["data_app"]
 
-data_app = typer.Typer(no_args_is_help=True, help="Prepare and look at training data.")
+data_app = typer.Typer(no_args_is_help=True, help="Curate, prepare and look at training data.")
 
 
 class Trained(StrEnum):
@@ -29,6 +29,35 @@ class Long(StrEnum):
 
     truncate = auto()
     drop = auto()
+
+
+class Engine(StrEnum):
+    """Who does the work."""
+
+    local = auto()
+    spark = auto()
+
+
+EngineOption = Annotated[
+    Engine, typer.Option(help="Processes of this machine, or a Spark session; the result is the same.")
+]
+
+
+@data_app.command("curate")
+def data_curate(
+    recipe: Annotated[str, typer.Argument(help="A recipe: sources and steps, as YAML.")],
+    out: Out,
+    engine: EngineOption = Engine.local,
+    processes: Processes = None,
+    allow_empty: Annotated[
+        bool, typer.Option("--allow-empty", help="Accept that nothing is left of a source.")
+    ] = False,
+) -> None:
+    """Clean, filter and deduplicate the sources of RECIPE; interrupted, the same command goes on."""
+    exits.resumable()
+    from dbrx_train.data.curate.pipeline import curate
+
+    print(curate(recipe, out, engine=engine.value, processes=processes, allow_empty=allow_empty))
 
 
 @data_app.command("prepare")
@@ -46,6 +75,7 @@ def data_prepare(
     ] = None,
     suffix: Annotated[list[str] | None, typer.Option(help="Ending of text files; may be repeated.")] = None,
     val_fraction: Annotated[float, typer.Option(help="Share of the documents held out.")] = 0.01,
+    engine: EngineOption = Engine.local,
     processes: Processes = None,
     vocab_file: VocabFile = None,
 ) -> None:
@@ -61,6 +91,7 @@ def data_prepare(
         template=template,
         suffixes=suffix or TEXT_SUFFIXES,
         val_fraction=val_fraction,
+        engine=engine.value,
         processes=processes,
         vocab_file=vocab_file,
     )

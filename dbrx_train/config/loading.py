@@ -14,9 +14,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dbrx_train.config.errors import ConfigError, require, where_and_what
 from dbrx_train.config.inherited import with_model
-from dbrx_train.config.kinds import unknown_keys, wrong_kinds
 from dbrx_train.config.run import RunConfig
 from dbrx_train.errors import first_line, seen_from
+from dbrx_train.kinds import unknown_keys, wrong_kinds
 from dbrx_train.options import check
 from dbrx_train.redact import mask_tree
 

@@ -155,3 +155,5 @@ class GroupedQueryAttention(nn.Module):
             return F.scaled_dot_product_attention(q, k, v, mask, **options)
 
     def _out(self, y_BSD: Tensor) -> Tensor:
+        out: Tensor = self.out_proj(y_BSD)
+        return out

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from paths import ROOT
+from paths import ROOT, RUNS
 from typer.testing import CliRunner
 
 from dbrx_train.cli import app
@@ -272,7 +272,7 @@ def test_a_plan_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, stdout=subprocess.DEVNULL)
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", RUNS, ids=lambda p: p.stem)
 def test_every_configuration_that_ships_fits_the_gpus_that_it_is_for(path: Path) -> None:
     config = load(path)
     found = plan(config)

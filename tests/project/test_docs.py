@@ -27,6 +27,13 @@ def test_the_table_of_meshes_is_that_of_the_configurations() -> None:
     assert written == parallelism_docs.renewed(), "run: python scripts/parallelism_docs.py"
 
 
+def test_the_steps_of_the_docs_are_those_of_the_dataclasses() -> None:
+    import curate_docs
+
+    written = curate_docs.TARGET.read_text(encoding="utf-8")
+    assert written == curate_docs.renewed(), "run: python scripts/curate_docs.py"
+
+
 def test_messages_and_interruptions_are_those_of_the_code() -> None:
     import messages
 
@@ -42,7 +49,7 @@ def test_the_list_of_messages_has_every_kind() -> None:
         ("lease.py", "{folder}: is in use by {found}; wait for it, or stop it"),
         ("config/run.py", "{key}: must be longer than nothing"),
         ("config/unreached.py", "profile.at: is at {at} tokens, and the run ends before; nothing is traced"),
-        ("config/kinds.py", "{name}: is missing; it {metadata}"),
+        ("kinds.py", "{name}: is missing; it {metadata}"),
         ("train/exports.py", "checkpoints.export: {out} could not be written ({error})"),
         ("train/run.py", "no picture of the run, or its last figures"),
     ):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from dbrx_train.data.prepare.sources import Span
 from dbrx_train.data.prepare.text_template import TextTemplate, value_of
 from dbrx_train.data.prepare.unread import OF_DOCUMENT, unread
 
-__all__ = ["cut", "documents", "mended"]
+__all__ = ["cut", "documents", "mended", "text_of"]
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # Between these characters cl100k_base's pattern splits whatever stands around them: after a line break
@@ -113,7 +113,8 @@ def _json_records(
             texts = [string_chunks(record, field, place, option) for field in template.fields]
             yield where, _mended(template.chunks(texts), where, listener)
         else:
-            yield where, _mended([_text_of(record, template, where, listener)], where, listener)
+            row = row_of(record, f"a field {template.fields[0]!r}", where)
+            yield where, _mended([text_of(row, template, where, listener)], where, listener)
 
 
 def mended(text: str, where: Place, listener: Listener) -> str:
@@ -121,8 +122,12 @@ def mended(text: str, where: Place, listener: Listener) -> str:
     return next(_mended([text], where, listener))
 
 
-def _text_of(record: bytes, template: TextTemplate, where: Place, listener: Listener) -> str:
-    row = row_of(record, f"a field {template.fields[0]!r}", where)
+def text_of(row: Mapping[str, Any], template: TextTemplate, where: Place, listener: Listener) -> str:
+    """The text of a record's object; reports fields that are not read.
+
+    Raises:
+        ValueError: ``FILE:LINE: …`` for one without such text fields.
+    """
     for name in unread(row, OF_DOCUMENT, template.fields):
         listener.problem(f"field {name!r} is not read", where)
     texts = []

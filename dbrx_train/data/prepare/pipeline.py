@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from dbrx_train.data.manifest import (
     MANIFEST,
     VERSION,
     Manifest,
-    Problem,
     Split,
     read_manifest,
     write_json,
@@ -31,10 +31,12 @@ from dbrx_train.data.manifest import (
 )
 from dbrx_train.data.mds import write_index
 from dbrx_train.data.prepare.conversations import ChatFormat
+from dbrx_train.data.prepare.engines import check_engine, run_on
+from dbrx_train.data.prepare.problems import merge_problems
 from dbrx_train.data.prepare.sources import Catalog, find_files, plan_parts
 from dbrx_train.data.prepare.text_template import text_template
-from dbrx_train.data.prepare.tokenize import EXAMPLES, SPLITS, Job, has_marks, read_mark
-from dbrx_train.data.prepare.workers import run_parts
+from dbrx_train.data.prepare.tokenize import SPLITS, Job, has_marks, read_mark, run_part
+from dbrx_train.data.prepare.workers import Work
 from dbrx_train.data.tokenizer import Tokenizer, load_tokenizer
 from dbrx_train.errors import aside
 from dbrx_train.lease import FOLDER as LEASE
@@ -99,6 +101,7 @@ def prepare(
     vocab_file: str | None = None,
     progress: bool = True,
     chat: ChatFormat | None = None,
+    engine: str = "local",
 ) -> Summary:
     """Tokenize documents and pack them into samples of ``seq_len`` tokens, as MDS under ``out``.
 
@@ -130,13 +133,14 @@ def prepare(
         vocab_file: a vocabulary file to use instead, see :func:`.tokenizer.load_tokenizer`.
         progress: show a progress bar if standard error is a terminal.
         chat: how to read and train on conversations; None for text.
+        engine: who does the work, see :mod:`.engines`. No influence on what is written.
 
     Raises:
         ValueError: an option or an input is wrong, ``out`` cannot be written, is in use, or holds something
             else (the message says what differs).
     """
     started = time.monotonic()
-    _check_options(seq_len, val_fraction, processes)
+    _check_options(seq_len, val_fraction, processes, engine)
     text = text_template(text_field, template)
     vocabulary = load_tokenizer(tokenizer, vocab_file)
     folder = Path(out)
@@ -157,7 +161,9 @@ def prepare(
             parts = plan_parts(catalog, text if chat is None else None)
             job = Job(folder, folder / WORK, vocabulary, seq_len, text, val_fraction, chat)
             todo = [index for index in range(len(parts)) if read_mark(job, index) is None]
-            run_parts(job, parts, todo, processes or _cores(), progress)
+            size = sum(span.size for index in todo for span in parts[index])
+            tasks = [partial(run_part, job, index, parts[index]) for index in todo]
+            run_on(engine, Work(tasks, size, "tokenizing", "tokens", out), processes, progress)
             lease.check()
             manifest = _finish(job, len(parts), catalog, plan)
             _remove_traces(folder)
@@ -167,17 +173,14 @@ def prepare(
     return Summary(out, manifest, False, len(parts), len(parts) - len(todo), seconds)
 
 
-def _check_options(seq_len: int, val_fraction: float, processes: int | None) -> None:
+def _check_options(seq_len: int, val_fraction: float, processes: int | None, engine: str) -> None:
     if seq_len < 2:
         raise ValueError(f"seq_len: {seq_len} is too short; a sample needs at least 2 tokens")
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction: {val_fraction} does not lie in [0, 1)")
     if processes is not None and processes < 1:
         raise ValueError(f"processes: {processes} is too few; give at least 1")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    check_engine(engine)
 
 
 def _describe(catalog: Catalog, tokenizer: Tokenizer, options: dict[str, Any]) -> dict[str, Any]:
@@ -272,7 +275,8 @@ def _finish(job: Job, parts: int, catalog: Catalog, plan: dict[str, Any]) -> Man
         shutil.rmtree(job.work)
         few = f"fewer than seq_len = {job.seq_len} tokens" if job.chat is None else "no whole conversation"
         raise ValueError(f"{job.out}: the sources hold {few} to train on")
-    problems = _merge_problems(job, parts, catalog)
+    marks = (read_mark(job, index) for index in range(parts))
+    problems = merge_problems((mark["problems"] for mark in marks if mark is not None), catalog.duplicates)
     manifest = Manifest(**plan, splits=splits, problems=problems)
     write_manifest(job.out, manifest)
     return manifest
@@ -308,17 +312,3 @@ def _merge_split(job: Job, parts: int, name: str) -> Split | None:
     while lengths and not lengths[-1]:
         lengths.pop()
     return Split(samples=samples, dropped_tokens=dropped, lengths=lengths, index=digest, **counts)
-
-
-def _merge_problems(job: Job, parts: int, catalog: Catalog) -> dict[str, Problem]:
-    merged: dict[str, Problem] = {}
-    if catalog.duplicates:
-        merged["duplicate"] = Problem(len(catalog.duplicates), list(catalog.duplicates[:EXAMPLES]))
-    for index in range(parts):
-        mark = read_mark(job, index)
-        assert mark is not None
-        for kind, found in mark["problems"].items():
-            before = merged.get(kind, Problem(0, []))
-            examples = (before.examples + found["examples"])[:EXAMPLES]
-            merged[kind] = Problem(before.count + found["count"], examples)
-    return merged

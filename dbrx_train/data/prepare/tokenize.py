@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -19,25 +19,16 @@ from dbrx_train.data.origins import Origin
 from dbrx_train.data.prepare.conversations import ChatFormat, Conversation, conversations
 from dbrx_train.data.prepare.documents import cut, documents
 from dbrx_train.data.prepare.packing import Packer, WholePacker
-from dbrx_train.data.prepare.records import Place
+from dbrx_train.data.prepare.problems import ProblemLog
 from dbrx_train.data.prepare.sources import Part
 from dbrx_train.data.prepare.text_template import TextTemplate
+from dbrx_train.data.prepare.workers import Meter
 from dbrx_train.data.tokenizer import Tokenizer
 
-__all__ = ["EXAMPLES", "SPLITS", "Job", "Meter", "has_marks", "read_mark", "run_part"]
+__all__ = ["SPLITS", "Job", "has_marks", "read_mark", "run_part"]
 
 SPLITS = ("train", "val")
-EXAMPLES = 5
-"""Places named for each kind of problem."""
-
 _HASHED_CHARACTERS = 1 << 16
-
-
-class Meter(Protocol):
-    """Hears how far a worker is; raises to make it stop."""
-
-    def add(self, *, size: int = 0, tokens: int = 0) -> None:
-        """``size`` more bytes read, ``tokens`` more made."""
 
 
 @dataclass(frozen=True)
@@ -86,23 +77,6 @@ class _Split:
         }
 
 
-class _Log:
-    """The readers' listener: passes progress on, counts problems and keeps the first few places."""
-
-    def __init__(self, meter: Meter) -> None:
-        self._meter = meter
-        self.problems: dict[str, dict[str, Any]] = {}
-
-    def advance(self, size: int) -> None:
-        self._meter.add(size=size)
-
-    def problem(self, kind: str, where: Place) -> None:
-        entry = self.problems.setdefault(kind, {"count": 0, "examples": []})
-        entry["count"] += 1
-        if len(entry["examples"]) < EXAMPLES:
-            entry["examples"].append(where())
-
-
 def _mark(work: Path, index: int) -> Path:
     """The file that says that a part is done, and what it gave."""
     return work / f"part-{index:05}.json"
@@ -130,7 +104,7 @@ def run_part(job: Job, index: int, part: Part, meter: Meter) -> None:
         folder = job.out / name / f"{index:05}"
         shutil.rmtree(folder, ignore_errors=True)
         splits[name] = _Split(job.packer(folder))
-    log = _Log(meter)
+    log = ProblemLog(meter)
     for span in part:
         if job.chat is not None:
             for conversation in conversations(span, job.chat, job.tokenizer, job.seq_len, log):
@@ -165,13 +139,13 @@ def _add_document(
         packer.add(ids)
         split.text_bytes += len(piece) if piece.isascii() else len(piece.encode())
         tokens += len(ids)
-        meter.add(tokens=len(ids))
+        meter.add(made=len(ids))
     if split is None:
         return False
     assert isinstance(packer, Packer)
     packer.add(np.array([job.tokenizer.eos_id], dtype=np.uint32))
     split.end_document(tokens + 1)
-    meter.add(tokens=1)
+    meter.add(made=1)
     return True
 
 
@@ -181,7 +155,7 @@ def _add_conversation(job: Job, splits: dict[str, _Split], conversation: Convers
     split.packer.add(conversation.tokens, conversation.loss, conversation.origin)
     split.text_bytes += conversation.text_bytes
     split.end_document(len(conversation.tokens))
-    meter.add(tokens=len(conversation.tokens))
+    meter.add(made=len(conversation.tokens))
 
 
 def _draw(text: str) -> float:

@@ -1,4 +1,4 @@
-"""Parts handed out to worker processes: progress, stopping, and no process that outlives its parent."""
+"""Tasks handed out to worker processes: progress, stopping, and no process that outlives its parent."""
 
 from __future__ import annotations
 
@@ -18,16 +18,41 @@ from concurrent.futures import (
     wait,
 )
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.context import SpawnContext
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from dbrx_train.data.prepare.sources import Part
-from dbrx_train.data.prepare.tokenize import Job, run_part
+__all__ = ["Meter", "Task", "Work", "cores", "run_tasks"]
 
-__all__ = ["run_parts"]
+
+class Meter(Protocol):
+    """Hears how far a worker is; raises to make it stop."""
+
+    def add(self, *, size: int = 0, made: int = 0) -> None:
+        """``size`` more bytes read, ``made`` more units made (tokens, documents)."""
+
+
+Task = Callable[[Meter], None]
+"""What one process does in one go; picklable, and alike whoever does it and however often."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Tasks to be done, in any order, and how to speak of them."""
+
+    tasks: Sequence[Task]
+    bytes: int
+    """Read by all of them."""
+    verb: str
+    """As "tokenizing"."""
+    unit: str
+    """As "tokens"."""
+    out: str
+    """The folder that is made, for errors."""
 
 
 class _Stopped(Exception):
@@ -39,13 +64,13 @@ class _Meter:
 
     def __init__(self, context: SpawnContext) -> None:
         self.size = context.Value("q", 0)
-        self.tokens = context.Value("q", 0)
+        self.made = context.Value("q", 0)
         self.stop = context.Event()
 
-    def add(self, *, size: int = 0, tokens: int = 0) -> None:
+    def add(self, *, size: int = 0, made: int = 0) -> None:
         if self.stop.is_set():
             raise _Stopped
-        for counter, amount in ((self.size, size), (self.tokens, tokens)):
+        for counter, amount in ((self.size, size), (self.made, made)):
             if amount:
                 with counter.get_lock():
                     counter.value += amount
@@ -69,35 +94,39 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def _work(job: Job, index: int, part: Part) -> None:
+def _work(task: Task) -> None:
     assert _meter is not None
-    run_part(job, index, part, _meter)
+    task(_meter)
 
 
-def run_parts(job: Job, parts: Sequence[Part], todo: Sequence[int], processes: int, progress: bool) -> None:
-    """Run the parts whose numbers are in ``todo``; on any error, or Ctrl-C, stop the others and raise it.
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    One process means this one. Raises ValueError when a worker process is killed.
+
+def run_tasks(work: Work, processes: int | None, progress: bool) -> None:
+    """Do all tasks; on any error, or Ctrl-C, stop the others and raise it.
+
+    One process means this one; None, one a core. Raises ValueError when a worker process is killed.
     """
-    if not todo:
+    if not work.tasks:
         return
     context = multiprocessing.get_context("spawn")  # this process may have threads: no fork
     meter = _Meter(context)
     executor: Executor
-    work: Callable[[Job, int, Part], None]
-    if (count := min(processes, len(todo))) == 1:
-        executor, work = ThreadPoolExecutor(1), partial(run_part, meter=meter)
+    do: Callable[[Task], None]
+    if (count := min(processes or cores(), len(work.tasks))) == 1:
+        executor, do = ThreadPoolExecutor(1), partial(_with, meter)
     else:
         executor = ProcessPoolExecutor(count, context, initializer=_start_worker, initargs=(meter,))
-        work = _work
-    total = sum(span.size for index in todo for span in parts[index])
+        do = _work
     with executor:
         try:
-            futures = [executor.submit(work, job, index, parts[index]) for index in todo]
-            _watch(futures, meter, total, progress)
+            futures = [executor.submit(do, task) for task in work.tasks]
+            _watch(futures, meter, work, progress)
         except BrokenProcessPool as error:
             raise ValueError(
-                f"{job.out}: a worker process died, most likely for lack of memory; start again with fewer "
+                f"{work.out}: a worker process died, most likely for lack of memory; start again with fewer "
                 f"processes, what is finished is kept"
             ) from error
         finally:
@@ -105,10 +134,14 @@ def run_parts(job: Job, parts: Sequence[Part], todo: Sequence[int], processes: i
             executor.shutdown(cancel_futures=True)
 
 
-def _watch(futures: Sequence[Future[None]], meter: _Meter, total: int, progress: bool) -> None:
+def _with(meter: Meter, task: Task) -> None:
+    task(meter)
+
+
+def _watch(futures: Sequence[Future[None]], meter: _Meter, work: Work, progress: bool) -> None:
     """Wait for all, drawing the progress bar; raises the first error."""
     columns = (
-        TextColumn("tokenizing"),
+        TextColumn(work.verb),
         BarColumn(),
         TaskProgressColumn(),
         TextColumn("{task.fields[speed]}"),
@@ -116,13 +149,13 @@ def _watch(futures: Sequence[Future[None]], meter: _Meter, total: int, progress:
     )
     show = progress and sys.stderr.isatty()
     with Progress(*columns, console=Console(stderr=True), disable=not show, transient=True) as bar:
-        task = bar.add_task("", total=total, speed="")
+        task = bar.add_task("", total=work.bytes, speed="")
         started, unfinished = time.monotonic(), set(futures)
         while unfinished:
             done, unfinished = wait(unfinished, timeout=0.2, return_when=FIRST_EXCEPTION)
             for future in futures:  # in the input's order, to raise the error that comes first there
                 if future in done:
                     future.result()
-            tokens = meter.tokens.value
-            speed = f"{tokens:,} tokens, {tokens / (time.monotonic() - started):,.0f}/s"
+            made = meter.made.value
+            speed = f"{made:,} {work.unit}, {made / (time.monotonic() - started):,.0f}/s"
             bar.update(task, completed=meter.size.value, speed=speed)

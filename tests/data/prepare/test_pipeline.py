@@ -28,7 +28,7 @@ from dbrx_train.cli.data import data_prepare
 from dbrx_train.data import mds
 from dbrx_train.data.inspect import BOUNDARY, inspect
 from dbrx_train.data.manifest import check_dataset, read_manifest
-from dbrx_train.data.prepare import long_lines, records, sources, workers
+from dbrx_train.data.prepare import long_lines, pipeline, records, sources, workers
 from dbrx_train.data.prepare.long_lines import string_chunks
 from dbrx_train.data.prepare.pipeline import Summary, prepare
 from dbrx_train.data.tokenizer import load_tokenizer
@@ -232,8 +232,8 @@ def test_a_stopped_run_is_taken_up_again(tmp_path: Path, monkeypatch: pytest.Mon
             raise OSError(errno.ENOSPC, "No space left on device")
         real(*args, **kwargs)
 
-    real = workers.run_part
-    monkeypatch.setattr(workers, "run_part", failing)
+    real = pipeline.run_part
+    monkeypatch.setattr(pipeline, "run_part", failing)
     out = tmp_path / "out"
     with pytest.raises(ValueError, match=r"out: No space left on device$"):
         run(tmp_path / "in", out)
@@ -252,7 +252,7 @@ def test_a_stopped_run_is_taken_up_again(tmp_path: Path, monkeypatch: pytest.Mon
 
 KILLED = """
     import sys, time
-    from dbrx_train.data.prepare import sources, tokenize, workers
+    from dbrx_train.data.prepare import pipeline, sources, tokenize
     from dbrx_train.data.prepare.pipeline import prepare
     sources.MIN_PART_BYTES = 4000
 
@@ -262,7 +262,7 @@ KILLED = """
             meter.add()
             time.sleep(0.01)
 
-    workers.run_part = slow  # in the workers too: they import this file
+    pipeline.run_part = slow  # in the workers too: they import this file
     if __name__ == "__main__":
         prepare([sys.argv[1]], sys.argv[2], seq_len=32, val_fraction=0, processes=2)
 """
@@ -323,8 +323,8 @@ def test_of_two_at_once_the_second_is_refused(tmp_path: Path, monkeypatch: pytes
         release.wait(30)
         real(*args, **kwargs)
 
-    real = workers.run_part
-    monkeypatch.setattr(workers, "run_part", waiting)
+    real = pipeline.run_part
+    monkeypatch.setattr(pipeline, "run_part", waiting)
     with ThreadPoolExecutor(1) as threads:
         first = threads.submit(run, file, out)
         assert started.wait(30)

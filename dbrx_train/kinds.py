@@ -1,4 +1,4 @@
-"""The keys of a run's YAML and the kinds of their values, held against the dataclasses before these are made.
+"""The keys of a YAML file and the kinds of their values, held against the dataclasses before these are made.
 
 OmegaConf would refuse them, too, but in terms of its own classes, and of one in three without the key.
 """
@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import BooleanNode, FloatNode, IntegerNode, StringNode
 from omegaconf.errors import ValidationError
 
-from dbrx_train.config.errors import nearest
+from dbrx_train.errors import nearest
 
 __all__ = ["unknown_keys", "wrong_kinds"]
 
