@@ -39,11 +39,23 @@ def check_sources(config: RunConfig, tokenizer: Tokenizer) -> None:
             remote=source.remote,
         )
         try:
-            _check_kind(config, source.local, check())
+            manifest = check()
+            _check_kind(config, source.local, manifest)
+            if name in lengths:
+                _check_allowed(source.local, manifest)
         except ValueError as error:
             raise ConfigError(f"data.sources.{name}: {error}") from None
     if config.evaluation.max_samples:
         deque(held_out(config, tokenizer), maxlen=0)
+
+
+def _check_allowed(folder: str, manifest: Manifest) -> None:
+    known = manifest.governance
+    if not known.allows("train"):
+        raise ValueError(
+            f"{folder}: may be used for {', '.join(known.allowed)} alone, and the mix trains on it; set its "
+            f"weight to 0, or have `data prepare --allowed train` say that it may be"
+        )
 
 
 def _check_kind(config: RunConfig, folder: str, manifest: Manifest) -> None:
