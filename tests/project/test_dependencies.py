@@ -111,8 +111,8 @@ def installed() -> Mapping[str, list[str]]:
 @pytest.mark.parametrize(
     ("folder", "lists"),
     [
-        ("dbrx_train", ("base", "train", "gpu")),
-        ("tests", ("base", "train", "gpu", "dev", "docs")),
+        ("dbrx_train", ("base", "train", "explore", "gpu")),
+        ("tests", ("base", "train", "explore", "gpu", "dev", "docs")),
         ("scripts", ("base", "train", "gpu", "dev", "docs")),
     ],
 )
@@ -123,7 +123,7 @@ def test_what_is_imported_is_declared(folder: str, lists: tuple[str, ...]) -> No
 
 @pytest.mark.parametrize(
     ("lists", "folders"),
-    [(("base", "train", "gpu"), ("dbrx_train",)), (("dev", "docs"), ("tests", "scripts"))],
+    [(("base", "train", "explore", "gpu"), ("dbrx_train",)), (("dev", "docs"), ("tests", "scripts"))],
 )
 def test_what_is_declared_is_imported(lists: tuple[str, ...], folders: tuple[str, ...]) -> None:
     used = {name for folder in folders for name in imported_by(folder)}
