@@ -40,6 +40,7 @@ __all__ = [
     "finish_commit",
     "hold",
     "hold_newest",
+    "keep",
     "newest",
     "open_newest",
     "prunable",
@@ -298,8 +299,19 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
+def keep(folder: Path) -> None:
+    """Have no run ever prune a checkpoint: a mark beside it says so."""
+    _kept(folder).touch()
+
+
+def _kept(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.registered")
+
+
 def prune(folder: Path) -> None:
-    """``remove``, unless any process holds it: then a later call will."""
+    """``remove``, unless it is kept for good, or any process holds it: then a later call will."""
+    if _kept(folder).exists():
+        return
     # Over NFS, whose locks are those of fcntl, one that is to be alone needs a file open for writing.
     with suppress(FileNotFoundError), (folder / MANIFEST).open("r+b") as manifest:
         if _locked(manifest, fcntl.LOCK_EX):

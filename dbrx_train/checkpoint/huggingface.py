@@ -10,6 +10,8 @@ import torch
 
 from dbrx_train import __version__
 from dbrx_train.checkpoint import folder as folders
+from dbrx_train.checkpoint.lineage import Lineage
+from dbrx_train.checkpoint.model_card import model_card
 from dbrx_train.checkpoint.weights import MANIFEST, Weights, meta_model, open_weights, tokenizer_of
 from dbrx_train.errors import check_exists
 from dbrx_train.lease import new_folder
@@ -20,7 +22,10 @@ from dbrx_train.model.hf.names import identity, table
 if TYPE_CHECKING:
     from dbrx_train.data.tokenizer import Tokenizer
 
-__all__ = ["MANIFEST", "check_exportable", "export", "import_folder"]
+__all__ = ["CARD", "MANIFEST", "check_exportable", "export", "import_folder"]
+
+CARD = "README.md"
+"""Of an export, for people and for Hugging Face's hub."""
 
 
 def import_folder(path: Path, out: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> int:
@@ -49,6 +54,8 @@ def import_folder(path: Path, out: Path, max_shard_bytes: int = MAX_SHARD_BYTES)
         files = {name: folders.fingerprint(partial / name) for name in names}
         time = {"batch": 0, "token": 0}
         facts = {"config": weights.config, "data": {}, "time": time, "files": files}
+        if weights.lineage is not None:
+            facts["base"] = weights.lineage.to_dict()
         folders.commit(partial, facts | {"tokenizer": weights.tokenizer_fingerprint})
     return _size(files)
 
@@ -81,10 +88,14 @@ def export(
             write_json(
                 partial / "config.json", model.to_hf() | {"torch_dtype": str(dtype).removeprefix("torch.")}
             )
-            names += ["config.json", *_write_tokenizer(partial, tokenizer, model)]
+            card = model_card(model, weights.lineage or Lineage(str(weights.path.absolute())))
+            (partial / CARD).write_text(card, encoding="utf-8")
+            names += ["config.json", CARD, *_write_tokenizer(partial, tokenizer, model)]
             files = {name: folders.fingerprint(partial / name) for name in names}
             known = tokenizer and {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint}
             facts = {"made_by": f"dbrx-train {__version__}", "tokenizer": known, "files": files}
+            if weights.lineage is not None:
+                facts["lineage"] = weights.lineage.to_dict()
             write_json(partial / MANIFEST, folders.sealed(facts))
             sync(partial / MANIFEST)
     return _size(files)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.adapter import base_of, check_base, is_adapter, read_merged
+from dbrx_train.checkpoint.lineage import Lineage, of_checkpoint
+from dbrx_train.checkpoint.registry import resolve
 from dbrx_train.checkpoint.tensors import Reader
 from dbrx_train.errors import check_exists, first_line
 from dbrx_train.files import atomic_write
@@ -72,6 +74,8 @@ class Weights:
     finite."""
     tokenizer_fingerprint: str | None = None
     """Of the tokenizer that they were trained with, where that is known."""
+    lineage: Lineage | None = None
+    """What they were trained on, where that is known."""
     holds: tuple[BinaryIO, ...] = ()
     """Keep runs from pruning what is being read, until ``close``."""
 
@@ -102,11 +106,13 @@ class Weights:
 def open_weights(path: Path, on_skip: Callable[[str], None]) -> Weights:
     """The weights in a run's folder, a checkpoint's, a Hugging Face folder, or a file of ``consolidate``.
 
-    Of a run that trained adapters they are the merged ones.
+    Of a run that trained adapters they are the merged ones. ``path`` may also name a registered model
+    (``registry.resolve``).
 
     Raises:
         ValueError: there are none, or they are not what their configuration says.
     """
+    path = resolve(path)
     check_exists(path)
     if path.is_file():
         return _open_file(path)
@@ -116,24 +122,25 @@ def open_weights(path: Path, on_skip: Callable[[str], None]) -> Weights:
     if held is None:
         raise ValueError(f"{path}: neither a run with checkpoints nor a checkpoint nor a Hugging Face folder")
     found, hold = held
-    of_checkpoint: dict[str, Any] = {
+    known: dict[str, Any] = {
         "tokenizer_fingerprint": found.metadata.get("tokenizer"),
+        "lineage": of_checkpoint(found),
         "holds": (hold,),
     }
     if ".metadata" not in found.metadata["files"]:  # imported
         folder = found.folder
         imported = _stored(lambda _, shapes: (open_folder(folder), identity(shapes)), found.config)
-        return replace(imported, **of_checkpoint)
+        return replace(imported, **known)
     reader = Reader(found.folder)
     if is_adapter(found.config):
         merged = _merged(found, reader, on_skip)
-        return replace(merged, **of_checkpoint | {"holds": (hold, *merged.holds)})
+        return replace(merged, **known | {"holds": (hold, *merged.holds)})
     stored = {name.removeprefix("model."): dtype for name, (_, dtype) in reader.shapes.items()}
 
     def read(tensors: dict[str, Tensor]) -> None:
         reader.read({f"model.{name}": t for name, t in tensors.items() if not _starts_anew(name, stored)})
 
-    return Weights(path, found.config, stored, read, **of_checkpoint)
+    return Weights(path, found.config, stored, read, **known)
 
 
 def _merged(found: folders.Checkpoint, reader: Reader, on_skip: Callable[[str], None]) -> Weights:
@@ -159,29 +166,41 @@ def _open_file(path: Path) -> Weights:
             f"{path}: not weights that `checkpoint consolidate` wrote ({first_line(error)})"
         ) from None
     stored = _stored(lambda _, shapes: (open_files(path, [path]), identity(shapes)), config)
-    return replace(stored, tokenizer_fingerprint=metadata.get("tokenizer"))
+    lineage = Lineage.from_dict(json.loads(metadata["lineage"])) if "lineage" in metadata else None
+    return replace(stored, tokenizer_fingerprint=metadata.get("tokenizer"), lineage=lineage)
 
 
 def _open_hugging_face(path: Path) -> Weights:
     model = DbrxConfig.from_hf(path)
-    tokenizer, fingerprint = _tokenizer(path, model)
+    written = _export_manifest(path)
+    tokenizer, fingerprint = _tokenizer(written, model)
+    lineage = written.get("lineage")
     config = {"model": model.to_dict(), "tokenizer": tokenizer}
     stored = _stored(functools.partial(open_model, path), config)
-    return replace(stored, tokenizer_fingerprint=fingerprint)
+    known = Lineage.from_dict(lineage) if lineage else None
+    return replace(stored, tokenizer_fingerprint=fingerprint, lineage=known)
 
 
-def _tokenizer(path: Path, model: DbrxConfig) -> tuple[dict[str, Any] | None, str | None]:
-    """The folder's tokenizer, if it is DBRX's, and the fingerprint of whichever it is, where that is known.
+def _export_manifest(path: Path) -> dict[str, Any]:
+    """What an export of ours says of itself; nothing of folders from elsewhere."""
+    try:
+        written = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return written if isinstance(written, dict) else {}
 
-    Of an export of ours the manifest tells, of folders from elsewhere the model's class.
+
+def _tokenizer(manifest: dict[str, Any], model: DbrxConfig) -> tuple[dict[str, Any] | None, str | None]:
+    """A folder's tokenizer, if it is DBRX's, and the fingerprint of whichever it is, where that is known.
+
+    Of an export of ours the ``manifest`` tells, of folders from elsewhere the model's class.
     """
     from dbrx_train.data.tokenizer import CL100K_FINGERPRINT
 
     usual = DBRX_TOKENIZER if model.norm == "layernorm" else None
-    try:
-        written = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["tokenizer"]
-    except (OSError, ValueError, KeyError, TypeError):  # from elsewhere, or older
+    if "tokenizer" not in manifest:  # from elsewhere, or older
         return usual, None if usual is None else CL100K_FINGERPRINT
+    written = manifest["tokenizer"]
     if not isinstance(written, dict):  # the model has no row for each of the ids of any that is known
         return usual, None
     known = written.get("fingerprint")
@@ -327,6 +346,8 @@ def consolidate(path: Path, out: Path, dtype: torch.dtype, on_skip: Callable[[st
         about = {"config": json.dumps(weights.config)}
         if weights.tokenizer_fingerprint is not None:
             about["tokenizer"] = weights.tokenizer_fingerprint
+        if weights.lineage is not None:
+            about["lineage"] = json.dumps(weights.lineage.to_dict())
         with atomic_write(out) as partial:
             tensors = map_file(partial, state, about)
             weights.read(tensors)

@@ -72,6 +72,38 @@ def checkpoint_export(
     print(f"{out}: {size:,} bytes")
 
 
+@checkpoint_app.command("register")
+def checkpoint_register(
+    checkpoint: Annotated[Path, typer.Argument(help="A run's folder or a checkpoint.")],
+    name: Annotated[str, typer.Option(help="The model's; in Unity Catalog catalog.schema.model.")],
+    alias: Annotated[str | None, typer.Option(help="One for this version, such as champion.")] = None,
+    licence: Annotated[
+        str | None, typer.Option("--licence", "--license", help="Of the model, such as Apache-2.0.")
+    ] = None,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="The MLflow store that knows the run; default: its configuration's.")
+    ] = None,
+    registry_uri: Annotated[
+        str | None,
+        typer.Option(help="Where to register; default: MLFLOW_REGISTRY_URI, or the tracking URI."),
+    ] = None,
+) -> None:
+    """Register CHECKPOINT in MLflow's model registry, where it lies, as the next version of a model."""
+    from dbrx_train.checkpoint.registry import register
+
+    print(
+        register(
+            checkpoint,
+            name,
+            aside,
+            alias=alias,
+            licence=licence,
+            tracking_uri=tracking_uri,
+            registry_uri=registry_uri,
+        )
+    )
+
+
 @checkpoint_app.command("verify")
 def checkpoint_verify(
     folder: Annotated[

@@ -176,7 +176,7 @@ def evaluate(
         return
     if asked != Asked([], int8=int8):
         raise ValueError("--tasks: not given, and all other options but --weights and --int8 are about tasks")
-    config = source if _is_config(source) else source / "config.yaml"
+    config, weights = _run_of(source, weights)
     for part in of_weights(config, overrides or [], weights, int8, aside):
         print(f"held-out {part.source}: loss {part.loss:.4f} over {part.labels:,} tokens", flush=True)
 
@@ -194,6 +194,18 @@ def lm_eval(context: typer.Context) -> None:
     from dbrx_train.evaluate.harness import main
 
     main(context.args)
+
+
+def _run_of(source: Path, weights: Path | None) -> tuple[Path, Path | None]:
+    """A run's configuration, and the weights to evaluate; None for its newest."""
+    from dbrx_train.checkpoint.registry import is_reference, resolve
+
+    if _is_config(source):
+        return source, weights
+    if not is_reference(source):
+        return source / "config.yaml", weights
+    checkpoint = resolve(source)
+    return checkpoint.parent.parent / "config.yaml", weights or checkpoint
 
 
 def _is_config(source: Path) -> bool:

@@ -309,7 +309,8 @@ class CheckpointsConfig:
 class InitFromConfig:
     path: str | None = option(
         "the weights to begin with: a run's folder, one of its checkpoints, a Hugging Face folder of DBRX or "
-        "Mixtral, or a file that `checkpoint consolidate` wrote; all else begins anew",
+        "Mixtral, a file that `checkpoint consolidate` wrote, or a registered model (`models:/NAME@ALIAS`); "
+        "all else begins anew",
         None,
     )
     upcycle: bool = option(

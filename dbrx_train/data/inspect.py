@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from dbrx_train.data.manifest import Manifest, Split, check_dataset
 from dbrx_train.data.mds import INDEX, read_shard
 from dbrx_train.data.origins import Origin, read_origins
+from dbrx_train.data.prepare.identity import names_of
 from dbrx_train.data.tokenizer import CL100K, Tokenizer, load_tokenizer
 
-__all__ = ["inspect"]
+__all__ = ["inspect", "inspect_sample"]
 
 BOUNDARY = "──────── end of document ────────"
 MASKED = "⟦", "⟧"
@@ -53,6 +54,9 @@ def inspect(
     lines = [f"{folder}: {manifest.tokenizer}, samples of {manifest.seq_len:,} tokens", "", "sources"]
     for source in manifest.sources:
         lines.append(f"  {source['given']}: {source['files']:,} files, {source['bytes'] / 1e6:,.2f} MB")
+    if manifest.governance:
+        lines.append(f"  {manifest.governance}")
+    lines += [f"  curated: {each.path}, recipe {each.recipe}" for each in manifest.curation]
     lines += ["", "splits"]
     lines += [f"  {name}: {_totals(part, documents)}" for name, part in manifest.splits.items()]
     if manifest.problems:
@@ -60,6 +64,26 @@ def inspect(
         for kind, problem in manifest.problems.items():
             lines.append(f"  {kind}: {problem.count:,}, first {', '.join(problem.examples)}")
     lines += ["", f"{documents} of {split} by length in tokens", *_histogram(manifest.splits[split].lengths)]
+    lines += ["", *_sample(folder, manifest, split, sample, vocab_file, characters)]
+    return "\n".join(lines)
+
+
+def inspect_sample(
+    folder: str | os.PathLike[str], sample: int, vocab_file: str | None = None, characters: int = 500
+) -> str:
+    """One sample to train on, alone, as ``inspect`` shows it; raises as that."""
+    manifest = check_dataset(folder, None)
+    return "\n".join(_sample(folder, manifest, "train", sample, vocab_file, characters))
+
+
+def _sample(
+    folder: str | os.PathLike[str],
+    manifest: Manifest,
+    split: str,
+    sample: int | None,
+    vocab_file: str | None,
+    characters: int,
+) -> list[str]:
     tokenizer = _tokenizer(manifest, vocab_file)
     picked = _pick(Path(folder, split), manifest, split, sample, tokenizer)
     index, tokens, loss, documents_of = picked
@@ -68,9 +92,8 @@ def inspect(
         title += (
             f": {int(loss.sum()):,} of {len(tokens):,} tokens are trained on, not those in {' '.join(MASKED)}"
         )
-    lines += ["", title, *_places(documents_of)]
-    lines += _decoded(tokens, loss, manifest.tokenizer, tokenizer, characters)
-    return "\n".join(lines)
+    text = _decoded(tokens, loss, manifest.tokenizer, tokenizer, characters)
+    return [title, *_places(documents_of), *text]
 
 
 def _totals(split: Split, documents: str) -> str:
@@ -136,12 +159,14 @@ def _places(documents: list[tuple[int, Origin]] | None) -> Iterator[str]:
     if documents is None:
         yield "  (from which documents is not known: it was prepared by an earlier version)"
         return
+    names = names_of([origin for _, origin in documents[:_SHOWN]])
     for token, origin in documents[:_SHOWN]:
         try:
             place = origin()
         except OSError:  # the line can only be counted where the file is
             place = f"{origin.path}, line {origin.number} after byte {origin.start}"
-        yield f"  from token {token:,}: {place}"
+        named = f" ({names[origin]})" if origin in names else ""
+        yield f"  from token {token:,}: {place}{named}"
     if len(documents) > _SHOWN:
         yield f"  … and {len(documents) - _SHOWN:,} documents more"
 

@@ -8,6 +8,8 @@ Layout of a prepared folder::
     DIR/train/00000/documents.npz            from which documents they are
     DIR/train/rest/shard.00000.mds.zstd      samples packed from what the parts had left over
     DIR/val/…                                likewise, if documents were held out
+    DIR/inputs.jsonl                         the raw files, with their size and hash
+    DIR/curation-….json                      the reports of curations that these came from
 """
 
 from __future__ import annotations
@@ -16,12 +18,14 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from dbrx_train.data.governance import Governance
+from dbrx_train.data.inputs import Curation, Inputs
 from dbrx_train.data.untrusted import check_shard
 from dbrx_train.errors import seen_from
 from dbrx_train.files import seal
@@ -82,6 +86,10 @@ class Manifest:
     sources: list[dict[str, Any]]
     splits: dict[str, Split]
     problems: dict[str, Problem]
+    governance: Governance = field(default_factory=Governance)
+    inputs: Inputs | None = None
+    """Of the raw files; older manifests do not know them."""
+    curation: list[Curation] = field(default_factory=list)
 
     @property
     def seq_len(self) -> int:
@@ -124,7 +132,10 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
             raise ValueError(f"version {values['version']}; this program reads version {VERSION}")
         values["splits"] = {name: Split(**split) for name, split in values["splits"].items()}
         values["problems"] = {kind: Problem(**problem) for kind, problem in values["problems"].items()}
-        return Manifest(**{field.name: values[field.name] for field in fields(Manifest)})
+        values["governance"] = Governance(**values.get("governance", {}))
+        values["inputs"] = Inputs(**values["inputs"]) if values.get("inputs") else None
+        values["curation"] = [Curation(**each) for each in values.get("curation", [])]
+        return Manifest(**{each.name: values[each.name] for each in fields(Manifest)})
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: no manifest of a prepared folder ({error})") from error
 

@@ -7,9 +7,10 @@ the column description as JSON, the samples.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,20 @@ import xxhash
 import zstd
 from numpy.typing import NDArray
 
-__all__ = ["COLUMNS", "INDEX", "MASKED_COLUMNS", "ShardWriter", "read_shard", "write_index"]
+__all__ = [
+    "COLUMNS",
+    "INDEX",
+    "MASKED_COLUMNS",
+    "IndexEntry",
+    "ShardWriter",
+    "fingerprint",
+    "read_index",
+    "read_shard",
+    "write_index",
+]
+
+IndexEntry = tuple[int, bytes]
+"""Samples and description of a shard; the description stays packed, for there may be many."""
 
 COLUMNS = {"tokens": "ndarray:uint32"}
 MASKED_COLUMNS = {"loss": "ndarray:uint8", **COLUMNS}
@@ -145,3 +159,18 @@ def write_index(folder: Path, shards: Iterable[dict[str, Any]]) -> str:
     partial.write_bytes(content)
     os.replace(partial, folder / INDEX)
     return xxhash.xxh3_128_hexdigest(content)
+
+
+def read_index(folder: Path) -> list[IndexEntry]:
+    """Every shard in ``folder/index.json``; raises OSError, or what its damage leads to."""
+    with (folder / INDEX).open() as file:
+        return list(json.load(file, object_hook=_pack)["shards"])
+
+
+def _pack(item: dict[str, Any]) -> Any:
+    return (item["samples"], json.dumps(item, sort_keys=True).encode()) if "samples" in item else item
+
+
+def fingerprint(entries: Sequence[IndexEntry]) -> str:
+    """Identity of the data in some shards, wherever they lie: names, sizes and hashes."""
+    return hashlib.sha256(b"\n".join(packed for _, packed in entries)).hexdigest()

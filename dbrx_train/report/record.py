@@ -13,10 +13,10 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from dbrx_train import jsonl
+from dbrx_train.checkpoint.tracking_uri import sqlite_file
 from dbrx_train.config import RunConfig, load
 from dbrx_train.errors import check_exists, first_line, seen_from
 from dbrx_train.redact import MASK
-from dbrx_train.report.tracking_uri import sqlite_file
 
 __all__ = ["OBJECTIVES", "Record", "read"]
 

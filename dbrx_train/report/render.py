@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import base64
-import json
 import math
 import re
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 from omegaconf import OmegaConf
 
+from dbrx_train import pages
 from dbrx_train.config import for_record
 from dbrx_train.redact import mask, mask_tree
 from dbrx_train.report.record import OBJECTIVES, Record, Series
@@ -30,15 +27,12 @@ Chart = dict[str, Any]
 
 def render(record: Record) -> str:
     """The page. Secrets are masked once more, events included."""
-    folder = files("dbrx_train.report")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string((folder / "page.html").read_text(encoding="utf-8"))
     charts = _charts(record)
     plots = [chart["plot"] for chart in charts]
     data = {"charts": plots, "moments": _moments(plots), "experts": _experts(record)}
-    return template.render(
+    return pages.render(
+        "dbrx_train.report",
+        data,
         name=mask(record.config.run_name),
         status=record.status.lower(),
         facts=_facts(record),
@@ -50,9 +44,6 @@ def render(record: Record) -> str:
         params=sorted(
             (key, mask(value)) for key, value in record.params.items() if key.startswith(("env.", "mfu."))
         ),
-        style=Markup((folder / "page.css").read_text(encoding="utf-8")),
-        script=Markup((folder / "page.js").read_text(encoding="utf-8")),
-        data=Markup(json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")),
     )
 
 

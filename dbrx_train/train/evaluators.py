@@ -63,7 +63,7 @@ def evaluators(config: RunConfig, tokenizer: Tokenizer) -> list[Evaluator]:
     for part in held_out(config, tokenizer):
         name = part.source
         if part.dataset is None:
-            warnings.warn(f"data.sources.{name}: nothing is held out, so it is not evaluated", stacklevel=1)
+            warnings.warn(f"data.sources.{name}: {part.lacks}, so it is not evaluated", stacklevel=1)
             continue
         even = EvenlyShared(part.dataset, part.samples, dist.get_world_size())
         loader: DataLoader[Batch] = DataLoader(

@@ -16,6 +16,8 @@ from composer.utils import dist
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.adapter import check_base
 from dbrx_train.checkpoint.folder import Checkpoint
+from dbrx_train.checkpoint.lineage import Lineage
+from dbrx_train.checkpoint.registry import is_reference, resolve
 from dbrx_train.checkpoint.remote import Remote
 from dbrx_train.checkpoint.remote_lease import RemoteLease
 from dbrx_train.checkpoint.tensors import Reader, model_tensors
@@ -27,11 +29,13 @@ from dbrx_train.exits import warn_of_failure
 from dbrx_train.files import atomic_write
 from dbrx_train.jsonl import EVENTS
 from dbrx_train.lease import Lease
+from dbrx_train.parallel.gather import gather_objects
 from dbrx_train.plan.world import check_world
 from dbrx_train.resilience import Heartbeat, StoppedTogether, propagate_failures
 from dbrx_train.resilience.preemption import PreemptionHandler, cause
 from dbrx_train.train import environment, rollback
 from dbrx_train.train.allocator import keep_freed_memory
+from dbrx_train.train.callbacks.ancestry import Ancestry
 from dbrx_train.train.callbacks.checkpoints import Checkpoints
 from dbrx_train.train.callbacks.heartbeat import HeartbeatCallback
 from dbrx_train.train.callbacks.order import Supervision
@@ -52,7 +56,9 @@ from dbrx_train.train.sources import check_sources
 from dbrx_train.train.startup_summary import summary
 from dbrx_train.train.throughput import peak_flops
 from dbrx_train.train.tracking import events, plots
+from dbrx_train.train.tracking.lineage import keep_lists, log_sources
 from dbrx_train.train.tracking.mlflow import STORE_ERRORS, MLflowStore, reason
+from dbrx_train.train.tracking.provenance import source_facts
 from dbrx_train.train.tracking.starts import CONFIG, keep_configuration
 from dbrx_train.train.train_state import callback_of, model_of, restore
 from dbrx_train.train.trainer import build_trainer
@@ -82,6 +88,7 @@ def _train(config: RunConfig, device: str, stop: PreemptionHandler) -> None:
         stop.before_training(),
     ):
         stop.tell = ending.tell
+        _resolve_weights(config)
         check_world(config, dist.get_world_size())
         check_fits(config, device)
         tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.vocab_file)
@@ -114,6 +121,8 @@ def _train(config: RunConfig, device: str, stop: PreemptionHandler) -> None:
             if weights:
                 with naming("init_from.path: "):
                     read_together(weights, model_of(trainer.state))
+                base_weights = weights.lineage or Lineage(str(weights.path.absolute()))
+                callback_of(trainer.state, Ancestry).base = base_weights
             if found:
                 print_rank0(f"{config.run_name} goes on from {found.folder}, after {found.tokens:,} tokens")
                 events.record(Path(config.folder), "resumed", step=found.step, tokens=found.tokens)
@@ -135,6 +144,17 @@ def _train(config: RunConfig, device: str, stop: PreemptionHandler) -> None:
         except SystemExit:  # of a signal before the first step, or once all is saved
             callback_of(trainer.state, Checkpoints).finish()
             raise
+
+
+def _resolve_weights(config: RunConfig) -> None:
+    """Put the folder in place of a registered model's name, which rank 0 asks the registry for."""
+    path = config.init_from.path
+    if path is not None and is_reference(path):
+        found = None
+        if dist.get_global_rank() == 0:
+            with naming("init_from.path: "):
+                found = str(resolve(Path(path), config.logging.mlflow_uri))
+        config.init_from.path = gather_objects(found)[0]
 
 
 def _at_exit(stack: ExitStack, trouble: str, action: Callable[[BaseException | None], object]) -> None:
@@ -224,14 +244,18 @@ def _record(config: RunConfig, store: MLflowStore, peak: str, found: Checkpoint 
             "model.num_active_params": config.model.num_active_params,
         }
     )
+    sources = source_facts(config)
+    keep_lists(config, sources)
     try:
         store.log_hyperparameters(facts)
         store.log_artifact(path)
+        log_sources(config, store, sources)
         if changed:
             store.set_tag(f"configuration.step{step}", said)
     except STORE_ERRORS as error:
         warnings.warn(
-            f"MLflow: the configuration is not recorded, but in {path} ({first_line(error)})", stacklevel=1
+            f"MLflow: configuration and sources are not recorded, but in {folder} ({first_line(error)})",
+            stacklevel=1,
         )
 
 

@@ -21,10 +21,21 @@ def check_sources(config: RunConfig, tokenizer: Tokenizer) -> None:
         try:
             manifest = check_dataset(*asked, remote=source.remote)
             _check_kind(config, source.local, manifest)
+            if name in lengths:
+                _check_allowed(source.local, manifest)
             if config.evaluation.max_samples and "val" in manifest.splits:
                 check_dataset(*asked, split="val", remote=source.remote)
         except ValueError as error:
             raise ConfigError(f"data.sources.{name}: {error}") from None
+
+
+def _check_allowed(folder: str, manifest: Manifest) -> None:
+    known = manifest.governance
+    if not known.allows("train"):
+        raise ValueError(
+            f"{folder}: may be used for {', '.join(known.allowed)} alone, and the mix trains on it; set its "
+            f"weight to 0, or have `data prepare --allowed train` say that it may be"
+        )
 
 
 def _check_kind(config: RunConfig, folder: str, manifest: Manifest) -> None:

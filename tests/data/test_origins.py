@@ -154,3 +154,22 @@ def test_documents_of_what_is_left_over_are_handed_on(tmp_path: Path) -> None:
     assert read_origins(tmp_path, 5, 10) == [(0, places[1]), (4, places[2])]
     assert read_origins(tmp_path, 6, 9) == [(0, places[1])]
     assert read_origins(tmp_path, 0, 99) == list(zip((0, 5, 9), places[:3], strict=True))
+
+
+def test_documents_are_called_what_their_rows_call_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "MIN_PART_BYTES", 3000)
+    rows = [{"text": f"{story(i)} {i}", "id": f"n{i}", "origin": f"book {i % 3}"} for i in range(120)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:60]))
+    pq.write_table(pa.Table.from_pylist(rows[60:]), tmp_path / "b.parquet", row_group_size=7)
+    prepare([str(tmp_path)], str(tmp_path / "out"), seq_len=SEQ, val_fraction=0, processes=1)
+    named = set[int]()
+    for sample in range(0, 60, 4):
+        shown = inspect(tmp_path / "out", sample=sample)
+        for place, number, book in re.findall(r": (\S+) \(id n(\d+), origin book (\d)\)\n", shown):
+            i = int(number)
+            assert int(book) == i % 3
+            assert place == (f"{tmp_path}/a.jsonl:{i + 1}" if i < 60 else f"{tmp_path}/b.parquet:{i - 59}")
+            named.add(i)
+    assert min(named) < 60 <= max(named)

@@ -114,8 +114,8 @@ def installed() -> Mapping[str, list[str]]:
 @pytest.mark.parametrize(
     ("folder", "lists"),
     [
-        ("dbrx_train", ("base", "train", "curate", "spark", "gpu", "eval")),
-        ("tests", ("base", "train", "curate", "spark", "gpu", "eval", "dev", "docs")),
+        ("dbrx_train", ("base", "train", "curate", "spark", "explore", "gpu", "eval")),
+        ("tests", ("base", "train", "curate", "spark", "explore", "gpu", "eval", "dev", "docs")),
         ("scripts", ("base", "train", "gpu", "dev", "docs")),
     ],
 )
@@ -127,7 +127,7 @@ def test_what_is_imported_is_declared(folder: str, lists: tuple[str, ...]) -> No
 @pytest.mark.parametrize(
     ("lists", "folders"),
     [
-        (("base", "train", "curate", "spark", "gpu", "eval"), ("dbrx_train",)),
+        (("base", "train", "curate", "spark", "explore", "gpu", "eval"), ("dbrx_train",)),
         (("dev", "docs"), ("tests", "scripts")),
     ],
 )

@@ -15,11 +15,13 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dbrx_train.data.governance import Governance
+from dbrx_train.data.inputs import keep_curations, keep_inputs
 from dbrx_train.data.manifest import (
     MANIFEST,
     VERSION,
@@ -79,6 +81,8 @@ class Summary:
         for kind, problem in self.manifest.problems.items():
             examples = ", ".join(problem.examples) + (", …" if problem.count > len(problem.examples) else "")
             lines.append(f"  {kind}: {problem.count:,} ({examples})")
+        if self.manifest.governance:
+            lines.append(f"  {self.manifest.governance}")
         if not self.already_done:
             resumed = (
                 f", {self.parts_resumed} of {self.parts} parts from before" if self.parts_resumed else ""
@@ -102,6 +106,7 @@ def prepare(
     progress: bool = True,
     chat: ChatFormat | None = None,
     engine: str = "local",
+    governance: Governance | None = None,
 ) -> Summary:
     """Tokenize documents and pack them into samples of ``seq_len`` tokens, as MDS under ``out``.
 
@@ -134,12 +139,14 @@ def prepare(
         progress: show a progress bar if standard error is a terminal.
         chat: how to read and train on conversations; None for text.
         engine: who does the work, see :mod:`.engines`. No influence on what is written.
+        governance: licence, owner, terms and allowed uses, for the manifest; of a folder that is whole they
+            are changed without preparing it again.
 
     Raises:
         ValueError: an option or an input is wrong, ``out`` cannot be written, is in use, or holds something
             else (the message says what differs).
     """
-    started = time.monotonic()
+    started, governance = time.monotonic(), governance or Governance()
     _check_options(seq_len, val_fraction, processes, engine)
     text = text_template(text_field, template)
     vocabulary = load_tokenizer(tokenizer, vocab_file)
@@ -154,10 +161,10 @@ def prepare(
             options |= {"chat": asdict(chat)}
         plan = _describe(catalog, vocabulary, options)
         if (folder / MANIFEST).is_file():
-            return _already_done(folder, plan, started)
+            return _already_done(folder, plan, governance, started)
         with _claimed(folder, plan) as lease:
             if (folder / MANIFEST).is_file():  # another process finished while this one waited
-                return _already_done(folder, plan, started)
+                return _already_done(folder, plan, governance, started)
             parts = plan_parts(catalog, text if chat is None else None)
             job = Job(folder, folder / WORK, vocabulary, seq_len, text, val_fraction, chat)
             todo = [index for index in range(len(parts)) if read_mark(job, index) is None]
@@ -165,7 +172,7 @@ def prepare(
             tasks = [partial(run_part, job, index, parts[index]) for index in todo]
             run_on(engine, Work(tasks, size, "tokenizing", "tokens", out), processes, progress)
             lease.check()
-            manifest = _finish(job, len(parts), catalog, plan)
+            manifest = _finish(job, len(parts), catalog, plan, governance)
             _remove_traces(folder)
     except OSError as error:
         raise ValueError(f"{error.filename or out}: {error.strerror or error}") from error
@@ -224,9 +231,12 @@ def _refuse_differences(folder: Path, before: dict[str, Any], now: dict[str, Any
         )
 
 
-def _already_done(folder: Path, plan: dict[str, Any], started: float) -> Summary:
+def _already_done(folder: Path, plan: dict[str, Any], governance: Governance, started: float) -> Summary:
     manifest = read_manifest(folder)
     _refuse_differences(folder, asdict(manifest), plan)
+    if (updated := manifest.governance.updated(governance)) != manifest.governance:
+        manifest = replace(manifest, governance=updated)
+        write_manifest(folder, manifest)
     _remove_traces(folder)  # a run may have been killed just before it did
     return Summary(str(folder), manifest, True, 0, 0, time.monotonic() - started)
 
@@ -267,8 +277,8 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(folder / split, ignore_errors=True)
 
 
-def _finish(job: Job, parts: int, catalog: Catalog, plan: dict[str, Any]) -> Manifest:
-    """Merge what the parts gave: indexes, samples from left-over tokens, manifest."""
+def _finish(job: Job, parts: int, catalog: Catalog, plan: dict[str, Any], governance: Governance) -> Manifest:
+    """Merge what the parts gave: indexes, samples from left-over tokens, what was read, manifest."""
     splits = {name: split for name in SPLITS if (split := _merge_split(job, parts, name)) is not None}
     if "train" not in splits:
         _clear(job.out)
@@ -277,7 +287,15 @@ def _finish(job: Job, parts: int, catalog: Catalog, plan: dict[str, Any]) -> Man
         raise ValueError(f"{job.out}: the sources hold {few} to train on")
     marks = (read_mark(job, index) for index in range(parts))
     problems = merge_problems((mark["problems"] for mark in marks if mark is not None), catalog.duplicates)
-    manifest = Manifest(**plan, splits=splits, problems=problems)
+    paths = [path for path, _ in catalog.files]
+    manifest = Manifest(
+        **plan,
+        splits=splits,
+        problems=problems,
+        governance=governance,
+        inputs=keep_inputs(job.out, paths),
+        curation=keep_curations(job.out, [source.given for source in catalog.sources], paths),
+    )
     write_manifest(job.out, manifest)
     return manifest
 

@@ -16,7 +16,7 @@ from dbrx_train.data.prepare.long_lines import array_elements
 from dbrx_train.data.prepare.parquet import open_parquet, row_batches
 from dbrx_train.data.prepare.sources import Span
 
-__all__ = ["Listener", "Place", "Record", "naming_damage", "open_span", "records", "row_of", "rows"]
+__all__ = ["Deaf", "Listener", "Place", "Record", "naming_damage", "open_span", "records", "row_of", "rows"]
 
 LONG_LINE = 1 << 24
 """Bytes above which a record is read through a memory map."""
@@ -40,6 +40,16 @@ class Listener(Protocol):
 
     def advance(self, size: int) -> None:
         """``size`` more bytes of the file have been read."""
+
+
+class Deaf:
+    """A listener that does nothing."""
+
+    def problem(self, kind: str, where: Place) -> None:
+        pass
+
+    def advance(self, size: int) -> None:
+        pass
 
 
 @contextmanager

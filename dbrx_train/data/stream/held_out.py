@@ -26,9 +26,11 @@ class HeldOutSamples:
 
     source: str
     dataset: EvalDataset | None
-    """None if nothing is held out."""
+    """None if there is nothing to evaluate on."""
     samples: int
     """How many of its first count."""
+    lacks: str = ""
+    """Why there is nothing."""
 
 
 def held_out_samples(
@@ -54,7 +56,10 @@ def held_out_samples(
         try:
             manifest = check_dataset(*check, remote=source.remote)
             if "val" not in manifest.splits:
-                yield HeldOutSamples(name, None, 0)
+                yield HeldOutSamples(name, None, 0, "nothing is held out")
+                continue
+            if not manifest.governance.allows("eval"):
+                yield HeldOutSamples(name, None, 0, f"{source.local} may be used for train alone")
                 continue
             check_dataset(*check, split="val", remote=source.remote)
             seq_len = manifest.seq_len

@@ -26,12 +26,12 @@ from streaming.base.format import reader_from_json
 from streaming.base.hashing import get_hash
 
 from dbrx_train.data.manifest import fetch
+from dbrx_train.data.mds import INDEX, IndexEntry, fingerprint, read_index
 from dbrx_train.data.mix.apportionment import Ints
 from dbrx_train.data.untrusted import check_shard
 
 __all__ = ["DataError", "ShardCache", "ShardStore", "Source"]
 
-_INDEX = "index.json"
 _RETRIES = 5
 _UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT}
 
@@ -74,12 +74,12 @@ class ShardStore:
             download_timeout=60,
             keep_zip=False,
         )
-        self._index: list[tuple[int, bytes]] = self._read_index()
+        self._index = self._read_index()
         self.samples_per_shard: Ints = np.array([samples for samples, _ in self._index], np.int64)
         self.first_sample: Ints = np.cumsum(self.samples_per_shard) - self.samples_per_shard
         if not self.samples_per_shard.sum():
             raise ValueError(
-                f"sources.{name}: {self.folder / _INDEX} lists no samples; prepare the data again"
+                f"sources.{name}: {self.folder / INDEX} lists no samples; prepare the data again"
             )
         key = hashlib.sha256(os.path.abspath(self.folder).encode()).hexdigest()[:16]
         self._locks = _temporary_folder() / key
@@ -89,18 +89,16 @@ class ShardStore:
         self._sound: dict[int, Path] = {}
         """Unpacked shards whose content this process has held against its hash."""
 
-    def _read_index(self) -> list[tuple[int, bytes]]:
-        """Samples and description of every shard; the descriptions stay packed, for there may be many."""
-        path = self.folder / _INDEX
+    def _read_index(self) -> list[IndexEntry]:
+        path = self.folder / INDEX
         if self.source.remote is not None:
             # The cached copy may lack shards that were appended since.
             try:
-                fetch(os.path.join(self.source.remote, self.source.split, _INDEX), path)
+                fetch(os.path.join(self.source.remote, self.source.split, INDEX), path)
             except ValueError as error:
                 raise DataError(f"sources.{self.name}: {error}") from error
         try:
-            with path.open() as file:
-                return list(json.load(file, object_hook=_pack)["shards"])
+            return read_index(self.folder)
         except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             problem = (
                 "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
@@ -109,7 +107,7 @@ class ShardStore:
 
     def fingerprint(self, begin: int, end: int) -> str:
         """Identity of the data in shards [begin, end), wherever they lie: names, sizes and hashes."""
-        return hashlib.sha256(b"\n".join(packed for _, packed in self._index[begin:end])).hexdigest()
+        return fingerprint(self._index[begin:end])
 
     def prepare(self, shard: int) -> bool:
         """See to it that the shard lies unpacked where it can be read. Returns whether it had to be made.
@@ -260,7 +258,7 @@ class ShardStore:
         if shard not in self._readers:
             description = json.loads(self._index[shard][1])
             try:
-                check_shard(self.folder / _INDEX, description)
+                check_shard(self.folder / INDEX, description)
             except ValueError as error:
                 raise DataError(f"sources.{self.name}: {error}") from None
             self._readers[shard] = reader_from_json(str(self.folder), None, description)
@@ -307,7 +305,3 @@ def _files(folder: Path) -> set[Path]:
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _pack(item: dict[str, Any]) -> Any:
-    return (item["samples"], json.dumps(item, sort_keys=True).encode()) if "samples" in item else item

@@ -20,6 +20,7 @@ from dbrx_train.data.tokenizer import Tokenizer
 from dbrx_train.lease import Lease
 from dbrx_train.resilience.preemption import PreemptionHandler
 from dbrx_train.train.callbacks.activations import Activations
+from dbrx_train.train.callbacks.ancestry import Ancestry
 from dbrx_train.train.callbacks.bad_steps import BadSteps
 from dbrx_train.train.callbacks.balancing import ExpertBalancing
 from dbrx_train.train.callbacks.by_source import BySource
@@ -116,6 +117,7 @@ def callbacks(
         PeakMemory(often) if device == "cpu" else MemoryMonitor(),
         Progress(clock, enabled=config.logging.progress),
         LogLines(often, clock, peak_flops) if _is_logged(config) else None,
+        Ancestry(),
         # After all whose state it saves.
         checkpoints,
         # Last: asks whether this step has just been saved.

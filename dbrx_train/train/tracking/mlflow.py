@@ -7,7 +7,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,13 @@ from composer import Logger, State
 from composer.loggers import MLFlowLogger
 from composer.utils import dist
 from filelock import FileLock
-from mlflow.entities import Metric
+from mlflow.entities import DatasetInput, Metric
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
+from dbrx_train.checkpoint.tracking_uri import sqlite_file
 from dbrx_train.config import ConfigError
 from dbrx_train.errors import STOPPED, first_line
-from dbrx_train.report.tracking_uri import sqlite_file
 
 # A server that does not answer is given up after half a minute, not after MLflow's several: at the start a
 # person is waiting, and later training is.
@@ -135,6 +135,16 @@ class MLflowStore(MLFlowLogger):  # type: ignore[misc]
     def log_artifact(self, path: Path) -> None:
         if self._enabled:
             self._mlflow_client.log_artifact(self._run_id, str(path))
+
+    def log_inputs(self, datasets: Sequence[DatasetInput]) -> None:
+        """Log those that the run has not yet, by name and digest."""
+        if not self._enabled:
+            return
+        inputs = self._mlflow_client.get_run(self._run_id).inputs
+        known = {(each.dataset.name, each.dataset.digest) for each in inputs.dataset_inputs}
+        new = [each for each in datasets if (each.dataset.name, each.dataset.digest) not in known]
+        if new:
+            self._mlflow_client.log_inputs(self._run_id, new)
 
     def metric_history(self, key: str) -> list[tuple[int, float]]:
         """(step, value) of one metric over the whole run; of steps that were taken again, the latest."""

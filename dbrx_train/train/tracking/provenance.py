@@ -11,12 +11,13 @@ import xxhash
 from composer.utils import dist
 
 from dbrx_train.config import RunConfig, for_record
-from dbrx_train.data.manifest import MANIFEST
+from dbrx_train.data.manifest import MANIFEST, read_manifest
 from dbrx_train.data.tokenizer import Tokenizer
 from dbrx_train.plan.world import mesh_shape
+from dbrx_train.redact import mask
 from dbrx_train.train import environment
 
-__all__ = ["provenance"]
+__all__ = ["provenance", "source_facts"]
 
 
 def provenance(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -25,7 +26,7 @@ def provenance(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     Fingerprints are XXH3 (128 bits): of the configuration as JSON with sorted keys, and of each source's
     manifest, byte for byte. The tokenizer's is its own.
     """
-    plain, ranks = for_record(config), dist.get_world_size()
+    plain, ranks, sources = for_record(config), dist.get_world_size(), source_facts(config)
     return {
         "config": plain,
         "ranks": ranks,
@@ -34,12 +35,27 @@ def provenance(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
             "mesh": asdict(mesh_shape(config, ranks)),
             "versions": environment.versions(),
             "config": _hash(json.dumps(plain, sort_keys=True).encode()),
-            "data": {
-                name: _hash(Path(source.local, MANIFEST).read_bytes())
-                for name, source in config.data.sources.items()
-            },
+            "data": {name: facts["manifest"] for name, facts in sources.items()},
+            "sources": sources,
         },
     }
+
+
+def source_facts(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """What each source of a run is, as its manifest says it: the fields of ``SourceLineage`` by name."""
+    found = {}
+    for name, source in config.data.sources.items():
+        manifest = read_manifest(source.local)
+        found[name] = {
+            "folder": mask(source.remote or str(Path(source.local).absolute())),
+            "manifest": _hash(Path(source.local, MANIFEST).read_bytes()),
+            "seq_len": manifest.seq_len,
+            "size": manifest.splits["train"].samples,
+            "governance": manifest.governance.facts(),
+            "inputs": manifest.inputs and asdict(manifest.inputs),
+            "curation": [asdict(curation) for curation in manifest.curation],
+        }
+    return found
 
 
 def _hash(content: bytes) -> str:

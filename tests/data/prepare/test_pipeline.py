@@ -333,7 +333,7 @@ def test_of_two_at_once_the_second_is_refused(tmp_path: Path, monkeypatch: pytes
         release.set()
         assert not first.result().already_done
     assert run(file, out).already_done
-    assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "train"]
+    assert sorted(path.name for path in out.iterdir()) == ["inputs.jsonl", "manifest.json", "train"]
     assert check_dataset(out, SEQ)
 
 

@@ -60,8 +60,9 @@ def test_the_same_python_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytes
     prepare_quickstart(str(tmp_path / "b"), processes=2, **options)  # type: ignore[arg-type]
     a, b = files(tmp_path / "a"), files(tmp_path / "b")
     assert a.keys() == b.keys()
-    # A manifest names its sources by path and time, and documents.npz the files
-    other = {name for name in a if a[name] != b[name] and not name.endswith("/documents.npz")}
+    # A manifest names its sources by path and time, documents.npz and inputs.jsonl the files
+    named = ("/documents.npz", "/inputs.jsonl")
+    other = {name for name in a if a[name] != b[name] and not name.endswith(named)}
     assert other == {"code/manifest.json", "prose/manifest.json"}
     assert origins(tmp_path / "a", "code") == ["broken.py", "one.py", "sub/two.py"]
 
