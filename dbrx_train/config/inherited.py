@@ -20,6 +20,22 @@ CHECKPOINT_MANIFEST = "checkpoint.json"
 """Of a checkpoint: written last, it commits it."""
 
 
+_OF_TRAINING = {
+    "router_jitter",
+    "balance_loss",
+    "balance_loss_weight",
+    "router_z_loss_weight",
+    "loss_free_bias_rate",
+    "output_z_loss_weight",
+    "expert_impl",
+    "loss_chunk_size",
+    "init_method",
+    "init_std",
+    "init_residual_scaling",
+}
+"""Options that say how a model is trained, not what its weights compute: each run's own."""
+
+
 def with_model(given: Mapping[Any, Any]) -> dict[Any, Any]:
     """A run's values with those of `model` that they leave to the weights in `init_from.path`.
 
@@ -39,7 +55,8 @@ def with_model(given: Mapping[Any, Any]) -> dict[Any, Any]:
             f"init_from.path: {path} does not say what model it is{seen_from(Path(path))}; correct it, or "
             f"give the shape as model"
         )
-    return dict(given) | {"model": (known or {}) | model}
+    own = {key: value for key, value in (known or {}).items() if key not in _OF_TRAINING}
+    return dict(given) | {"model": own | model}
 
 
 def _options(path: Path) -> dict[str, Any] | None:

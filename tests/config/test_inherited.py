@@ -9,7 +9,14 @@ from dbrx_train.config import ConfigError, RunConfig, load, to_yaml
 from dbrx_train.model.config import DbrxConfig
 
 MODEL = DbrxConfig(
-    d_model=64, n_heads=4, n_kv_heads=2, n_layers=2, ffn_hidden_size=112, max_seq_len=128, clip_qkv=3.0
+    d_model=64,
+    n_heads=4,
+    n_kv_heads=2,
+    n_layers=2,
+    ffn_hidden_size=112,
+    max_seq_len=128,
+    clip_qkv=3.0,
+    balance_loss_weight=0.7,
 )
 
 
@@ -42,6 +49,7 @@ def test_the_weights_say_what_model_it_is(tmp_path: Path, made) -> None:  # type
     made(weights)
     found = run(tmp_path, weights).model
     assert (found.d_model, found.n_layers, found.clip_qkv) == (64, 2, 3.0)
+    assert found.balance_loss_weight == DbrxConfig().balance_loss_weight, "how to train is the run's own"
     own = run(tmp_path, weights, "model: {clip_qkv: 8, router_jitter: 0.1}\n").model
     assert (own.d_model, own.clip_qkv, own.router_jitter) == (64, 8.0, 0.1)
 
