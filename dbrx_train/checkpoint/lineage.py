@@ -9,7 +9,6 @@ same source.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -269,12 +268,11 @@ def _describe_source(lineage: Lineage, source: SourceLineage, most: int) -> Iter
 
 
 def _raw_inputs(report: Mapping[str, Any], most: int) -> Iterator[str]:
-    """What a curation says that it read, whatever else it says of it."""
-    inputs = report.get("inputs") or []
-    if isinstance(inputs, Mapping):
-        inputs = list(inputs.items())
-    for each in inputs[:most]:
-        yield each if isinstance(each, str) else json.dumps(each)
+    """What a curation says that it read (`data/curate/report.py`), each path as it was given."""
+    inputs = [(name, each) for name, paths in report.get("inputs", {}).items() for each in paths]
+    for name, each in inputs[:most]:
+        files = f"{each['files']:,} raw file{'s' * (each['files'] != 1)}, {each['bytes']:,} bytes"
+        yield f"{name} from {each['given']}: {files}, digest {each['digest']}"
     if len(inputs) > most:
         yield f"… and {len(inputs) - most:,} more; --json lists all"
 

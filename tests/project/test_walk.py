@@ -35,6 +35,7 @@ def write_texts(folder: Path) -> None:
 @pytest.mark.slow
 def test_the_walk_of_the_docs(tmp_path: Path, warm: Warm, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sklearn", reason="the extra explore")
+    pytest.importorskip("fasttext", reason="the extra curate")
     page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```bash\n(.*?)```", page.partition("## A walk")[2], flags=re.DOTALL)
     write_texts(tmp_path / "data/quickstart/text")
@@ -50,8 +51,14 @@ def test_the_walk_of_the_docs(tmp_path: Path, warm: Warm, monkeypatch: pytest.Mo
     assert "walk version 1, champion: run walk, step 2, " in registered
     assert "dbrx-train generate models:/walk@champion PROMPT" in registered
     assert generated.startswith("The standard library")
-    files = re.findall(r"^ +(data/quickstart/text/\w+\.jsonl): [\d,]+ bytes, xxh3 \w{32}$", traced, re.M)
-    assert sorted(files) == [f"data/quickstart/text/{name}.jsonl" for name in ("code", "prose")]
+    for name in ("code", "prose"):
+        prepared = re.findall(
+            rf"^ +data/curated/{name}/\d+\.parquet: [\d,]+ bytes, xxh3 \w{{32}}$", traced, re.M
+        )
+        curated = rf"^ +{name} from data/quickstart/text/{name}\.jsonl: 1 raw file, [\d,]+ bytes, digest \w+$"
+        assert len(prepared) == 1
+        assert len(re.findall(curated, traced, re.M)) == 2, "of both sources, for duplicates go across them"
+    assert traced.count("licence PSF-2.0") == 2
     tokens = dict(re.findall(r"^  (\w+): ([\d,]+) tokens by step 2", traced, re.M))
     assert sum(int(count.replace(",", "")) for count in tokens.values()) == 2 * 2 * 512
     assert f"runs/walk/checkpoints/ba2: run walk, {tokens['code']} tokens by step 2, as code" in seen
