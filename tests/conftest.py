@@ -58,3 +58,12 @@ evaluation: {{max_samples: 0}}
     code, said = made("whole")
     assert code == 0, said
     return made
+
+
+@pytest.fixture
+def no_process_group() -> None:
+    """Runs in this process, of other tests, leave theirs."""
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -210,7 +210,7 @@ def test_what_is_no_utf_8_is_refused(tmp_path: Path) -> None:
         ("- a\n- b", "a run is a mapping"),
         ("run_name: x\nmodel: ${nowhere}", "nowhere"),
         ("run_name: x\ndata: {sources: {a: {local: b}}}", "max_duration"),
-        ("run_name: x\nmax_duration: 1ba", "data.sources: name at least one source"),
+        ("run_name: x\nmax_duration: 1ba\nmodel: {n_layers: 2}", "data.sources: name at least one source"),
         ("run_name: x\nmax_duration: 1ba\ndata: {sources: {a: {}}}", "data.sources.a.local"),
         ("\x00\x01", "not valid YAML"),
     ],

@@ -156,7 +156,7 @@ def test_a_clock_that_jumps_changes_nothing(runs: Runs) -> None:
 @pytest.mark.slow
 def test_a_mark_says_what_made_it(runs: Runs, workplace: Path) -> None:
     made = folders.read(runs.checkpoints("whole") / f"ba{STEPS}").metadata["made_by"]
-    assert made["mesh"] == {"replicate": 1, "shard": 1, "expert": 1}
+    assert made["mesh"] == {"replicate": 1, "shard": 1, "expert": 1, "innermost": "expert"}
     assert made["versions"]["torch"] == torch.__version__.split("+")[0]
     for name, digest in made["data"].items():
         assert digest == xxhash.xxh3_128_hexdigest((workplace / name / "manifest.json").read_bytes())

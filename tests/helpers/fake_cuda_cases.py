@@ -140,7 +140,8 @@ def generation() -> Any:
         cache = KVCache(SHAPE.n_layers, 40)
         logits = model(tokens(32)[0], cache=cache).logits[:, -1]
         for temperature in (0.0, 0.7):
-            token = sample(logits, temperature, 0.9)
+            rows = len(logits)
+            token = sample(logits, [temperature] * rows, [0.9] * rows, [0.5] * rows)
             assert token.is_cuda
             logits = model(token[:, None], cache=cache).logits[:, -1]
         model(tokens(4)[0], cache=cache)  # several more after a prefix

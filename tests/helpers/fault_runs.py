@@ -64,7 +64,10 @@ def operations(root: str, happen: Callable[[str], None]) -> None:
         if event == "open":
             flags = arguments[2]
             verb = "write" if flags & (os.O_WRONLY | os.O_RDWR) else "read"
-        happen(re.sub(r"ba\d+", "ba#", re.sub(r"[0-9a-f]{32}", "#", f"{verb} {name}")))
+        name = re.sub(
+            r"\.\d+\.partial", ".#.partial", re.sub(r"[0-9a-f]{32}", "#", name)
+        )  # a process's number
+        happen(re.sub(r"ba\d+", "ba#", f"{verb} {name}"))
 
     sys.addaudithook(hook)
 

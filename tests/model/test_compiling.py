@@ -41,6 +41,7 @@ def test_every_gradient_stays() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_process_group")
 @pytest.mark.parametrize("recomputed", ["norm_attn_norm", "full"])
 def test_there_is_a_graph_where_norms_are_sharded_apart(recomputed: str) -> None:
     """In bfloat16 the norms are units of their own, whose gathering no graph holds."""

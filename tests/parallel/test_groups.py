@@ -22,7 +22,7 @@ RANKS, RANK = 3072, 1234
 
 
 @pytest.fixture
-def cluster() -> Iterator[None]:
+def cluster(no_process_group: None) -> Iterator[None]:
     """This process as one rank of 3,072, whose collectives do nothing."""
     dist.init_process_group("fake", store=FakeStore(), rank=RANK, world_size=RANKS)
     yield
@@ -79,6 +79,7 @@ def test_the_launchers_store_is_asked_a_thousand_times_a_second_at_most() -> Non
         assert ranks / _poll_seconds(ranks) <= 1024
 
 
+@pytest.mark.usefixtures("no_process_group")
 def test_the_norm_of_offloaded_gradients_is_that_of_all() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:

@@ -30,11 +30,7 @@ MIB = 2**20
 BF16_STATE = "optimization.optimizer.state_dtype=bfloat16"
 
 
-@pytest.fixture(autouse=True)
-def no_process_group() -> None:
-    """Runs in this process, of other tests, leave theirs."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("no_process_group")
 
 
 def family(name: str, *options: str) -> RunConfig:

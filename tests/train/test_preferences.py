@@ -20,6 +20,7 @@ from tiny_run import mlflow_run, run_yaml, saved_tensors
 
 from dbrx_train.config import ConfigError, load
 from dbrx_train.model.decoder import Dbrx
+from dbrx_train.model.documents import document_starts
 from dbrx_train.model.loss import chunked_log_probs
 from dbrx_train.train import reference
 from dbrx_train.train.composer_model import ComposerDbrx
@@ -60,7 +61,13 @@ def batch_of_pairs() -> dict[str, torch.Tensor]:
             labels[row, places[: len(places) // 2]] = -100
     labels[documents == -1] = -100
     reference = torch.tensor([[-9.0, -8.0, -15.0, -20.0], [-14.0, -16.0, np.nan, np.nan]])
-    return {"input_ids": tokens, "labels": labels, "document_ids": documents, "reference": reference}
+    return {
+        "input_ids": tokens,
+        "labels": labels,
+        "document_ids": documents,
+        "document_starts": document_starts(documents),
+        "reference": reference,
+    }
 
 
 def test_the_loss_and_every_gradient_are_those_of_the_formula_in_float64() -> None:

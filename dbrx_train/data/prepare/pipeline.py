@@ -270,6 +270,8 @@ def _remove_traces(folder: Path) -> None:
     """Remove what served the work only. The lease goes only once the manifest is there to stop a newcomer."""
     for name in (WORK, LEASE):
         shutil.rmtree(folder / name, ignore_errors=True)
+    for left in folder.glob("*.partial.json*"):  # by one that was killed as it wrote of its inputs
+        left.unlink(missing_ok=True)
 
 
 def _clear(folder: Path) -> None:
