@@ -140,15 +140,11 @@ def keep_curations(folder: Path, given: Sequence[str], paths: Sequence[str]) -> 
 
 
 def _recipe(path: str, content: bytes) -> str | None:
-    """The digest of the recipe, wherever the report has it."""
     try:
-        report: Any = json.loads(content)
-        recipe = report.get("recipe_digest", report.get("recipe"))
+        recipe: str | None = json.loads(content).get("recipe_digest")
+        return recipe
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path}: no report of a curation ({error}); curate again") from None
-    if isinstance(recipe, dict):
-        recipe = recipe.get("digest")
-    return recipe if isinstance(recipe, str) else None
 
 
 def _copy(folder: Path, curation: Curation) -> Path:

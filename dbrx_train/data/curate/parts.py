@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import uuid
 from collections import Counter
@@ -24,11 +23,12 @@ from dbrx_train.data.prepare.problems import ProblemLog
 from dbrx_train.data.prepare.sources import Part
 from dbrx_train.data.prepare.workers import Meter
 
-__all__ = ["REMOVED", "Job", "annotate_part", "has_marks", "read_mark", "write_part"]
+__all__ = ["EXAMPLES", "REMOVED", "Job", "annotate_part", "write_part"]
 
 REMOVED = ".removed"
 """The folder of what was removed; hidden, so that nobody reads it with what was kept."""
-_EXAMPLES = 3
+EXAMPLES = 3
+"""Documents shown of each rule that removed some."""
 _EXCERPT = 160
 
 
@@ -51,17 +51,6 @@ class Job:
     def duplicates(self, index: int) -> Path:
         """Which of the part's documents are duplicates."""
         return self.work / f"duplicates-{index:05}.parquet"
-
-
-def read_mark(job: Job, stage: str, index: int) -> dict[str, Any] | None:
-    """What a stage of a part gave; None if it is not done."""
-    path = job.mark(stage, index)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def has_marks(work: Path) -> bool:
-    """Whether any part is done."""
-    return any(work.glob("part-*.json"))
 
 
 def annotate_part(job: Job, index: int, source: str, part: Part, meter: Meter) -> None:
@@ -189,7 +178,7 @@ class _Tally:
             if reason in self.by:
                 group = row[self.by[reason]]
                 entry["by"][group] = entry["by"].get(group, 0) + 1
-            if len(entry["examples"]) < _EXAMPLES:
+            if len(entry["examples"]) < EXAMPLES:
                 entry["examples"].append(self._example(row))
 
     def _example(self, row: dict[str, Any]) -> dict[str, Any]:

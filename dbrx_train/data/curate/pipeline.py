@@ -13,8 +13,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,16 +22,16 @@ from typing import Any
 import xxhash
 
 from dbrx_train.data.curate.corpus import find_duplicates
-from dbrx_train.data.curate.parts import REMOVED, Job, annotate_part, has_marks, read_mark, write_part
+from dbrx_train.data.curate.parts import REMOVED, Job, annotate_part, write_part
 from dbrx_train.data.curate.recipe import Recipe, load_recipe
-from dbrx_train.data.curate.report import CURATION, VERSION, build_report, read_report, show, write_report
+from dbrx_train.data.curate.report import VERSION, build_report, read_report, show, write_report
+from dbrx_train.data.inputs import CURATION
 from dbrx_train.data.manifest import write_json
 from dbrx_train.data.prepare.engines import check_engine, run_on
+from dbrx_train.data.prepare.resumable import check_processes, claimed, has_marks, read_mark, remove_traces
 from dbrx_train.data.prepare.sources import Catalog, Part, find_files, plan_parts
 from dbrx_train.data.prepare.workers import Work
-from dbrx_train.errors import aside
 from dbrx_train.lease import FOLDER as LEASE
-from dbrx_train.lease import Lease
 
 __all__ = ["Summary", "curate"]
 
@@ -89,8 +88,7 @@ def curate(
             written, is in use, or holds something else (the message says what differs).
     """
     started = time.monotonic()
-    if processes is not None and processes < 1:
-        raise ValueError(f"processes: {processes} is too few; give at least 1")
+    check_processes(processes)
     check_engine(engine)
     read = load_recipe(recipe)
     folder = Path(out).absolute()
@@ -100,7 +98,8 @@ def curate(
         plan = _plan(read, catalogs)
         if (folder / CURATION).is_file():
             return _already_done(folder, out, plan, started)
-        with _claimed(job, plan, _stats(catalogs)) as lease:
+        begin = partial(_begin_or_resume, job, plan, _stats(catalogs))
+        with claimed(folder, WORK, CURATION, "curation", begin) as lease:
             if (folder / CURATION).is_file():  # another process finished while this one waited
                 return _already_done(folder, out, plan, started)
             parts = [
@@ -112,7 +111,7 @@ def curate(
             report = _finish(job, parts, plan, catalogs, (engine, processes, progress), allow_empty)
             lease.check()
             write_report(folder, report)
-            _remove_traces(folder)
+            remove_traces(folder, WORK)
     except OSError as error:
         raise ValueError(f"{error.filename or out}: {error.strerror or error}") from error
     seconds = time.monotonic() - started
@@ -124,7 +123,7 @@ Parts = Sequence[tuple[str, Part]]
 
 def _annotate(job: Job, parts: Parts, engine: str, processes: int | None, progress: bool) -> int:
     """The first pass; returns of how many parts."""
-    todo = [index for index in range(len(parts)) if read_mark(job, "part", index) is None]
+    todo = [index for index in range(len(parts)) if read_mark(job.mark("part", index)) is None]
     if todo:
         _build(job)
     tasks = [partial(annotate_part, job, index, *parts[index]) for index in todo]
@@ -159,7 +158,7 @@ def _finish(
     removed = find_duplicates(job, sources, [mark["documents"] for mark in annotated])
     if not allow_empty:
         _refuse_empty(job, sources, annotated, removed)
-    todo = [index for index in range(len(parts)) if read_mark(job, "written", index) is None]
+    todo = [index for index in range(len(parts)) if read_mark(job.mark("written", index)) is None]
     tasks = [partial(write_part, job, index, sources[index]) for index in todo]
     size = sum(job.annotated(index).stat().st_size for index in todo if job.annotated(index).is_file())
     engine, processes, progress = how
@@ -170,7 +169,7 @@ def _finish(
 
 
 def _mark(job: Job, stage: str, index: int) -> dict[str, Any]:
-    found = read_mark(job, stage, index)
+    found = read_mark(job.mark(stage, index))
     assert found is not None
     return found
 
@@ -261,22 +260,8 @@ def _first_difference(before: Any, now: Any, key: str = "") -> str:
 def _already_done(folder: Path, out: str, plan: dict[str, Any], started: float) -> Summary:
     report = read_report(folder)
     _refuse_differences(folder, {key: report[key] for key in plan}, plan)
-    _remove_traces(folder)  # a run may have been killed just before it did
+    remove_traces(folder, WORK)  # a run may have been killed just before it did
     return Summary(out, report, True, 0, 0, time.monotonic() - started)
-
-
-@contextmanager
-def _claimed(job: Job, plan: dict[str, Any], stats: dict[str, list[int]]) -> Iterator[Lease]:
-    """The folder leased and ready to work in, or finished; refuses one that belongs to something else."""
-    folder = job.out
-    begun = job.work.is_dir() or not folder.is_dir() or {*os.listdir(folder)} <= {LEASE}
-    if not begun and not (folder / CURATION).is_file():
-        raise ValueError(f"{folder}: is not empty and holds no unfinished curation; choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    with Lease(folder, lost=aside, say=aside) as lease:
-        if not (folder / CURATION).is_file():
-            _begin_or_resume(job, plan, stats)
-        yield lease
 
 
 def _begin_or_resume(job: Job, plan: dict[str, Any], stats: dict[str, list[int]]) -> None:
@@ -298,9 +283,3 @@ def _clear(folder: Path) -> None:
     for path in folder.iterdir():
         if path.name not in (WORK, LEASE) and path.is_dir():
             shutil.rmtree(path)
-
-
-def _remove_traces(folder: Path) -> None:
-    """Remove what served the work only. The lease goes only once the report is there to stop a newcomer."""
-    for name in (WORK, LEASE):
-        shutil.rmtree(folder / name, ignore_errors=True)

@@ -15,17 +15,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dbrx_train.data.curate.parts import EXAMPLES
 from dbrx_train.data.curate.recipe import Recipe
 from dbrx_train.data.curate.step import EMPTY
+from dbrx_train.data.inputs import CURATION
 from dbrx_train.data.manifest import write_json
 from dbrx_train.data.prepare.problems import merge_problems
 from dbrx_train.files import seal
 
 __all__ = ["CURATION", "build_report", "read_report", "show", "write_report"]
 
-CURATION = "curation.json"
 VERSION = 1
-_EXAMPLES = 3
 
 
 def build_report(
@@ -73,7 +73,7 @@ def _source(recipe: Recipe, name: str, parts: list[tuple[Any, Any]]) -> dict[str
             entry["bytes"] += found["bytes"]
             for group, count in found["by"].items():
                 entry["by"][group] = entry["by"].get(group, 0) + count
-            entry["examples"] = (entry["examples"] + found["examples"])[:_EXAMPLES]
+            entry["examples"] = (entry["examples"] + found["examples"])[:EXAMPLES]
     order = [EMPTY]
     for step in recipe.steps_of(name):
         order += [rule.name for rule in step.rules()] or [f"{step.name}.duplicate"]

@@ -10,11 +10,9 @@ the output is the same, byte for byte, whatever happened and however many proces
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,14 +33,12 @@ from dbrx_train.data.mds import write_index
 from dbrx_train.data.prepare.conversations import ChatFormat
 from dbrx_train.data.prepare.engines import check_engine, run_on
 from dbrx_train.data.prepare.problems import merge_problems
+from dbrx_train.data.prepare.resumable import check_processes, claimed, has_marks, read_mark, remove_traces
 from dbrx_train.data.prepare.sources import Catalog, find_files, plan_parts
 from dbrx_train.data.prepare.text_template import text_template
-from dbrx_train.data.prepare.tokenize import SPLITS, Job, has_marks, read_mark, run_part
+from dbrx_train.data.prepare.tokenize import SPLITS, Job, run_part
 from dbrx_train.data.prepare.workers import Work
 from dbrx_train.data.tokenizer import Tokenizer, load_tokenizer
-from dbrx_train.errors import aside
-from dbrx_train.lease import FOLDER as LEASE
-from dbrx_train.lease import Lease
 
 __all__ = ["TEXT_SUFFIXES", "Summary", "prepare"]
 
@@ -162,12 +158,13 @@ def prepare(
         plan = _describe(catalog, vocabulary, options)
         if (folder / MANIFEST).is_file():
             return _already_done(folder, plan, governance, started)
-        with _claimed(folder, plan) as lease:
+        begin = partial(_begin_or_resume, folder, plan)
+        with claimed(folder, WORK, MANIFEST, "preparation", begin) as lease:
             if (folder / MANIFEST).is_file():  # another process finished while this one waited
                 return _already_done(folder, plan, governance, started)
             parts = plan_parts(catalog, text if chat is None else None)
             job = Job(folder, folder / WORK, vocabulary, seq_len, text, val_fraction, chat)
-            todo = [index for index in range(len(parts)) if read_mark(job, index) is None]
+            todo = [index for index in range(len(parts)) if read_mark(job.mark(index)) is None]
             size = sum(span.size for index in todo for span in parts[index])
             tasks = [partial(run_part, job, index, parts[index]) for index in todo]
             run_on(engine, Work(tasks, size, "tokenizing", "tokens", out), processes, progress)
@@ -185,8 +182,7 @@ def _check_options(seq_len: int, val_fraction: float, processes: int | None, eng
         raise ValueError(f"seq_len: {seq_len} is too short; a sample needs at least 2 tokens")
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction: {val_fraction} does not lie in [0, 1)")
-    if processes is not None and processes < 1:
-        raise ValueError(f"processes: {processes} is too few; give at least 1")
+    check_processes(processes)
     check_engine(engine)
 
 
@@ -241,19 +237,6 @@ def _already_done(folder: Path, plan: dict[str, Any], governance: Governance, st
     return Summary(str(folder), manifest, True, 0, 0, time.monotonic() - started)
 
 
-@contextmanager
-def _claimed(folder: Path, plan: dict[str, Any]) -> Iterator[Lease]:
-    """The folder leased and ready to work in, or finished; refuses one that belongs to something else."""
-    begun = (folder / WORK).is_dir() or not folder.is_dir() or {*os.listdir(folder)} <= {LEASE}
-    if not begun and not (folder / MANIFEST).is_file():
-        raise ValueError(f"{folder}: is not empty and holds no unfinished preparation; choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    with Lease(folder, lost=aside, say=aside) as lease:
-        if not (folder / MANIFEST).is_file():
-            _begin_or_resume(folder, plan)
-        yield lease
-
-
 def _begin_or_resume(folder: Path, plan: dict[str, Any]) -> None:
     """Make sure that finished parts are of this plan; where there are none, any plan may begin."""
     work = folder / WORK
@@ -267,9 +250,7 @@ def _begin_or_resume(folder: Path, plan: dict[str, Any]) -> None:
 
 
 def _remove_traces(folder: Path) -> None:
-    """Remove what served the work only. The lease goes only once the manifest is there to stop a newcomer."""
-    for name in (WORK, LEASE):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    remove_traces(folder, WORK)
     for left in folder.glob("*.partial.json*"):  # by one that was killed as it wrote of its inputs
         left.unlink(missing_ok=True)
 
@@ -287,7 +268,7 @@ def _finish(job: Job, parts: int, catalog: Catalog, plan: dict[str, Any], govern
         shutil.rmtree(job.work)
         few = f"fewer than seq_len = {job.seq_len} tokens" if job.chat is None else "no whole conversation"
         raise ValueError(f"{job.out}: the sources hold {few} to train on")
-    marks = (read_mark(job, index) for index in range(parts))
+    marks = (read_mark(job.mark(index)) for index in range(parts))
     problems = merge_problems((mark["problems"] for mark in marks if mark is not None), catalog.duplicates)
     paths = [path for path, _ in catalog.files]
     manifest = Manifest(
@@ -311,7 +292,7 @@ def _merge_split(job: Job, parts: int, name: str) -> Split | None:
     counts = {"documents": 0, "tokens": 0, "text_bytes": 0}
     lengths: list[int] = []
     for index in range(parts):
-        mark = read_mark(job, index)
+        mark = read_mark(job.mark(index))
         assert mark is not None
         split = mark["splits"][name]
         shards += split["shards"]

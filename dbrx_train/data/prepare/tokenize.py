@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from dbrx_train.data.prepare.text_template import TextTemplate
 from dbrx_train.data.prepare.workers import Meter
 from dbrx_train.data.tokenizer import Tokenizer
 
-__all__ = ["SPLITS", "Job", "has_marks", "read_mark", "run_part"]
+__all__ = ["SPLITS", "Job", "run_part"]
 
 SPLITS = ("train", "val")
 _HASHED_CHARACTERS = 1 << 16
@@ -43,6 +42,10 @@ class Job:
     val_fraction: float
     chat: ChatFormat | None = None
     """How lines are read as conversations; None for text."""
+
+    def mark(self, index: int) -> Path:
+        """The file that says that a part is done, and what it gave."""
+        return self.work / f"part-{index:05}.json"
 
     def packer(self, folder: Path) -> Packer | WholePacker:
         """Packs samples into shards in ``folder``."""
@@ -77,22 +80,6 @@ class _Split:
         }
 
 
-def _mark(work: Path, index: int) -> Path:
-    """The file that says that a part is done, and what it gave."""
-    return work / f"part-{index:05}.json"
-
-
-def read_mark(job: Job, index: int) -> dict[str, Any] | None:
-    """What a finished part gave, or None for an unfinished one."""
-    path = _mark(job.work, index)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def has_marks(work: Path) -> bool:
-    """Whether any part is done."""
-    return any(work.glob("part-*.json"))
-
-
 def run_part(job: Job, index: int, part: Part, meter: Meter) -> None:
     """Tokenize a part into ``OUT/SPLIT/INDEX/`` and mark it done, last.
 
@@ -118,7 +105,7 @@ def run_part(job: Job, index: int, part: Part, meter: Meter) -> None:
         for shard in result["shards"]:
             for form in ("raw_data", "zip_data"):
                 shard[form]["basename"] = f"{index:05}/{shard[form]['basename']}"
-    write_json(_mark(job.work, index), {"splits": results, "problems": log.problems})
+    write_json(job.mark(index), {"splits": results, "problems": log.problems})
 
 
 def _add_document(
