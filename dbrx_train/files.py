@@ -51,6 +51,15 @@ def atomic_write(path: Path) -> Iterator[Path]:
         raise
 
 
+def fingerprint(file: Path) -> dict[str, Any]:
+    """What a manifest says of a file: its size in bytes and the XXH3 of its content."""
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(2**22):
+            digest.update(block)
+        return {"bytes": stream.tell(), "xxh3": digest.hexdigest()}
+
+
 def seal(values: Mapping[str, Any]) -> str:
     """The XXH3 of plain values, whatever the order of their keys."""
     return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True))

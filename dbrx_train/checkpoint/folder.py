@@ -22,11 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import xxhash
-
 from dbrx_train.config.inherited import CHECKPOINT_MANIFEST
 from dbrx_train.errors import first_line
-from dbrx_train.files import naming_file, seal
+from dbrx_train.files import fingerprint, naming_file, seal
 from dbrx_train.model.hf.files import check_names
 
 __all__ = [
@@ -161,15 +159,6 @@ def parse(path: Path) -> dict[str, Any]:
         return facts
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a whole checkpoint ({MANIFEST}: {first_line(error)})") from None
-
-
-def fingerprint(file: Path) -> dict[str, Any]:
-    """What a manifest says of a file: its size in bytes and the XXH3 of its content."""
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as stream:
-        while block := stream.read(2**22):
-            digest.update(block)
-        return {"bytes": stream.tell(), "xxh3": digest.hexdigest()}
 
 
 def sealed(facts: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import xxhash
 
-from dbrx_train.files import atomic_write
+from dbrx_train.files import atomic_write, fingerprint
 
 __all__ = [
     "CURATION",
@@ -29,7 +29,6 @@ __all__ = [
 INPUTS = "inputs.jsonl"
 CURATION = "curation.json"
 """What ``data curate`` leaves beside its output: the recipe's digest, and what it read."""
-_BLOCK = 1 << 22
 _THREADS = 8
 """Files read at a time: where they lie on a network, opening one is mostly waiting."""
 
@@ -88,11 +87,7 @@ def keep_inputs(folder: Path, paths: Sequence[str]) -> Inputs:
 
 
 def _hashed(path: str) -> InputFile:
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-        return InputFile(path, file.tell(), digest.hexdigest())
+    return InputFile(path, **fingerprint(Path(path)))
 
 
 def read_inputs(folder: str | os.PathLike[str], known: Inputs) -> Iterator[InputFile]:

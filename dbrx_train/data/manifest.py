@@ -176,6 +176,11 @@ def fetch(remote: str, path: Path) -> None:
         raise ValueError(f"{remote}: cannot be fetched to {path} ({reason})") from error
 
 
+def digest(folder: str | os.PathLike[str]) -> str:
+    """XXH3 of a folder's manifest, byte for byte."""
+    return xxhash.xxh3_128_hexdigest(Path(folder, MANIFEST).read_bytes())
+
+
 def check_dataset(
     folder: str | os.PathLike[str],
     seq_len: int | None,

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
 import torch.distributed as dist
 
 from dbrx_train.data.tokenizer import Tokenizer
@@ -26,7 +25,6 @@ __all__ = ["Benchmark", "Part"]
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
-_CACHED = 4  # times batch_tokens: what is being written has room for so many tokens, prompts included
 Key = tuple[str, str | None, int]
 """Task with shots, category and index of an example."""
 
@@ -138,7 +136,7 @@ class Benchmark:
 
     def _score(self, model: Dbrx, prompts: Mapping[int, Prompt]) -> Iterator[tuple[int, list[Score]]]:
         rows = [row for i, prompt in prompts.items() for row in rows_of(i, prompt.pairs)]
-        device = _device(model)
+        device = model.input_device
         found: dict[int, dict[int, Score]] = {i: {} for i in prompts}
         for scores in _on_ranks(
             batches(rows, self.batch_tokens), lambda batch: list(score(model, batch, device))
@@ -171,7 +169,7 @@ class Benchmark:
             for i in sorted(prompts, key=lambda i: -len(prompts[i].pairs[0][0]))  # the longest first
             for n in range(samples)
         ]
-        for number, ids in written(model, requests, _CACHED * self.batch_tokens):
+        for number, ids in written(model, requests, self.batch_tokens):
             i, n = divmod(number, samples)
             mine = found.setdefault(i, {})
             mine[n] = self.tokenizer.decode(ids[:-1] if ids[-1] in stop_ids else ids)
@@ -181,12 +179,6 @@ class Benchmark:
     def _code_done(self, ids: list[int]) -> bool:
         text = self.tokenizer.decode(ids)
         return len(completion(text)) < len(text)
-
-
-def _device(model: Dbrx) -> torch.device:
-    """Where its inputs lie: shards may be offloaded, but buffers never are."""
-    first = next(model.buffers(), None)
-    return next(model.parameters()).device if first is None else first.device
 
 
 def _on_ranks(work: Sequence[_T], do: Callable[[_T], list[_R]]) -> Iterator[list[_R]]:

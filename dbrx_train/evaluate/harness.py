@@ -29,8 +29,6 @@ from dbrx_train.model.continuous_batching import Request
 
 __all__ = ["DbrxLM", "main"]
 
-_CACHED = 4  # times the tokens of a batch, of what is being written
-
 
 @register_model("dbrx_train")
 class DbrxLM(TemplateLM):  # type: ignore[misc]
@@ -146,7 +144,7 @@ class DbrxLM(TemplateLM):  # type: ignore[misc]
             asked.append((number, Request(prompt, new, heat, share, number, self.words.stop_ids, done)))
         texts = [""] * len(requests)
         asked.sort(key=lambda each: -len(each[1].prompt))
-        answers = written(self.model, asked, _CACHED * self.batch_tokens)
+        answers = written(self.model, asked, self.batch_tokens)
         for number, ids in tqdm(answers, total=len(asked), disable=disable_tqdm, desc="dbrx_train: answers"):
             text = self.words.decode(ids[:-1] if ids[-1] in self.words.stop_ids else ids)
             texts[number] = postprocess_generated_text(text, stops[number], None)

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,15 +59,15 @@ class Ended:
     """The end of its standard error."""
 
 
-class Sandbox:
+class Sandbox(ABC):
     """Runs Python programs; here still without any walls."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
 
+    @abstractmethod
     def run(self, program: str) -> Ended:
         """Run a program to its end, or to that of its time."""
-        raise NotImplementedError
 
     def _script(self, with_processes: bool) -> str:
         limits = self.limits

@@ -13,20 +13,22 @@ from dbrx_train.parallel.gather import gather_objects
 
 __all__ = ["written"]
 
+_CACHED = 4  # times the tokens of a forward pass
 _AT_ONCE = 32  # on a CPU, more rows a step are hardly quicker
 
 
 def written(
-    model: Dbrx, requests: Sequence[tuple[int, Request]], cached_tokens: int
+    model: Dbrx, requests: Sequence[tuple[int, Request]], batch_tokens: int
 ) -> Iterator[tuple[int, list[int]]]:
     """The new tokens of each numbered request, as they are done; on several ranks, at the end and on all.
 
-    ``cached_tokens``: prompts and answers that are at work at a time have room for so many, or for one.
+    ``batch_tokens``: of a forward pass. Prompts and answers that are at work at a time have room for a few
+    times as many, or for one.
     """
     if not requests:
         return
     capacity = max(len(request.prompt) + request.max_new_tokens for _, request in requests)
-    slots = max(1, min(len(requests), _AT_ONCE, cached_tokens // capacity))
+    slots = max(1, min(len(requests), _AT_ONCE, _CACHED * batch_tokens // capacity))
     batch = ContinuousBatch(model, slots, max(2, capacity))
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     if ranks == 1:

@@ -12,7 +12,6 @@ import random
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -91,8 +90,7 @@ class ContinuousBatch:
                 f"not {capacity}"
             )
         self.model, self.chunk = model, chunk
-        # Shards may be offloaded, but buffers never are.
-        self.device = next(chain(model.buffers(), model.parameters())).device
+        self.device = model.input_device
         self.cache = SlotCache(model.config.n_layers, slots, capacity, self.device)
         self.slots = [_Slot() for _ in range(slots)]
         self.queue: deque[tuple[int, Request]] = deque()

@@ -5,6 +5,7 @@ Shape suffixes: B batch, S sequence, D d_model, V vocabulary, L layers, E expert
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -197,6 +198,11 @@ class Dbrx(nn.Module):
         if device.type != "meta":
             self.to_empty(device=device)
             self.init_weights(seed)
+
+    @property
+    def input_device(self) -> torch.device:
+        """Where its inputs lie: shards may be offloaded, but buffers never are."""
+        return next(itertools.chain(self.buffers(), self.parameters())).device
 
     def init_weights(self, seed: int | None = None) -> None:
         """Draw every weight anew from `seed` (None: torch's initial seed)."""

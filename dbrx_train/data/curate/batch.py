@@ -49,6 +49,11 @@ class Tokens:
         found = map(vocabulary.__getitem__, chain.from_iterable(lists))
         return cls(list(vocabulary), np.fromiter(found, np.int32, int(bounds[-1])), bounds)
 
+    @classmethod
+    def of_terms(cls, texts: Iterable[str]) -> Tokens:
+        """Runs of letters, digits and underscores, in lower case."""
+        return cls.of(_TERM.findall(text.lower()) for text in texts)
+
     @property
     def counts(self) -> NDArray[np.int64]:
         """Tokens of each text, [texts]."""
@@ -167,7 +172,7 @@ class Batch:
     @property
     def terms(self) -> Tokens:
         """Runs of letters, digits and underscores, in lower case."""
-        return self.split("terms", lambda: Tokens.of(_TERM.findall(text.lower()) for text in self.texts))
+        return self.split("terms", lambda: Tokens.of_terms(self.texts))
 
     @property
     def lines(self) -> list[list[str]]:

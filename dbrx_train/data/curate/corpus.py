@@ -50,7 +50,7 @@ def find_duplicates(job: Job, sources: Sequence[str], counts: Sequence[int]) -> 
         if isinstance(step, CorpusStep):
             names.append(f"{step.name}.duplicate")
             subject = _subject(step, sources, bounds, reasons)
-            removed, kept = _duplicates(job, step, subject, sources, bounds)
+            removed, kept = _duplicates(job, step, subject, bounds)
             reasons[subject[removed]] = len(names) - 1
             originals[subject[removed]] = subject[kept]
     _write(job, bounds, [names[reason] for reason in reasons[originals >= 0]], originals)
@@ -66,12 +66,12 @@ def _subject(
     step: CorpusStep, sources: Sequence[str], bounds: NDArray[np.int64], reasons: NDArray[np.int32]
 ) -> NDArray[np.int64]:
     """The documents that a step looks at: those of its sources that nothing has removed."""
-    looked_at = [step.sources is None or source in step.sources for source in sources]
+    looked_at = [step.looks_at(source) for source in sources]
     return np.flatnonzero(np.repeat(looked_at, np.diff(bounds)) & (reasons == 0))
 
 
 def _duplicates(
-    job: Job, step: CorpusStep, subject: NDArray[np.int64], sources: Sequence[str], bounds: NDArray[np.int64]
+    job: Job, step: CorpusStep, subject: NDArray[np.int64], bounds: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Which of the documents are removed, and for which others: the keys go through a file, not memory."""
     import pyarrow.parquet as pq
@@ -79,10 +79,10 @@ def _duplicates(
     none = np.empty(0, np.int64)
     with tempfile.TemporaryFile(dir=job.work) as file:
         width = 0
-        for index, source in enumerate(sources):
+        for index in range(len(bounds) - 1):
             begin, end = np.searchsorted(subject, bounds[index : index + 2])
             rows = subject[begin:end] - bounds[index]
-            if not len(rows) or (step.sources is not None and source not in step.sources):
+            if not len(rows):
                 continue
             keys = pq.read_table(job.annotated(index), columns=[step.key])[step.key].combine_chunks()
             width = keys.type.byte_width

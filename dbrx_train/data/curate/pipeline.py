@@ -19,8 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from dbrx_train.data.curate.corpus import find_duplicates
 from dbrx_train.data.curate.parts import REMOVED, Job, annotate_part, write_part
 from dbrx_train.data.curate.recipe import Recipe, load_recipe
@@ -31,6 +29,7 @@ from dbrx_train.data.prepare.engines import check_engine, run_on
 from dbrx_train.data.prepare.resumable import check_processes, claimed, has_marks, read_mark, remove_traces
 from dbrx_train.data.prepare.sources import Catalog, Part, find_files, plan_parts
 from dbrx_train.data.prepare.workers import Work
+from dbrx_train.files import fingerprint
 from dbrx_train.lease import FOLDER as LEASE
 
 __all__ = ["Summary", "curate"]
@@ -200,16 +199,8 @@ def _plan(recipe: Recipe, catalogs: dict[str, Catalog]) -> dict[str, Any]:
         "recipe": recipe.values(),
         "recipe_digest": recipe.digest,
         "inputs": {name: [asdict(source) for source in found.sources] for name, found in catalogs.items()},
-        "files": {file: _digest(file) for file in files},
+        "files": {file: fingerprint(Path(file))["xxh3"] for file in files},
     }
-
-
-def _digest(path: str) -> str:
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while data := file.read(1 << 20):
-            digest.update(data)
-    return digest.hexdigest()
 
 
 def _stats(catalogs: dict[str, Catalog]) -> dict[str, list[int]]:

@@ -47,7 +47,7 @@ class Recipe:
 
     def steps_of(self, source: str) -> tuple[Step, ...]:
         """The steps that a source's documents go through."""
-        return tuple(step for step in self.steps if step.sources is None or source in step.sources)
+        return tuple(step for step in self.steps if step.looks_at(source))
 
     def values(self) -> dict[str, Any]:
         """The whole recipe with every default, as plain values; the order of sources and steps counts."""

@@ -39,6 +39,10 @@ class Step:
     name = ""
     sources: list[str] | None = option("The sources whose documents it looks at; null: all.", None)
 
+    def looks_at(self, source: str) -> bool:
+        """Whether a source's documents go through it."""
+        return self.sources is None or source in self.sources
+
     @property
     def totals(self) -> tuple[str, ...]:
         """Columns of counts whose sums over the kept documents are reported."""

@@ -20,7 +20,7 @@ from dbrx_train.checkpoint.lineage import KEPT, shards_of
 from dbrx_train.checkpoint.tracking_uri import sqlite_file
 from dbrx_train.config import RunConfig
 from dbrx_train.data.inputs import lists_of
-from dbrx_train.data.manifest import MANIFEST, fetch, read_manifest
+from dbrx_train.data.manifest import digest, fetch, read_manifest
 from dbrx_train.data.mds import IndexEntry, fingerprint
 from dbrx_train.errors import first_line, seen_from
 from dbrx_train.files import atomic_write
@@ -117,21 +117,15 @@ def runs_that_read(uri: str, folder: Path, shards: Sequence[IndexEntry]) -> Iter
     file = sqlite_file(uri)
     if file is not None and not file.is_file():
         raise ValueError(f"--tracking-uri: {uri}: no such file{seen_from(file)}")
-    digest = _digest(folder)
+    known = digest(folder)
     try:
         client = mlflow.MlflowClient(uri)
         for run in _runs(client):
             for each in run.inputs.dataset_inputs:
-                if each.dataset.digest == digest or _holds(each.dataset.profile, shards):
+                if each.dataset.digest == known or _holds(each.dataset.profile, shards):
                     yield _reader(client, run, each.dataset.name)
     except (MlflowException, SQLAlchemyError, OSError) as error:
         raise ValueError(f"--tracking-uri: {uri} cannot be read ({first_line(error)})") from None
-
-
-def _digest(folder: Path) -> str:
-    import xxhash
-
-    return xxhash.xxh3_128_hexdigest((folder / MANIFEST).read_bytes())
 
 
 def _runs(client: mlflow.MlflowClient) -> Iterator[Any]:

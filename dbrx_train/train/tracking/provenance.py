@@ -11,7 +11,7 @@ import xxhash
 from composer.utils import dist
 
 from dbrx_train.config import RunConfig, for_record
-from dbrx_train.data.manifest import MANIFEST, read_manifest
+from dbrx_train.data.manifest import digest, read_manifest
 from dbrx_train.data.tokenizer import Tokenizer
 from dbrx_train.plan.world import mesh_shape
 from dbrx_train.redact import mask
@@ -34,7 +34,7 @@ def provenance(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
         "made_by": {
             "mesh": asdict(mesh_shape(config, ranks)),
             "versions": environment.versions(),
-            "config": _hash(json.dumps(plain, sort_keys=True).encode()),
+            "config": xxhash.xxh3_128_hexdigest(json.dumps(plain, sort_keys=True).encode()),
             "data": {name: facts["manifest"] for name, facts in sources.items()},
             "sources": sources,
         },
@@ -48,7 +48,7 @@ def source_facts(config: RunConfig) -> dict[str, dict[str, Any]]:
         manifest = read_manifest(source.local)
         found[name] = {
             "folder": mask(source.remote or str(Path(source.local).absolute())),
-            "manifest": _hash(Path(source.local, MANIFEST).read_bytes()),
+            "manifest": digest(source.local),
             "seq_len": manifest.seq_len,
             "size": manifest.splits["train"].samples,
             "governance": manifest.governance.facts(),
@@ -56,7 +56,3 @@ def source_facts(config: RunConfig) -> dict[str, dict[str, Any]]:
             "curation": [asdict(curation) for curation in manifest.curation],
         }
     return found
-
-
-def _hash(content: bytes) -> str:
-    return xxhash.xxh3_128_hexdigest(content)

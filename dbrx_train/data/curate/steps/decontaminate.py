@@ -8,7 +8,6 @@ from __future__ import annotations
 import glob
 import json
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,7 +25,6 @@ from dbrx_train.options import option
 
 __all__ = ["Decontaminate"]
 
-_TERM = re.compile(r"\w+")
 _INDEX = "decontaminate.npz"
 _BITS = 24
 _SHIFT = np.uint64(64 - _BITS)
@@ -63,7 +61,7 @@ class Decontaminate(Step):
         owners: dict[int, list[NDArray[np.int32]]] = {}
         files = self.files()
         for number, file in enumerate(files):
-            terms = Tokens.of(_TERM.findall(text.lower()) for text in _strings(file))
+            terms = Tokens.of_terms(_strings(file))
             for length, found in self._hashed(terms):
                 hashes.setdefault(length, []).append(found)
                 owners.setdefault(length, []).append(np.full(len(found), number, np.int32))
