@@ -218,17 +218,16 @@ def _metrics(run: Any, step: int) -> dict[str, float]:
 
 
 def _card(checkpoint: folders.Checkpoint, licence: str | None, metrics: dict[str, float]) -> Card:
-    lineage = of_checkpoint(checkpoint)
     content = (checkpoint.folder / folders.MANIFEST).read_bytes()
     remote = checkpoint.config.get("checkpoints", {}).get("remote")
     return Card(
-        lineage.path if lineage.run else str(checkpoint.folder.absolute()),
+        str(checkpoint.folder.absolute()),
         remote and f"{remote.rstrip('/')}/{checkpoint.folder.name}",
         xxhash.xxh3_128_hexdigest(content),
         checkpoint.bytes,
         licence,
         metrics,
-        lineage.to_dict(),
+        of_checkpoint(checkpoint).to_dict(),
     )
 
 

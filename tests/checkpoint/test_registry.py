@@ -6,10 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from unity_catalog import unity_catalog
 from warm import Runs
 
 from dbrx_train.checkpoint import folder as folders
+from dbrx_train.checkpoint.huggingface import export, import_folder
 from dbrx_train.checkpoint.registry import Registered, register, resolve
 from dbrx_train.checkpoint.weights import open_weights
 
@@ -64,6 +66,14 @@ def test_what_is_registered_is_known_by_its_alias(registered: Registered, run: P
         else []
     )
     assert sum(path.stat().st_size for path in stored) < 100_000, "a card, no weights"
+
+
+def test_an_imported_export_is_registered_where_it_lies(run: Path, tmp_path: Path, store: str) -> None:
+    export(run, tmp_path / "hf", torch.float32, print)
+    import_folder(tmp_path / "hf", tmp_path / "imported")
+    found = register(tmp_path / "imported", "imported", print, tracking_uri=store)
+    assert found.card.lineage["run"] == "registered", "whose data it has seen"
+    assert resolve(Path(found.reference)).is_relative_to(tmp_path / "imported")
 
 
 def test_mlflow_loads_it(registered: Registered, store: str) -> None:
