@@ -21,16 +21,20 @@ def render(package: str, data: Any, **values: Any) -> str:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    folder = files(package)
+    shared, folder = files(__name__), files(package)
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.from_string((folder / "page.html").read_text(encoding="utf-8"))
-    styles = [files(__name__) / "page.css", folder / "page.css"]
-    style = "\n".join(each.read_text(encoding="utf-8") for each in styles if each.is_file())
+    style, script = (
+        "\n".join(
+            each.read_text(encoding="utf-8") for each in (shared / name, folder / name) if each.is_file()
+        )
+        for name in ("page.css", "page.js")
+    )
     return template.render(
         **values,
         style=Markup(style),
-        script=Markup((folder / "page.js").read_text(encoding="utf-8")),
+        script=Markup(script),
         data=Markup(json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")),
     )

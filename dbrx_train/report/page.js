@@ -332,19 +332,5 @@
   if (data.experts) drawings.push(experts(data.experts));
   const all = () => drawings.forEach((draw) => draw());
 
-  // Theme and width
-  const system = matchMedia("(prefers-color-scheme: dark)");
-  const button = $("theme");
-  const dark = () => (root.dataset.theme || (system.matches ? "dark" : "light")) === "dark";
-  function name() { button.textContent = dark() ? "Light" : "Dark"; }
-  button.hidden = false;
-  button.onclick = () => { root.dataset.theme = dark() ? "light" : "dark"; name(); all(); };
-  system.addEventListener("change", () => { name(); all(); });
-  let before = 0;
-  new ResizeObserver(() => {
-    if (document.body.clientWidth === before) return;
-    before = document.body.clientWidth;
-    all();
-  }).observe(document.body);
-  name();
+  live(all);
 })();

@@ -143,19 +143,6 @@
     button.onclick = () => { reset(); $("cluster").value = button.dataset.cluster; all(); $("passages").scrollIntoView(); };
   });
 
-  const system = matchMedia("(prefers-color-scheme: dark)"), button = $("theme");
-  const dark = () => (root.dataset.theme || (system.matches ? "dark" : "light")) === "dark";
-  const name = () => { button.textContent = dark() ? "Light" : "Dark"; };
-  button.hidden = false;
-  button.onclick = () => { root.dataset.theme = dark() ? "light" : "dark"; name(); all(); };
-  system.addEventListener("change", () => { name(); all(); });
-  let before = 0;
-  new ResizeObserver(() => {
-    if (document.body.clientWidth === before) return;
-    before = document.body.clientWidth;
-    near = null;
-    all();
-  }).observe(document.body);
-  name();
+  live(all, () => { near = null; all(); });
   root.dataset.ready = "";
 })();
