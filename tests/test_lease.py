@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
@@ -214,42 +213,27 @@ def test_a_run_that_is_started_twice_goes_on_alone(workplace: Path, tmp_path: Pa
 
 
 STORE = """
-import sys, time
+import os, time
 from pathlib import Path
 from dbrx_train.train.tracking.mlflow import MLflowStore
 
-Path(sys.argv[2] + ".ready").touch()
-while not Path("go").exists():
+number = int(os.environ.pop("RANK"))
+for name in ("LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):  # each is a run of its own
+    del os.environ[name]
+Path(f"{number}.ready").touch()
+while len([*Path().glob("*.ready")]) < 3:
     time.sleep(0.001)
-MLflowStore(uri=sys.argv[1], experiment=sys.argv[3], run_name=sys.argv[2], resume=False)
+MLflowStore(
+    uri="sqlite:///new/mlruns.db", experiment=f"experiment{number % 2}", run_name=f"{number}", resume=False
+)
 """
 
 
-@pytest.fixture
-def store_makers(tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
-    """Three processes that make one store at once, two of them the same experiment."""
-    makers = [
-        subprocess.Popen(
-            [sys.executable, "-c", STORE, "sqlite:///new/mlruns.db", f"run{i}", f"experiment{i % 2}"],
-            cwd=tmp_path,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(3)
-    ]
-    yield makers
-    for maker in makers:
-        maker.kill()
-
-
 @pytest.mark.slow
-def test_runs_that_make_the_tracking_store_together_all_find_it(
-    tmp_path: Path, store_makers: list[subprocess.Popen[str]]
-) -> None:
-    deadline = time.monotonic() + 200
-    while len([*tmp_path.glob("*.ready")]) < len(store_makers) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    (tmp_path / "go").touch()
-    for maker in store_makers:
-        _, errors = maker.communicate(timeout=120)
-        assert maker.returncode == 0, errors[-3000:]
+def test_runs_that_make_the_tracking_store_together_all_find_it(tmp_path: Path, warm: Warm) -> None:
+    """Three at once, of which two want the same experiment."""
+    (tmp_path / "store.py").write_text(STORE)
+    codes, said = warm.ranks(program="store.py", arguments=[], ranks=3, cwd=str(tmp_path), seconds=120)
+    assert codes == [0] * 3, said
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/new/mlruns.db")
+    assert {each.name for each in client.search_experiments()} == {"Default", "experiment0", "experiment1"}

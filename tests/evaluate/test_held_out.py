@@ -6,8 +6,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import mlflow
@@ -28,29 +26,28 @@ from dbrx_train.train.run import run
 
 @pytest.mark.slow
 def test_the_command_gives_the_losses_that_the_run_ended_with(
-    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], warm: Warm
 ) -> None:
     path = run_yaml(workplace, tmp_path, "evaluated")
     run(load(path))
     said = capsys.readouterr().out
     ended = re.findall(r"held-out (\w+): loss .* ([\d.]+) after 1,024 tokens", said)
     assert len(ended) == 2
-    command = [sys.executable, "-m", "dbrx_train", "eval", str(path)]
+    command = ["eval", str(path)]
     for options in ([], ["--int8"]):
-        done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr
-        shown = re.findall(r"held-out (\w+): loss ([\d.]+) over [\d,]+ tokens", done.stdout)
+        (done,) = warm.apart(*command, *options, ranks=1)
+        assert done.code == 0, done.err
+        shown = re.findall(r"held-out (\w+): loss ([\d.]+) over [\d,]+ tokens", done.out)
         assert dict(shown).keys() == dict(ended).keys()
         for source, loss in shown:
             assert float(loss) == pytest.approx(float(dict(ended)[source]), abs=0.05 if options else 6e-4)
-        assert ("int8: logits are off by" in done.stderr) == bool(options)
-    done = subprocess.run([*command, "--weights", "nowhere"], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 2
-    assert done.stderr.startswith("dbrx-train: nowhere: no such file or folder, seen from")
-    command += ["evaluation.max_samples=0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 2
-    assert "nothing is held out of its sources, or evaluation.max_samples is 0" in done.stderr
+        assert ("int8: logits are off by" in done.err) == bool(options)
+    code, said = warm(*command, "--weights", "nowhere")
+    assert code == 2
+    assert said.startswith("dbrx-train: nowhere: no such file or folder, seen from")
+    code, said = warm(*command, "evaluation.max_samples=0")
+    assert code == 2
+    assert "nothing is held out of its sources, or evaluation.max_samples is 0" in said
 
 
 def test_means_weigh_what_is_counted_and_let_nan_through() -> None:

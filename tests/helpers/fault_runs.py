@@ -13,6 +13,7 @@ A fault is {"kind": ..., ...}; of several ranks, it happens to ``rank``, or to t
 - kill: SIGKILL when the process is about to do ``at`` on a file of ``root`` (an operation as ``trace`` names
   it)
 - torn: the process ends amid a write, when the file that it opens by ``at`` has ``bytes`` bytes
+- limit: no file of the process may have more than ``bytes`` bytes
 - trace: writes every operation on files of ``root`` to the file ``out``
 - worker: SIGKILL to a worker of the data loader when the folder ``after`` is there
 - fill: the disk of the folder ``disk`` is filled at the operation ``at``
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import itertools
 import json
@@ -88,6 +90,10 @@ def torn(fault: dict[str, Any]) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (fault["bytes"], fault["bytes"]))
 
     operations(fault["root"], happen)
+
+
+def limit(fault: dict[str, Any]) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (fault["bytes"], fault["bytes"]))
 
 
 def trace(fault: dict[str, Any]) -> None:
@@ -165,7 +171,7 @@ def fill_up(disk: str) -> None:
                     pass
 
 
-FAULTS = {f.__name__: f for f in (fill, kill, torn, trace, worker, clock, deed, call)}
+FAULTS = {f.__name__: f for f in (fill, kill, torn, limit, trace, worker, clock, deed, call)}
 
 
 def begin(job: dict[str, Any], rank: int, port: int) -> int:
@@ -232,6 +238,8 @@ def warm_up() -> None:
     load_tokenizer()
     machine = cpuinfo.get_cpu_info()  # for which Composer starts a process of a second
     cpuinfo.get_cpu_info = lambda: machine
+    gc.collect()
+    gc.freeze()  # or each fork's first collection goes through all of this, and copies it
 
 
 if __name__ == "__main__":

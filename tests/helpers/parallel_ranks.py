@@ -45,7 +45,7 @@ CONFIG = DbrxConfig(
     balance_loss_weight=0.0,
     init_std=0.2,
 )
-STEPS, BATCH, LENGTH = 3, 8, 5
+STEPS, BATCH, LENGTH = 2, 8, 5
 DEVICE = os.environ.get("DEVICE", "cpu")
 # "bfloat16": what is gathered, and on every other mesh what is reduced.
 # "balance": the loss that evens out the global batch's load, which one process sees at once.

@@ -32,7 +32,7 @@ optimization:
   optimizer: {{lr: 1.0e-2}}
   learning_rate: {{warmup: 2ba}}
 checkpoints: {{interval: 2ba, keep: 3}}
-logging: {{mlflow_uri: "sqlite:///{root}/mlruns.db", interval: 2ba, progress: false}}
+logging: {{mlflow_uri: "sqlite:///{root}/mlruns.db", interval: 2ba, progress: false, peak_flops: 1.0e+12}}
 evaluation: {{interval: 4ba, batch_size: 2, max_samples: 4}}
 """)
     return path

@@ -23,6 +23,7 @@ import torch
 from composer import Callback, Logger, State, Timestamp
 from ranks import free_port
 from tiny_run import run_yaml
+from warm import Warm
 
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.config import RunConfig, load
@@ -341,7 +342,7 @@ def wait_for_server(port: int) -> None:
 
 
 @pytest.mark.slow
-def test_no_secret_is_shown_or_kept_anywhere(workplace: Path, tmp_path: Path) -> None:
+def test_no_secret_is_shown_or_kept_anywhere(workplace: Path, tmp_path: Path, warm: Warm) -> None:
     """A whole run whose tracking server, command line and environment hold secrets, then its report."""
     port, secret, key = free_port(), "hunter2-of-the-uri", "wJalrXUtnFEMI-of-the-environment"
     store = tmp_path / "store"
@@ -355,31 +356,30 @@ def test_no_secret_is_shown_or_kept_anywhere(workplace: Path, tmp_path: Path) ->
     ]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     server = subprocess.Popen(serve, **quiet, start_new_session=True)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "SOME_SECRET_KEY": key, "DBRX_TRAIN_LOG": "debug"}
+    env = {"SOME_SECRET_KEY": key, "DBRX_TRAIN_LOG": "debug"}
     uri = "http://me:${variables.password}@127.0.0.1:" + str(port)
-    command = [sys.executable, "-m", "dbrx_train"]
     path = run_yaml(workplace, tmp_path, "secret")
     options = [f"variables.password={secret}", f"logging.mlflow_uri={uri}", "max_duration=2ba"]
     options += [f"variables.note=of {key}"]
     try:
         wait_for_server(port)
-        run = [*command, "train", str(path), *options]
-        done = subprocess.run(run, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+        run = ["train", str(path), *options]
+        (done,) = warm.apart(*run, ranks=1, cwd=str(tmp_path), environment=env)
     finally:
         os.killpg(server.pid, 9)
         server.wait()
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "metrics kept in" in done.stderr, "DBRX_TRAIN_LOG=debug"
-    assert "step 2: " in done.stderr
+    assert done.code == 0, done.err[-3000:]
+    assert "metrics kept in" in done.err, "DBRX_TRAIN_LOG=debug"
+    assert "step 2: " in done.err
     assert load(tmp_path / "secret" / "config.yaml").logging.mlflow_uri == f"http://***@127.0.0.1:{port}"
     with pytest.raises(ValueError, match=r"holds a secret, which is masked; give --tracking-uri"):
         read(tmp_path / "secret")
     real = uri.replace("${variables.password}", secret)
-    page = [*command, "report", str(tmp_path / "secret"), "--tracking-uri", real]
+    page = ["report", str(tmp_path / "secret"), "--tracking-uri", real]
     env["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "1"
-    failed = subprocess.run(page, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
-    assert failed.returncode == 2
-    said = [done.stdout, done.stderr, failed.stdout, failed.stderr]
+    (failed,) = warm.apart(*page, ranks=1, cwd=str(tmp_path), environment=env)
+    assert failed.code == 2
+    said = [done.out, done.err, failed.out, failed.err]
     kept = [file for root in (tmp_path / "secret", store) for file in root.rglob("*") if file.is_file()]
     assert any(file.name == "db" for file in kept)
     assert any(file.name == "config.yaml" for file in (store / "artifacts").rglob("*"))

@@ -86,8 +86,8 @@ def hosts() -> Iterator[Hosts]:
     made.__exit__()
 
 
-def torchrun_on(address: str, *arguments: str) -> list[str]:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2"]
+def torchrun_on(address: str, *arguments: str, ranks: int = 2) -> list[str]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--nproc-per-node={ranks}"]
     launch += ["--rdzv-backend=c10d", f"--rdzv-endpoint={ADDRESSES[0]}:29400", "--rdzv-id=test"]
     # A namespace's host name does not tell that the endpoint's address is its own.
     launch += [f"--rdzv-conf=is_host={int(address == ADDRESSES[0])}"]
@@ -100,7 +100,7 @@ def test_two_hosts_train_what_one_process_does(hosts: Hosts, workplace: Path, tm
     run(load(run_yaml(workplace, tmp_path, "one"), options))
     path = run_yaml(workplace, tmp_path, "two")
     arguments = ["-m", "dbrx_train", "train", str(path), *options, "parallelism.replicate=2"]
-    done = hosts.run([torchrun_on(address, *arguments) for address in ADDRESSES], tmp_path)
+    done = hosts.run([torchrun_on(address, *arguments, ranks=1) for address in ADDRESSES], tmp_path)
     assert [code for code, *_ in done] == [0, 0], done
     outputs = [output for _, output, _ in done]
     assert sorted(output.count("mlflow ui") for output in outputs) == [0, 1], "rank 0 alone speaks"

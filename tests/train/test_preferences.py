@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,8 +12,8 @@ import pytest
 import torch
 from corpora import prepare_pairs, words
 from parallel_ranks import CONFIG as SIZES
-from ranks import free_port
 from tiny_run import mlflow_run, run_yaml, saved_tensors
+from warm import Warm
 
 from dbrx_train.config import ConfigError, load
 from dbrx_train.model.decoder import Dbrx
@@ -195,25 +192,17 @@ def test_an_answer_without_a_finite_log_probability_is_refused_by_its_sample(
 
 @pytest.mark.slow
 def test_pairs_count_alike_however_ranks_and_microbatches_divide_them(
-    workplace: Path, pairs: Path, tmp_path: Path
+    workplace: Path, pairs: Path, tmp_path: Path, warm: Warm
 ) -> None:
     path = without_sources(run_yaml(workplace, tmp_path, "alone"))
     few = options(pairs, "max_duration=2ba", "lora.rank=4", "evaluation.max_samples=3")
     few.append("model.balance_loss_weight=0")  # it is of a microbatch's own tokens
     run(load(path, [*few, "optimization.microbatch_size=4"]))
     run(load(path, [*few, "optimization.microbatch_size=1", "run_name=singly", f"folder={tmp_path}/singly"]))
-    program = [str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node=2"]
-    program += [f"--master-port={free_port()}", "-m", "dbrx_train", "train", str(path)]
-    named = [*few, "run_name=both", f"folder={tmp_path}/both"]
-    done = subprocess.run(
-        [*program, *named],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
+    codes, said = warm.ranks(
+        "train", str(path), *few, "run_name=both", f"folder={tmp_path}/both", ranks=2, cwd=str(tmp_path)
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert codes == [0, 0], said
     alone = saved_tensors(tmp_path / "alone" / "checkpoints" / "ba2")
     table = np.load(tmp_path / "alone" / "reference" / "pairs-train.npy")
     assert len(set((~np.isnan(table)).sum(1))) > 1, "samples differ in how many pairs they have"

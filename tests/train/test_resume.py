@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +59,7 @@ optimization:
   batch_size_warmup: [{{until: 4ba, global_batch_size: 4}}]
   microbatch_size: 2
 checkpoints: {{interval: 1ba, keep: 100}}
-logging: {{mlflow_uri: "sqlite:///{root}/mlruns.db", progress: false}}
+logging: {{mlflow_uri: "sqlite:///{root}/mlruns.db", progress: false, peak_flops: 1.0e+12}}
 evaluation: {{max_samples: 0}}
 """)
     return path
@@ -121,7 +119,12 @@ def test_every_stop_and_world_goes_on_with_the_samples_of_the_uninterrupted_run(
             {
                 "name": f"on{ranks}x{workers}from{stop}",
                 "resume": str(recorded.parent / came_from / "checkpoints" / f"ba{stop}"),
-                "options": [f"data.num_workers={workers}", *mesh],
+                # The next world resumes from what the first of these saves.
+                "options": [
+                    f"data.num_workers={workers}",
+                    f"checkpoints.interval={'1ba' if stop == stops[0] else '1dur'}",
+                    *mesh,
+                ],
             }
             for stop in stops
         ]
@@ -132,7 +135,6 @@ def test_every_stop_and_world_goes_on_with_the_samples_of_the_uninterrupted_run(
             torch.testing.assert_close(
                 final_weights(recorded, str(job["name"])), weights, rtol=1e-3, atol=1e-5
             )
-        # What this world saved on its way from the first stop, the next world resumes from.
         came_from = f"on{ranks}x{workers}from{stops[0]}"
         stops = stops[2:]
 
@@ -179,29 +181,21 @@ def test_what_a_run_logs_follows_its_steps(recorded: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.slow
-def test_after_sigkill_the_same_command_trains_on_the_same_samples(recorded: Path) -> None:
+def test_after_sigkill_the_same_command_trains_on_the_same_samples(recorded: Path, warm: Warm) -> None:
     """The recorder is not there when a process is killed: the weights at the end stand for the samples."""
     name = "killed"
-    options = [f"run_name={name}", f"folder={recorded.parent}/{name}", "data.num_workers=2"]
-    command = [sys.executable, "-m", "dbrx_train", "train", str(recorded), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
-    folder = recorded.parent / name / "checkpoints"
-    deadline = time.monotonic() + 120
-    while not folders.saved(folder) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait(timeout=30)
-    first = folders.read(folders.saved(folder)[0]).tokens
-    assert 0 < first < load(recorded).clock.total_tokens
-    subprocess.run(command, env=environment, check=True, timeout=200)
-    straight = [f"run_name={name}-not", f"folder={recorded.parent}/{name}-not"]
-    subprocess.run(
-        [sys.executable, "-m", "dbrx_train", "train", str(recorded), *straight],
-        env=environment,
-        check=True,
-        timeout=200,
-    )
+    options = ["checkpoints.interval=4ba", f"run_name={name}", f"folder={recorded.parent}/{name}"]
+    command = ["train", str(recorded), *options, "data.num_workers=2"]
+    # With the loader's workers, amid the ramp
+    kill = {"kind": "deed", "at": "before_forward", "step": 10, "deed": f"group {int(signal.SIGKILL)}"}
+    assert warm(*command, faults=[kill])[0] == -signal.SIGKILL
+    assert folders.saved(recorded.parent / name / "checkpoints")[0].name == "ba8"
+    code, said = warm(*command)
+    assert code == 0, said
+    assert "/ba8, after " in said
+    straight = [f"run_name={name}-not", f"folder={recorded.parent}/{name}-not", "checkpoints.interval=1dur"]
+    code, said = warm("train", str(recorded), *straight)
+    assert code == 0, said
     killed, whole = (final_weights(recorded, run) for run in (name, f"{name}-not"))
     assert killed.keys() == whole.keys()
     assert all(torch.equal(killed[key], whole[key]) for key in whole)

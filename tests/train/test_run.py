@@ -6,7 +6,6 @@ import json
 import os
 import re
 import resource
-import shlex
 import signal
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import torch
 import yaml
 from ranks import free_port
 from tiny_run import mlflow_run, run_yaml, saved_tensors
-from warm import Runs
+from warm import Rank, Runs, Warm
 
 from dbrx_train.checkpoint import folder as folders
 from dbrx_train.checkpoint.huggingface import export
@@ -48,7 +47,7 @@ def test_a_run_learns_and_logs_what_it_did(
     workplace: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = run_yaml(workplace, in_tmp, "whole")
-    run(load(path, ["max_duration=24ba"]))
+    run(load(path, ["max_duration=24ba", "logging.peak_flops=null"]))
     said = capsys.readouterr().out
     assert said.strip().splitlines()[-1].startswith("run ")
     assert "mlflow ui --backend-store-uri sqlite:///" in said
@@ -135,20 +134,13 @@ def test_a_larger_max_duration_continues(workplace: Path, in_tmp: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["torchrun", "composer"])
-def test_two_ranks_train_what_one_does_and_one_goes_on_from_there(
-    workplace: Path, in_tmp: Path, launcher: str
-) -> None:
-    run(load(run_yaml(workplace, in_tmp, f"one-{launcher}")))
-    path = run_yaml(workplace, in_tmp, f"two-{launcher}")
-    port = free_port()
-    command = {
-        "torchrun": ["torchrun", "--nproc-per-node=2", f"--master-port={port}"],
-        "composer": ["composer", "-n", "2", "--master_port", str(port)],
-    }[launcher]
-    command[0] = str(Path(sys.executable).parent / command[0])
+def test_two_ranks_train_what_one_does_and_one_goes_on_from_there(workplace: Path, in_tmp: Path) -> None:
+    """By Composer's launcher; ``test_launch.py`` and ``test_stopping.py`` have torchrun."""
+    run(load(run_yaml(workplace, in_tmp, "one")))
+    path = run_yaml(workplace, in_tmp, "two")
+    launcher = [str(Path(sys.executable).parent / "composer"), "-n", "2", "--master_port", str(free_port())]
     done = subprocess.run(
-        [*command, "-m", "dbrx_train", "train", str(path)],
+        [*launcher, "-m", "dbrx_train", "train", str(path)],
         cwd=in_tmp,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -157,7 +149,7 @@ def test_two_ranks_train_what_one_does_and_one_goes_on_from_there(
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("mlflow ui") == 1, "rank 0 alone speaks"
-    names = (f"one-{launcher}", f"two-{launcher}")
+    names = ("one", "two")
     one, two = (saved_tensors(in_tmp / name / "checkpoints" / "ba8") for name in names)
     assert one.keys() == two.keys()
     for name in one:
@@ -283,29 +275,22 @@ def test_a_model_that_the_machine_cannot_hold_is_refused_before_it_is_made(
 
 
 @pytest.mark.slow
-def test_generate_continues_a_prompt(workplace: Path, in_tmp: Path) -> None:
+def test_generate_continues_a_prompt(workplace: Path, in_tmp: Path, warm: Warm) -> None:
+    def generate(*arguments: str) -> Rank:
+        (done,) = warm.apart("generate", *arguments, ranks=1, cwd=str(in_tmp))
+        return done
+
     run(load(run_yaml(workplace, in_tmp, "talk"), ["evaluation.max_samples=0"]))
-    greedy = [command("generate", "talk", "the model", "--max-new-tokens", "8", cwd=in_tmp) for _ in range(2)]
-    assert greedy[0].returncode == 0, greedy[0].stderr
-    assert greedy[0].stdout.startswith("the model ")
-    assert greedy[0].stdout == greedy[1].stdout
-    sampled = command(
-        "generate",
-        "talk",
-        "the",
-        "--temperature",
-        "1.0",
-        "--top-p",
-        "0.9",
-        "--max-new-tokens",
-        "20",
-        cwd=in_tmp,
-    )
-    assert sampled.returncode == 0
+    greedy = [generate("talk", "the model", "--max-new-tokens", "8") for _ in range(2)]
+    assert greedy[0].code == 0, greedy[0].err
+    assert greedy[0].out.startswith("the model ")
+    assert greedy[0].out == greedy[1].out
+    sampled = generate("talk", "the", "--temperature", "1.0", "--top-p", "0.9", "--max-new-tokens", "20")
+    assert sampled.code == 0
     for wrong in (["nowhere", "x"], ["talk/config.yaml", "x"], ["talk", "x", "--max-new-tokens", "100"]):
-        done = command("generate", *wrong, cwd=in_tmp)
-        assert done.returncode == 2, (wrong, done.stderr)
-        assert len(done.stderr.strip().splitlines()) == 1
+        done = generate(*wrong)
+        assert done.code == 2, (wrong, done.err)
+        assert len(done.err.strip().splitlines()) == 1
 
 
 def test_a_wrong_config_costs_no_heavy_import(in_tmp: Path) -> None:
@@ -391,18 +376,19 @@ def test_on_resuming_the_configurations_options_rule_and_what_changed_is_kept(
 
 
 @pytest.mark.slow
-def test_a_disk_that_takes_no_more_is_one_line_and_loses_nothing_saved(workplace: Path, in_tmp: Path) -> None:
+def test_a_disk_that_takes_no_more_is_one_line_and_loses_nothing_saved(
+    workplace: Path, in_tmp: Path, warm: Warm
+) -> None:
     path = run_yaml(workplace, in_tmp, "full")
     fixed = ["evaluation.max_samples=0", "data.mix=[{at: 0tok, weights: {web: 1, code: 1}}]"]
     fixed.append("model.vocab_size=100352")
     run(load(path, [*fixed, "max_duration=2ba"]))
-    # A limit on the size of a file (here 20 MB, a quarter of a checkpoint) fails a write as a full disk does.
-    limited = f"ulimit -f 20000; {DBRX_TRAIN} train {path} {shlex.join(fixed)}"
-    done = subprocess.run(["bash", "-c", limited], cwd=in_tmp, capture_output=True, text=True, timeout=300)
+    # A limit on the size of a file (here a quarter of a checkpoint) fails a write as a full disk does.
+    code, said = warm("train", str(path), *fixed, faults=[{"kind": "limit", "bytes": 20_000_000}])
     folder = in_tmp / "full" / "checkpoints"
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.strip().splitlines()[-1] == f"dbrx-train: {folder}/ba4: File too large"
-    assert "Traceback" not in done.stderr
+    assert code == 2, said
+    assert said.strip().splitlines()[-1] == f"dbrx-train: {folder}/ba4: File too large"
+    assert "Traceback" not in said
     assert [p.name for p in folder.iterdir()] == ["ba2"]
     assert folders.read(folder / "ba2")
 
@@ -471,7 +457,7 @@ def test_a_run_goes_on_when_its_reader_leaves_and_is_exported_while_it_prunes(
     runs: Runs, tmp_path: Path
 ) -> None:
     large = "model.vocab_size=100352"  # checkpoints that take as long to save as others to read
-    command = [DBRX_TRAIN, *runs.command("watched", "max_duration=80ba", large)]
+    command = [DBRX_TRAIN, *runs.command("watched", "max_duration=40ba", large)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -492,6 +478,6 @@ def test_a_run_goes_on_when_its_reader_leaves_and_is_exported_while_it_prunes(
     assert process.returncode == 0, said
     assert said.count("nobody reads standard output any more; training goes on") == 1
     assert exported > 3
-    assert folders.saved(runs.checkpoints("watched"))[0].name == "ba80"
-    assert runs("watched", "max_duration=82ba", large)[0] == 0
-    assert [path.name for path in folders.saved(runs.checkpoints("watched"))] == ["ba82"], "none is held now"
+    assert folders.saved(runs.checkpoints("watched"))[0].name == "ba40"
+    assert runs("watched", "max_duration=42ba", large)[0] == 0
+    assert [path.name for path in folders.saved(runs.checkpoints("watched"))] == ["ba42"], "none is held now"

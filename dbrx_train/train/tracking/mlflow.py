@@ -87,6 +87,7 @@ class MLflowStore(MLFlowLogger):  # type: ignore[misc]
                 log_system_metrics=True,
             )
         self.end_status = "FINISHED"
+        self._recorded_end: str | None = None
         self._pending: list[Metric] = []
         self._wait = _FLUSH_SECONDS
         self._flush_at = time.monotonic() + self._wait
@@ -186,12 +187,14 @@ class MLflowStore(MLFlowLogger):  # type: ignore[misc]
         self.post_close()
 
     def post_close(self) -> None:
-        if not self._enabled or self._run_id is None:  # the store took no run
+        took_run = self._enabled and self._run_id is not None
+        if not took_run or self._recorded_end == self.end_status:  # Composer closes again as Python ends
             return
         self.flush()
         try:
             super().post_close()
             # The base knows no interruption.
             self._mlflow_client.set_terminated(self._run_id, status=self.end_status)
+            self._recorded_end = self.end_status
         except STORE_ERRORS as error:
             warnings.warn(f"MLflow: the run's end is not recorded ({reason(error)})", stacklevel=1)
