@@ -65,6 +65,7 @@ class Warm:
 
     def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
         env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **(environment or {})}
+        env.pop("MLFLOW_TRACKING_URI", None)  # MLflow's trace of a run in this process
         self._folder, self._number = folder, 0
         self.has_clock = self._compile()
         if self.has_clock:
