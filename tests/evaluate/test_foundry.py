@@ -82,6 +82,7 @@ def said(outcome: Outcome, task: Task) -> Any:
     return details["predicted_ids"]
 
 
+@pytest.mark.slow
 def test_outcomes_are_foundrys() -> None:
     model, wanted = golden_model(), record("outcomes.json")
     made, right = benchmark(read_tasks(FOUNDRY / "tasks.yaml")), dict[str, int]()

@@ -67,6 +67,7 @@ def test_each_prompt_is_continued_as_if_it_were_alone(model: Dbrx, options: dict
     assert [len(ids) for ids in all_of(model, enough, **options)] == [4] * 7
 
 
+@pytest.mark.slow
 def test_samples_follow_from_their_seeds_alone(model: Dbrx) -> None:
     prompts = prompts_of((12, 5, 30))
     requests = [

@@ -27,6 +27,7 @@ def faults(how: str) -> int:
     return int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
 def test_a_freed_block_is_used_again() -> None:
     assert faults("keep") < faults("give back") / 16
