@@ -29,6 +29,11 @@ class SourceConfig:
     max_epochs: float | None = option(
         "refuse a mix that repeats this source more often than this", None, gt=0
     )
+    val: str | None = option(
+        "folder of held-out data of one's own (`data prepare --split val`), to evaluate on in place of what "
+        "is held out in `local`",
+        None,
+    )
 
 
 @dataclass

@@ -18,6 +18,7 @@ from composer.utils import dist
 from filelock import FileLock
 from mlflow.entities import DatasetInput, Metric
 from mlflow.exceptions import MlflowException
+from mlflow.store.db import utils as db_utils
 from sqlalchemy.exc import SQLAlchemyError
 
 from dbrx_train.checkpoint.tracking_uri import sqlite_file
@@ -28,6 +29,9 @@ from dbrx_train.errors import STOPPED, first_line
 # person is waiting, and later training is.
 for _key, _value in {"MAX_RETRIES": "2", "TIMEOUT": "10", "BACKOFF_FACTOR": "1"}.items():
     os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{_key}", _value)
+# A database that cannot be opened is tried for 101 s by MLflow, which logs each try, and what it raises.
+db_utils.MAX_RETRY_COUNT = 6  # 5.7 s
+logging.getLogger(db_utils.__name__).setLevel(logging.CRITICAL)
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # its news would break up the progress bar
 # The run's address, which the builder says without the credentials that MLflow prints.
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
