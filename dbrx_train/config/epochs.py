@@ -38,7 +38,7 @@ def in_samples(config: RunConfig) -> str:
     require(
         len(sources) == 1,
         f"max_duration: {config.max_duration!r} is of a single source, and a mix of {len(sources)} has no "
-        f"epoch in common; {whole}sp reads as many samples as {match[1]} of all of them, and `dbrx-train data mix` "
-        f"shows how often each source is read then",
+        f"epoch in common; {whole}sp reads as many samples as {match[1]} of all of them, and `dbrx-train "
+        f"data mix` shows how often each source is read then",
     )
     return f"{whole}sp"
