@@ -9,14 +9,16 @@ import pty
 import signal
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from dbrx_train import Dbrx, DbrxConfig
+from dbrx_train.checkpoint.weights import open_weights
 from dbrx_train.data.tokenizer import load_tokenizer
-from dbrx_train.evaluate.chat import Dialogue, Sampling, talk
+from dbrx_train.evaluate.chat import Dialogue, Sampling, _check_answers, talk
 
 LIMIT = 64
 NO_FORM = {"system": None, "max_new_tokens": 6, "temperature": 0.0, "top_p": 1.0, "seed": 0, "int8": False}
@@ -63,10 +65,9 @@ def test_an_answer_stops_where_it_is_asked_to(dialogue: Dialogue) -> None:
     piece = next(answer)
     stopped.set()
     rest = "".join(answer)
-    assert len(rest) < len(
-        "".join(Dialogue(**{**vars(dialogue), "turns": []}).answer("hello", threading.Event()))
-    )
     assert dialogue.turns[-1]["content"] == piece + rest
+    dialogue.clear()
+    assert len("".join(dialogue.answer("hello", threading.Event()))) > len(piece + rest)
 
 
 def test_lines_of_a_pipe_are_turns(
@@ -124,11 +125,14 @@ print("the end", flush=True)
         os.close(terminal)
 
 
-def test_a_base_model_is_refused(weights: Path, tmp_path: Path) -> None:
+def test_a_model_that_has_seen_text_alone_is_refused(weights: Path, workplace: Path, tmp_path: Path) -> None:
     for file in weights.iterdir():
         os.link(file, tmp_path / file.name)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "x"}))
-    with pytest.raises(
-        ValueError, match=r"is a base model, without a chat template; `dbrx-train generate` cont"
-    ):
+    with pytest.raises(ValueError, match="is a base model, without a chat template; `dbrx-train generate`"):
         talk(tmp_path, **NO_FORM, aside=print)  # type: ignore[arg-type]
+    known = open_weights(weights, print)
+    text = {"data": {"sources": {"web": {"local": str(workplace / "web")}}}}
+    with pytest.raises(ValueError, match="has seen no conversations, only the text of web"):
+        _check_answers(replace(known, config=known.config | text))
+    _check_answers(replace(known, config=known.config | text | {"init_from": {"path": "a chat model"}}))
