@@ -297,7 +297,9 @@ def data_lineage(
 def data_mix(
     config: Config,
     overrides: Overrides = None,
-    picture: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("mix.png"),
+    picture: Annotated[
+        Path, typer.Option(help="The picture to write, of any format of matplotlib's.")
+    ] = Path("mix.png"),
 ) -> None:
     """Show the data mix of CONFIG over the run, with epochs per source, as a table and a picture."""
     from dbrx_train.config import load
@@ -317,7 +319,7 @@ def data_mix(
     with atomic_write(picture) as partial:
         plots.draw(mix, sizes, run.clock, partial)
     off = f"{mix.max_deviation:.2f} samples per canonical node"
-    print(f"a source is never further than {off} from its weight's integral; picture: {picture}")
+    print(f"a source is never further than {off} from its weight's integral\npicture: {picture.absolute()}")
 
 
 @data_app.command("quickstart")

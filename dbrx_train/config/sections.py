@@ -247,9 +247,9 @@ class BadStepsConfig:
     warmup: int = option("good steps before a finite loss or gradient can be bad", 64, ge=1)
     mad_threshold: float | None = option(
         "how far above the median a loss or gradient norm is bad, in median absolute deviations; both of "
-        "logarithms, and a deviation is 0.05 at least: so 20 is never less than 2.7 times the median; null: "
+        "logarithms, and a deviation is 0.05 at least: so 30 is never less than 4.5 times the median; null: "
         "what is finite is good",
-        20.0,
+        30.0,
         gt=0,
     )
     rollback_after: int | None = option(
