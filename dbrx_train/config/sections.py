@@ -362,6 +362,14 @@ class PreferencesConfig:
 class LoggingConfig:
     mlflow_uri: str = option("MLflow tracking URI", "sqlite:///mlruns.db")
     experiment: str = option("MLflow experiment", "dbrx-train")
+    tensorboard: bool = option(
+        "write metrics for TensorBoard, too, into the run's `tensorboard` folder (extra `tensorboard`)", False
+    )
+    wandb: str | None = option(
+        "Weights & Biases project to log metrics to, too (extra `wandb`); `WANDB_MODE=offline` keeps them in "
+        "the run's folder",
+        None,
+    )
     interval: str = option("how often what costs more than a number is logged, such as expert load", "10ba")
     activations: bool = option("log the largest and the root mean square output of every block, too", False)
     progress: bool = option("a progress bar where there is a terminal, else a line every `interval`", True)

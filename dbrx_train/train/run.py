@@ -56,8 +56,10 @@ from dbrx_train.train.sources import check_sources
 from dbrx_train.train.startup_summary import summary
 from dbrx_train.train.throughput import peak_flops
 from dbrx_train.train.tracking import events, plots
+from dbrx_train.train.tracking.description import description
 from dbrx_train.train.tracking.lineage import keep_lists, log_sources
 from dbrx_train.train.tracking.mlflow import STORE_ERRORS, MLflowStore, reason
+from dbrx_train.train.tracking.other_trackers import check_trackers
 from dbrx_train.train.tracking.provenance import source_facts
 from dbrx_train.train.tracking.starts import CONFIG, keep_configuration
 from dbrx_train.train.train_state import callback_of, model_of, restore
@@ -91,6 +93,7 @@ def _train(config: RunConfig, device: str, stop: PreemptionHandler) -> None:
         _resolve_weights(config)
         check_world(config, dist.get_world_size())
         check_fits(config, device)
+        check_trackers(config)
         tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.vocab_file)
         check_sources(config, tokenizer)
         task_benchmark(config, tokenizer)
@@ -250,6 +253,7 @@ def _record(config: RunConfig, store: MLflowStore, peak: str, found: Checkpoint 
         store.log_hyperparameters(facts)
         store.log_artifact(path)
         log_sources(config, store, sources)
+        store.set_tag("mlflow.note.content", description(config, dist.get_world_size()))
         if changed:
             store.set_tag(f"configuration.step{step}", said)
     except STORE_ERRORS as error:

