@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import signal
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import torch
-from composer import Trainer
+from composer import Callback, Trainer
 from composer.utils import dist
 
 from dbrx_train.checkpoint import folder as folders
@@ -66,8 +66,10 @@ from dbrx_train.train.train_state import callback_of, model_of, restore
 from dbrx_train.train.trainer import build_trainer
 
 
-def run(config: RunConfig) -> None:
+def run(config: RunConfig, own: Sequence[Callback] = ()) -> None:
     """Train as ``config`` says, from the newest checkpoint of the same run name if there is one.
+
+    ``own``: Composer's callbacks and loggers beside the run's, called after these, and not saved.
 
     Raises:
         ConfigError: the configuration does not fit the data, the machine or the saved run.
@@ -79,10 +81,10 @@ def run(config: RunConfig) -> None:
         _at_exit(last, "how to go on is not known", lambda error: _say_how_to_go_on(config, stop, error))
         with stop.before_training():
             environment.join_ranks(device, config.parallelism.timeout)
-        _train(config, device, stop)
+        _train(config, device, stop, own)
 
 
-def _train(config: RunConfig, device: str, stop: PreemptionHandler) -> None:
+def _train(config: RunConfig, device: str, stop: PreemptionHandler, own: Sequence[Callback]) -> None:
     heartbeat, stacks = Heartbeat(), Path(config.folder) / "stacks"
     with (
         ExitStack() as afterwards,
@@ -111,7 +113,7 @@ def _train(config: RunConfig, device: str, stop: PreemptionHandler) -> None:
         ending.at_end = store.end
         peak, origin = peak_flops(device, config.precision, config.logging.peak_flops)
         supervision = Supervision(HeartbeatCallback(heartbeat, *config.watchdog.seconds), stop, leases)
-        trainer = build_trainer(config, tokenizer, device, store, peak, remote, supervision)
+        trainer = build_trainer(config, tokenizer, device, store, peak, remote, supervision, own)
         stopping = callback_of(trainer.state, Preemption)
         at_exit = partial(_at_exit, afterwards)
         at_exit("ranks did not meet", lambda error: _meet(stopping, error))
