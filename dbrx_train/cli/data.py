@@ -190,7 +190,7 @@ def data_prepare_chat(
 @data_app.command("inspect")
 def data_inspect(
     folder: Annotated[Path, typer.Argument(help="A prepared folder; with --step, a run's.")],
-    split: Annotated[str, typer.Option(help="train or val.")] = "train",
+    split: Annotated[str | None, typer.Option(help="train or val; default: train, if there is one.")] = None,
     sample: Annotated[int | None, typer.Option(help="Which sample to show.")] = None,
     vocab_file: Annotated[str | None, typer.Option(help="The vocabulary it was prepared with.")] = None,
     step: Annotated[int | None, typer.Option(help="Of a run: show the samples of this bad step.")] = None,

@@ -8,6 +8,7 @@ import pytest
 from corpora import words, write_corpus
 
 from dbrx_train.config.sections import SourceConfig
+from dbrx_train.data.inspect import inspect
 from dbrx_train.data.manifest import check_held_out
 from dbrx_train.data.prepare import pipeline
 from dbrx_train.data.prepare.pipeline import Summary, prepare
@@ -71,6 +72,7 @@ def test_what_is_too_little_for_both_is_trained_on(text: Path, tmp_path: Path) -
 def test_a_folder_of_ones_own_takes_the_place_of_what_is_held_out(text: Path, tmp_path: Path) -> None:
     own, local = tmp_path / "own", tmp_path / "local"
     assert [*prepared(text, own, val_fraction=1).manifest.splits] == ["val"]
+    assert "of val" in inspect(own, vocab_file=str(text.parent / "words.tiktoken"))
     prepared(text, local, val_fraction=0)
     tokenizer = load_tokenizer(vocab_file=str(text.parent / "words.tiktoken"))
     sources = {"web": SourceConfig(str(local), val=str(own))}
