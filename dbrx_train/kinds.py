@@ -91,7 +91,16 @@ def _refusal(value: Any, kinds: tuple[Any, ...], key: str, null: bool) -> str:
     wanted = " or ".join([*map(_words, kinds), *(["null"] if null else [])])
     shown = "null" if value is None else repr(value)
     shown = shown if len(shown) <= _LONGEST_VALUE else f"{shown[:_LONGEST_VALUE]}…"
-    return f"{key}: must be {wanted}, not {shown}"
+    return f"{key}: must be {wanted}, not {shown}{_as_mapping(value, kinds)}"
+
+
+def _as_mapping(value: Any, kinds: tuple[Any, ...]) -> str:
+    """How to write what was given as text, and is meant as the first key of a mapping."""
+    for kind in filter(dataclasses.is_dataclass, kinds):
+        first = dataclasses.fields(kind)[0].name
+        if isinstance(value, str) and typing.get_type_hints(kind)[first] is str:
+            return f"; write {{{first}: {value}}}"
+    return ""
 
 
 def _words(kind: Any) -> str:

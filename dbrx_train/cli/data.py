@@ -37,6 +37,26 @@ Allowed = Annotated[
 ]
 
 
+class Split(StrEnum):
+    """Where documents go, all of them."""
+
+    train = auto()
+    val = auto()
+
+
+SplitOption = Annotated[
+    Split | None,
+    typer.Option(
+        help="Put all documents there: val makes held-out data for the `val` of a source. In place of "
+        "--val-fraction."
+    ),
+]
+
+
+def _fraction(split: Split | None, val_fraction: float) -> float:
+    return val_fraction if split is None else {Split.train: 0.0, Split.val: 1.0}[split]
+
+
 class Trained(StrEnum):
     """Which turns of a conversation are trained on."""
 
@@ -94,7 +114,10 @@ def data_prepare(
         str | None, typer.Option(help="Text made of several fields instead, as '{title}\\n\\n{body}'.")
     ] = None,
     suffix: Annotated[list[str] | None, typer.Option(help="Ending of text files; may be repeated.")] = None,
-    val_fraction: Annotated[float, typer.Option(help="Share of the documents held out.")] = 0.01,
+    val_fraction: Annotated[
+        float, typer.Option(help="Share of the documents held out; enough for a sample at least.")
+    ] = 0.01,
+    split: SplitOption = None,
     engine: EngineOption = Engine.local,
     processes: Processes = None,
     vocab_file: VocabFile = None,
@@ -115,7 +138,7 @@ def data_prepare(
         text_field=text_field,
         template=template,
         suffixes=suffix or TEXT_SUFFIXES,
-        val_fraction=val_fraction,
+        val_fraction=_fraction(split, val_fraction),
         engine=engine.value,
         processes=processes,
         vocab_file=vocab_file,
@@ -134,7 +157,10 @@ def data_prepare_chat(
     preferences: Annotated[
         bool, typer.Option("--preferences", help="Lines hold a chosen and a rejected answer, for DPO.")
     ] = False,
-    val_fraction: Annotated[float, typer.Option(help="Share of the conversations held out.")] = 0.05,
+    val_fraction: Annotated[
+        float, typer.Option(help="Share of the conversations held out; one at least.")
+    ] = 0.05,
+    split: SplitOption = None,
     processes: Processes = None,
     vocab_file: VocabFile = None,
     licence: Licence = None,
@@ -152,7 +178,7 @@ def data_prepare_chat(
         sources,
         out,
         seq_len=seq_len,
-        val_fraction=val_fraction,
+        val_fraction=_fraction(split, val_fraction),
         processes=processes,
         vocab_file=vocab_file,
         chat=ChatFormat(loss.value, long.value, preferences),
@@ -164,7 +190,7 @@ def data_prepare_chat(
 @data_app.command("inspect")
 def data_inspect(
     folder: Annotated[Path, typer.Argument(help="A prepared folder; with --step, a run's.")],
-    split: Annotated[str, typer.Option(help="train or val.")] = "train",
+    split: Annotated[str | None, typer.Option(help="train or val; default: train, if there is one.")] = None,
     sample: Annotated[int | None, typer.Option(help="Which sample to show.")] = None,
     vocab_file: Annotated[str | None, typer.Option(help="The vocabulary it was prepared with.")] = None,
     step: Annotated[int | None, typer.Option(help="Of a run: show the samples of this bad step.")] = None,
@@ -271,7 +297,9 @@ def data_lineage(
 def data_mix(
     config: Config,
     overrides: Overrides = None,
-    picture: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("mix.png"),
+    picture: Annotated[
+        Path, typer.Option(help="The picture to write, of any format of matplotlib's.")
+    ] = Path("mix.png"),
 ) -> None:
     """Show the data mix of CONFIG over the run, with epochs per source, as a table and a picture."""
     from dbrx_train.config import load
@@ -291,7 +319,7 @@ def data_mix(
     with atomic_write(picture) as partial:
         plots.draw(mix, sizes, run.clock, partial)
     off = f"{mix.max_deviation:.2f} samples per canonical node"
-    print(f"a source is never further than {off} from its weight's integral; picture: {picture}")
+    print(f"a source is never further than {off} from its weight's integral\npicture: {picture.absolute()}")
 
 
 @data_app.command("quickstart")

@@ -276,3 +276,33 @@ def generate(
             print(piece, end="", flush=True)
     finally:
         print()
+
+
+@runs_app.command()
+def chat(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A run's folder, a checkpoint, its weights, or a Hugging Face folder.")
+    ],
+    system: Annotated[str | None, typer.Option(help="A system prompt, ahead of all that is said.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the longest answer.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, help="Sample from this much probability; 0: the likeliest token."),
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling.")] = 0,
+    int8: Int8 = False,
+) -> None:
+    """Talk to the model in CHECKPOINT: a line is a turn; /clear forgets, /exit or Ctrl-D ends."""
+    from dbrx_train.evaluate.chat import talk
+
+    talk(
+        checkpoint,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        int8=int8,
+        aside=aside,
+    )

@@ -12,6 +12,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dbrx_train.config.epochs import in_samples
 from dbrx_train.config.errors import ConfigError, require, where_and_what
 from dbrx_train.config.inherited import with_model
 from dbrx_train.config.run import RunConfig
@@ -47,6 +48,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: {trouble}")
     try:
         config = from_dict(with_model(resolved))
+        config.max_duration = in_samples(config)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except ValueError as error:  # DbrxConfig checks itself when it is made
@@ -112,6 +114,10 @@ def _read_yaml(path: Path) -> DictConfig:
         raise ConfigError(f"{path}: {_A_RUN}")
     if not given:
         raise ConfigError(f"{path}: is empty; {_A_RUN}")
+    plain = OmegaConf.to_container(given)
+    assert isinstance(plain, dict)
+    if list(plain.values()) == [None]:  # what OmegaConf makes of a single word
+        raise ConfigError(f"{path}: {_A_RUN}")
     return given
 
 

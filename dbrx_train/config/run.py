@@ -36,7 +36,9 @@ class RunConfig:
     """One run. The order is the one in which a reader wants it."""
 
     run_name: str = option("names the run; the same name resumes it")
-    max_duration: str = option("how long to train: `1_000_000tok` or `1000ba`")
+    max_duration: str = option(
+        "how long to train: `1_000_000tok` or `1000ba`; of a single source also `2ep`, in whole steps"
+    )
     stop_after: str | None = option(
         "wall time since the process began, such as `3h50m`, after which it saves and exits with 75, so that "
         "the same command goes on; null: never",
@@ -104,6 +106,12 @@ class RunConfig:
                 seq_len is None or 2 <= seq_len <= longest,
                 f"{key}: must be at least 2 and at most model.max_seq_len {longest}, not {seq_len}",
             )
+        most, micro = self.optimization.global_batch_size, self.optimization.microbatch_size
+        require(
+            micro is None or micro <= most,
+            f"optimization.microbatch_size: {micro} samples are more than the {most} of global_batch_size, "
+            f"over all ranks; use fewer, or leave it out",
+        )
         clock, nodes = self.clock, self.data.canonical_nodes
         for stage in clock.stages:
             require(

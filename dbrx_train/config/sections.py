@@ -29,6 +29,11 @@ class SourceConfig:
     max_epochs: float | None = option(
         "refuse a mix that repeats this source more often than this", None, gt=0
     )
+    val: str | None = option(
+        "folder of held-out data of one's own (`data prepare --split val`), to evaluate on in place of what "
+        "is held out in `local`",
+        None,
+    )
 
 
 @dataclass
@@ -242,9 +247,9 @@ class BadStepsConfig:
     warmup: int = option("good steps before a finite loss or gradient can be bad", 64, ge=1)
     mad_threshold: float | None = option(
         "how far above the median a loss or gradient norm is bad, in median absolute deviations; both of "
-        "logarithms, and a deviation is 0.05 at least: so 20 is never less than 2.7 times the median; null: "
+        "logarithms, and a deviation is 0.05 at least: so 30 is never less than 4.5 times the median; null: "
         "what is finite is good",
-        20.0,
+        30.0,
         gt=0,
     )
     rollback_after: int | None = option(
@@ -357,6 +362,14 @@ class PreferencesConfig:
 class LoggingConfig:
     mlflow_uri: str = option("MLflow tracking URI", "sqlite:///mlruns.db")
     experiment: str = option("MLflow experiment", "dbrx-train")
+    tensorboard: bool = option(
+        "write metrics for TensorBoard, too, into the run's `tensorboard` folder (extra `tensorboard`)", False
+    )
+    wandb: str | None = option(
+        "Weights & Biases project to log metrics to, too (extra `wandb`); `WANDB_MODE=offline` keeps them in "
+        "the run's folder",
+        None,
+    )
     interval: str = option("how often what costs more than a number is logged, such as expert load", "10ba")
     activations: bool = option("log the largest and the root mean square output of every block, too", False)
     progress: bool = option("a progress bar where there is a terminal, else a line every `interval`", True)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dbrx_train.data.manifest import Manifest, Split, check_dataset
+from dbrx_train.data.manifest import Manifest, Split, check_dataset, read_manifest
 from dbrx_train.data.mds import INDEX, read_shard
 from dbrx_train.data.origins import Origin, read_origins
 from dbrx_train.data.prepare.identity import names_of
@@ -32,7 +32,7 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 def inspect(
     folder: str | os.PathLike[str],
-    split: str = "train",
+    split: str | None = None,
     sample: int | None = None,
     vocab_file: str | None = None,
     characters: int = 2000,
@@ -41,7 +41,7 @@ def inspect(
 
     Args:
         folder: what ``data prepare`` made.
-        split: whose document lengths and sample to show.
+        split: whose document lengths and sample to show; None for ``train``, or for all that there is.
         sample: which one; None for the first that holds the end of a document.
         vocab_file: the vocabulary file that the folder was prepared with, if any.
         characters: of the sample's text to show at most.
@@ -49,6 +49,8 @@ def inspect(
     Raises:
         ValueError: the folder is not whole, or has no such split or sample.
     """
+    if split is None:
+        split = "train" if "train" in read_manifest(folder).splits else "val"
     manifest = check_dataset(folder, None, split=split)
     documents = "conversations" if manifest.chat else "documents"
     lines = [f"{folder}: {manifest.tokenizer}, samples of {manifest.seq_len:,} tokens", "", "sources"]

@@ -32,10 +32,12 @@ from dbrx_train.files import seal
 
 __all__ = [
     "MANIFEST",
+    "WORK",
     "Manifest",
     "Problem",
     "Split",
     "check_dataset",
+    "check_held_out",
     "fetch",
     "read_manifest",
     "write_json",
@@ -44,6 +46,8 @@ __all__ = [
 
 MANIFEST = "manifest.json"
 VERSION = 1
+WORK = ".prepare"
+"""The sub-folder of a preparation that is not done."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +126,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
             f"{folder}: no such folder{seen_from(folder)}; make it with `dbrx-train data prepare`"
         )
     if not path.is_file():
-        state = "half written" if any(path.parent.iterdir()) else "empty"
-        raise ValueError(f"{folder}: {state}, it has no {MANIFEST}; run `dbrx-train data prepare` to its end")
+        raise ValueError(f"{folder}: {_without_manifest(path.parent)}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values.pop("seal", None) not in (None, seal(values)):
@@ -138,6 +141,19 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
         return Manifest(**{each.name: values[each.name] for each in fields(Manifest)})
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: no manifest of a prepared folder ({error})") from error
+
+
+def _without_manifest(folder: Path) -> str:
+    """What a folder is that has no manifest, and what would be right."""
+    names = sorted(entry.name for entry in folder.iterdir())
+    if not names:
+        return f"empty, it has no {MANIFEST}; run `dbrx-train data prepare` to its end"
+    if WORK in names or "train" in names:
+        return f"half written, it has no {MANIFEST}; run `dbrx-train data prepare` to its end"
+    return (
+        f"holds no prepared data, but {names[0]}; make some of it with `dbrx-train data prepare {folder} "
+        f"--out DIR`, and name DIR"
+    )
 
 
 def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> None:
@@ -228,6 +244,19 @@ def check_dataset(
     if remote is None:
         _check_shards(Path(folder, split), shards)
     return manifest
+
+
+def check_held_out(folder: str, seq_len: int | None, tokenizer_fingerprint: str, vocab_size: int) -> Manifest:
+    """As ``check_dataset``, of a folder that is to hold held-out data alone.
+
+    Raises:
+        ValueError: it holds other data, too, which is as good as none of it.
+    """
+    manifest = read_manifest(folder)
+    if "train" in manifest.splits:
+        own = "prepare what is held out with `data prepare --split val`"
+        raise ValueError(f"val: {folder} holds data to train on, too; {own}")
+    return check_dataset(folder, seq_len, tokenizer_fingerprint, vocab_size, split="val")
 
 
 def _read_index(folder: Path, split: Split) -> list[dict[str, Any]]:

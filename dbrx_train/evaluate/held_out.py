@@ -103,6 +103,9 @@ def of_weights(
     Raises:
         ValueError: there are no weights, they are of another tokenizer, or nothing is held out.
     """
+    for override in overrides:
+        if override.partition("=")[0].strip().startswith("model."):
+            raise ConfigError(f"{override}: the weights say what the model is; leave it out")
     run = load(config, overrides)
     found = open_weights(weights or Path(run.folder), aside)
     check_tokenizer(run, found)

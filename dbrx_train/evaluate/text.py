@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from dbrx_train.checkpoint.weights import load_model, open_weights, tokenizer_of
+from dbrx_train.checkpoint.weights import Weights, load_model, open_weights, tokenizer_of
 from dbrx_train.data.tokenizer import Tokenizer
+from dbrx_train.model.decoder import Dbrx
 from dbrx_train.model.generation import generate
 from dbrx_train.model.quantize import quantize
 
-__all__ = ["NEW_TOKENS", "continue_text"]
+__all__ = ["NEW_TOKENS", "check_words", "continue_text", "load_speaker", "pieces"]
 
 NEW_TOKENS = 128
 
@@ -38,16 +39,11 @@ def continue_text(
     Raises:
         ValueError: there are no weights, or not with a tokenizer that is known, or the options do not fit.
     """
-    weights = open_weights(checkpoint, aside)
-    tokenizer = tokenizer_of(weights)
-    if tokenizer is None:
-        raise ValueError(f"{checkpoint}: its tokenizer is not DBRX's, which is the one known here")
-    model = load_model(weights).eval()
+    model, tokenizer = load_speaker(open_weights(checkpoint, aside))
     ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
     if chat:
         ids = tokenizer.chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
-    if max(ids) >= model.config.vocab_size:
-        raise ValueError(f"{checkpoint}: has {model.config.vocab_size} words, fewer than its tokenizer")
+    check_words(model, ids, checkpoint)
     room = model.config.max_seq_len - len(ids)
     if room < 1:
         raise ValueError(
@@ -67,10 +63,25 @@ def continue_text(
         stop_ids=tokenizer.stop_ids,
         generator=generator,
     )
-    return _pieces(map(int, tokens), tokenizer)
+    return pieces(map(int, tokens), tokenizer)
 
 
-def _pieces(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
+def load_speaker(weights: Weights) -> tuple[Dbrx, Tokenizer]:
+    """The model of weights, to write text with, and its tokenizer; ValueError if that is not known."""
+    tokenizer = tokenizer_of(weights)
+    if tokenizer is None:
+        raise ValueError(f"{weights.path}: its tokenizer is not DBRX's, which is the one known here")
+    return load_model(weights).eval(), tokenizer
+
+
+def check_words(model: Dbrx, ids: Sequence[int], checkpoint: Path) -> None:
+    """Raise ValueError if the model has no row for an id."""
+    if max(ids) >= model.config.vocab_size:
+        raise ValueError(f"{checkpoint}: has {model.config.vocab_size} words, fewer than its tokenizer")
+
+
+def pieces(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """What tokens say up to a stop, each piece once its characters are whole."""
     shown, new_ids = "", list[int]()
     for token in tokens:
         if token in tokenizer.stop_ids:

@@ -91,7 +91,8 @@ def _run(client: mlflow.MlflowClient, config: RunConfig, uri: str) -> Any:
         [experiment.experiment_id], f"tags.run_name = '{name}'", order_by=["start_time DESC"], max_results=1
     )
     if not found:
-        raise ValueError(f"{uri}: has no run {config.run_name} in experiment {config.logging.experiment}")
+        where = f"in experiment {config.logging.experiment}; --tracking-uri names another store"
+        raise ValueError(f"{uri}: has no run {config.run_name} {where}")
     return found[0]
 
 

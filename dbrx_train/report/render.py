@@ -62,14 +62,21 @@ def _facts(record: Record) -> list[tuple[str, str]]:
 
 
 def _tiles(record: Record) -> list[tuple[str, str]]:
-    """Label and figure of what a reader wants first."""
-    found = [(f"{label} loss", _last(record, name, "{:.3f}")) for name, label in OBJECTIVES.items()]
+    """Label and figure of what a reader wants first: the last value, and a mean where single ones jump."""
+    found = [
+        (f"{label} loss", _last(record, name, "{:.3f}", _LAST_TENTH)) for name, label in OBJECTIVES.items()
+    ]
     for source in record.config.data.sources:
         name = f"metrics/eval/{source}/cross_entropy"
         found.append((f"held-out {source}", _last(record, name, "{:.3f}")))
+    measured = "measured" in record.params.get("mfu.peak", "")
     found += [
-        ("tokens/s", _last(record, "throughput/tokens_per_sec", "{:,.0f}")),
-        ("MFU", _last(record, "throughput/device/mfu", "{:.1%}")),
+        ("gradient norm", _last(record, "gradients/norm", "{:.3g}", _LAST_TENTH)),
+        ("tokens/s", _last(record, "throughput/tokens_per_sec", "{:,.0f}", _WHOLE)),
+        (
+            "MFU, relative to a measured matrix product" if measured else "MFU",
+            _last(record, "throughput/device/mfu", "{:.1%}", _WHOLE),
+        ),
         ("goodput", _last(record, "wall/goodput", "{:.1%}")),
         ("padding", _last(record, "data/padded_fraction", "{:.1%}")),
         ("steps skipped", str(sum(event.get("kind") == "bad_step" for event in record.events))),
@@ -77,9 +84,16 @@ def _tiles(record: Record) -> list[tuple[str, str]]:
     return [(label, figure) for label, figure in found if figure]
 
 
-def _last(record: Record, name: str, form: str) -> str:
+_WHOLE, _LAST_TENTH = (1, "mean"), (10, "mean of the last tenth")
+"""What part of the values a mean is of, one in so many, and its name."""
+
+
+def _last(record: Record, name: str, form: str, mean: tuple[int, str] | None = None) -> str:
     values = [value for value in record.metrics.get(name, {}).values() if math.isfinite(value)]
-    return form.format(values[-1]) if values else ""
+    if not values or mean is None:
+        return form.format(values[-1]) if values else ""
+    part = values[-max(1, len(values) // mean[0]) :]
+    return f"{form.format(values[-1])} ({mean[1]} {form.format(sum(part) / len(part))})"
 
 
 def _charts(record: Record) -> list[Chart]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import signal
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import torch
-from composer import Trainer
+from composer import Callback, Trainer
 from composer.utils import dist
 
 from dbrx_train.checkpoint import folder as folders
@@ -56,16 +56,20 @@ from dbrx_train.train.sources import check_sources
 from dbrx_train.train.startup_summary import summary
 from dbrx_train.train.throughput import peak_flops
 from dbrx_train.train.tracking import events, plots
+from dbrx_train.train.tracking.description import description
 from dbrx_train.train.tracking.lineage import keep_lists, log_sources
 from dbrx_train.train.tracking.mlflow import STORE_ERRORS, MLflowStore, reason
+from dbrx_train.train.tracking.other_trackers import check_trackers
 from dbrx_train.train.tracking.provenance import source_facts
 from dbrx_train.train.tracking.starts import CONFIG, keep_configuration
 from dbrx_train.train.train_state import callback_of, model_of, restore
 from dbrx_train.train.trainer import build_trainer
 
 
-def run(config: RunConfig) -> None:
+def run(config: RunConfig, own: Sequence[Callback] = ()) -> None:
     """Train as ``config`` says, from the newest checkpoint of the same run name if there is one.
+
+    ``own``: Composer's callbacks and loggers beside the run's, called after these, and not saved.
 
     Raises:
         ConfigError: the configuration does not fit the data, the machine or the saved run.
@@ -77,10 +81,10 @@ def run(config: RunConfig) -> None:
         _at_exit(last, "how to go on is not known", lambda error: _say_how_to_go_on(config, stop, error))
         with stop.before_training():
             environment.join_ranks(device, config.parallelism.timeout)
-        _train(config, device, stop)
+        _train(config, device, stop, own)
 
 
-def _train(config: RunConfig, device: str, stop: PreemptionHandler) -> None:
+def _train(config: RunConfig, device: str, stop: PreemptionHandler, own: Sequence[Callback]) -> None:
     heartbeat, stacks = Heartbeat(), Path(config.folder) / "stacks"
     with (
         ExitStack() as afterwards,
@@ -91,6 +95,7 @@ def _train(config: RunConfig, device: str, stop: PreemptionHandler) -> None:
         _resolve_weights(config)
         check_world(config, dist.get_world_size())
         check_fits(config, device)
+        check_trackers(config)
         tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.vocab_file)
         check_sources(config, tokenizer)
         task_benchmark(config, tokenizer)
@@ -108,7 +113,7 @@ def _train(config: RunConfig, device: str, stop: PreemptionHandler) -> None:
         ending.at_end = store.end
         peak, origin = peak_flops(device, config.precision, config.logging.peak_flops)
         supervision = Supervision(HeartbeatCallback(heartbeat, *config.watchdog.seconds), stop, leases)
-        trainer = build_trainer(config, tokenizer, device, store, peak, remote, supervision)
+        trainer = build_trainer(config, tokenizer, device, store, peak, remote, supervision, own)
         stopping = callback_of(trainer.state, Preemption)
         at_exit = partial(_at_exit, afterwards)
         at_exit("ranks did not meet", lambda error: _meet(stopping, error))
@@ -250,6 +255,7 @@ def _record(config: RunConfig, store: MLflowStore, peak: str, found: Checkpoint 
         store.log_hyperparameters(facts)
         store.log_artifact(path)
         log_sources(config, store, sources)
+        store.set_tag("mlflow.note.content", description(config, dist.get_world_size()))
         if changed:
             store.set_tag(f"configuration.step{step}", said)
     except STORE_ERRORS as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dbrx_train.config import ConfigError, RunConfig
-from dbrx_train.data.manifest import Manifest, check_dataset
+from dbrx_train.data.manifest import Manifest, check_dataset, check_held_out
 from dbrx_train.data.tokenizer import Tokenizer
 
 __all__ = ["check_sources"]
@@ -23,7 +23,9 @@ def check_sources(config: RunConfig, tokenizer: Tokenizer) -> None:
             _check_kind(config, source.local, manifest)
             if name in lengths:
                 _check_allowed(source.local, manifest)
-            if config.evaluation.max_samples and "val" in manifest.splits:
+            if source.val is not None:
+                check_held_out(source.val, *asked[1:])
+            elif config.evaluation.max_samples and "val" in manifest.splits:
                 check_dataset(*asked, split="val", remote=source.remote)
         except ValueError as error:
             raise ConfigError(f"data.sources.{name}: {error}") from None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from composer import Trainer
+from collections.abc import Sequence
+
+from composer import Callback, Trainer
+from composer.loggers import LoggerDestination
 from composer.utils import dist
 
 from dbrx_train.checkpoint.remote import Remote
@@ -18,6 +21,7 @@ from dbrx_train.train.evaluators import evaluators
 from dbrx_train.train.optim import build_optimizer
 from dbrx_train.train.sharded import check_left_alone
 from dbrx_train.train.tracking.mlflow import MLflowStore
+from dbrx_train.train.tracking.other_trackers import other_trackers
 
 __all__ = ["build_trainer"]
 
@@ -30,10 +34,12 @@ def build_trainer(
     peak_flops: float,
     remote: Remote | None = None,
     supervision: Supervision | None = None,
+    own: Sequence[Callback] = (),
 ) -> Trainer:
     """The Trainer of a run at its beginning.
 
     ``peak_flops``: of one device, for MFU. ``supervision``: None for a Trainer that nobody watches over.
+    ``own``: callbacks and loggers beside the run's, called after these.
     """
     on_cpu = device == "cpu"
     model = ComposerDbrx(
@@ -52,8 +58,15 @@ def build_trainer(
         eval_dataloader=evaluators(config, tokenizer),
         max_duration=f"{clock.total_tokens}tok",
         optimizers=build_optimizer(model.model, optimization.optimizer),
-        callbacks=callbacks(config, tokenizer, data, device, peak_flops, remote, supervision),
-        loggers=[store],
+        callbacks=[
+            *callbacks(config, tokenizer, data, device, peak_flops, remote, supervision),
+            *(each for each in own if not isinstance(each, LoggerDestination)),
+        ],
+        loggers=[
+            store,
+            *other_trackers(config),
+            *(each for each in own if isinstance(each, LoggerDestination)),
+        ],
         run_name=config.run_name,
         progress_bar=False,
         device=composer_device(device),

@@ -4,8 +4,10 @@ import warnings
 from pathlib import Path
 
 import pytest
+from tiny_run import run_yaml
 
 from dbrx_train.config import ConfigError, load, to_yaml
+from dbrx_train.data.manifest import read_manifest
 from dbrx_train.options import Bounds, check
 
 MINIMAL = """
@@ -87,6 +89,10 @@ def test_variables_interpolate_and_are_no_part_of_the_run(tmp_path: Path) -> Non
         ("optimization.optimizer.router_lr_scale=-1", "router_lr_scale: must not be negative"),
         ("optimization.microbatch_size=0", "optimization.microbatch_size: must be positive"),
         (
+            "optimization.microbatch_size=64",
+            "optimization.microbatch_size: 64 samples are more than the 8 of global_batch_size",
+        ),
+        (
             "optimization.batch_size_warmup=[{until: 0.5dur, global_batch_size: 4}]",
             "optimization.batch_size_warmup[0].until: '0.5dur' is relative to the run's length; write it",
         ),
@@ -139,7 +145,8 @@ def test_variables_interpolate_and_are_no_part_of_the_run(tmp_path: Path) -> Non
         ("profile.at=soon", "profile.at: 'soon' is not a time"),
         ("optimization.optimizer.name=sgd", "optimization.optimizer.name: 'sgd' is not one of adamw, lionw"),
         ("optimization.learning_rate.warmup=soon", "optimization.learning_rate.warmup: 'soon' is not a time"),
-        ("max_duration=1ep", "write it like 2B tok, 1_000_000tok or 1000ba"),
+        ("max_duration=1ep", "max_duration: '1ep' is told by data.sources.web: data/web: no such folder"),
+        ("max_duration=1epoch", "write it like 2B tok, 1_000_000tok or 1000ba"),
         (
             "max_duration=0.5dur",
             "'0.5dur' is relative to the run's length; write it like 2B tok",
@@ -155,7 +162,7 @@ def test_variables_interpolate_and_are_no_part_of_the_run(tmp_path: Path) -> Non
         ),
         (
             "data.sources={web: data/web}",
-            "sources.web: must be a mapping with local, remote, max_epochs",
+            "not 'data/web'; write {local: data/web}",
         ),
         (
             "data.sources.web=null",
@@ -206,7 +213,7 @@ def test_what_is_no_utf_8_is_refused(tmp_path: Path) -> None:
         ("", "is empty; a run is a mapping of keys, such as run_name and model"),
         ("3", "a run is a mapping of keys, such as run_name and model"),
         ("run_name: [", "not valid YAML"),
-        ("just text", "unknown key just text"),
+        ("just text", "a run is a mapping of keys, such as run_name and model"),
         ("- a\n- b", "a run is a mapping"),
         ("run_name: x\nmodel: ${nowhere}", "nowhere"),
         ("run_name: x\ndata: {sources: {a: {local: b}}}", "max_duration"),
@@ -346,3 +353,13 @@ def test_bounds_in_words() -> None:
     assert not Bounds(gt=0).allow(float("inf"))
     assert not Bounds(ge=0).allow(float("nan"))
     assert Bounds(ge=0, le=1).allow(1)
+
+
+def test_epochs_of_a_single_source_are_its_samples_in_whole_steps(workplace: Path, tmp_path: Path) -> None:
+    path, size = run_yaml(workplace, tmp_path, "epochs"), 4
+    samples = read_manifest(workplace / "web").splits["train"].samples
+    alone = ["data.mix=[{at: 0tok, weights: {web: 1}}]", "evaluation.max_samples=0"]
+    assert load(path, [*alone, "max_duration=2ep"]).clock.total_batches == 2 * samples // size
+    both = samples + read_manifest(workplace / "code").splits["train"].samples
+    with pytest.raises(ConfigError, match=f"a mix of 2 has no epoch in common; {both - both % size}sp reads"):
+        load(path, ["max_duration=1ep"])

@@ -18,7 +18,7 @@ from dbrx_train.checkpoint.weights import load_model, open_weights
 from dbrx_train.config import load
 from dbrx_train.data.prepare.conversations import ChatFormat
 from dbrx_train.data.prepare.pipeline import prepare
-from dbrx_train.evaluate.held_out import held_out
+from dbrx_train.evaluate.held_out import held_out, of_weights
 from dbrx_train.train.eval_metrics import CrossEntropy, PairMean, Perplexity
 from dbrx_train.train.preferences import TERMS
 from dbrx_train.train.run import run
@@ -124,3 +124,8 @@ def test_held_out_figures_do_not_depend_on_batches_or_ranks(
         for term, figure in figures.items():
             loose = {"abs": 3e-5} if term in ("dpo", "reward_margin") else {"rel": 1e-6}
             assert figure == pytest.approx(one[term], **loose), (how, term, figures, one)
+
+
+def test_a_shape_of_ones_own_is_refused_where_weights_have_theirs(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.d_model=64: the weights say what the model is"):
+        next(of_weights(tmp_path / "config.yaml", ["model.d_model=64"], None, False, print))

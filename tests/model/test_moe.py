@@ -342,3 +342,29 @@ def test_routing_survives_activation_checkpointing() -> None:
 
     for got, expected in zip(gradients(True), gradients(False), strict=True):
         assert torch.equal(got, expected)
+
+
+def test_a_layer_alone_needs_no_model() -> None:
+    torch.manual_seed(0)
+    alone = MoE(d_model=16, num_experts=4, top_k=2)
+    assert alone.experts.mlp.w1.shape == (4 * 28, 16)
+    config = DbrxConfig(
+        d_model=16, n_heads=2, n_kv_heads=1, n_layers=3, ffn_hidden_size=28, num_experts=4, top_k=2
+    )
+    torch.manual_seed(0)
+    within = MoE(config)
+    assert torch.equal(alone.experts.mlp.w1, within.experts.mlp.w1)
+    assert torch.allclose(alone.experts.mlp.w2, within.experts.mlp.w2 * 6**0.5)
+    torch.manual_seed(0)
+    assert torch.equal(
+        MoE(d_model=16, num_experts=4, top_k=2, n_layers=3).experts.mlp.w2, within.experts.mlp.w2
+    )
+    y, routing = alone(torch.randn(5, 16))
+    assert y.shape == (5, 16)
+    assert float(load_balancing.balance_loss([routing], "megablocks")) > 0.5
+    with pytest.raises(ValueError, match=r"^num_expert: no such option; did you mean num_experts\?"):
+        MoE(d_model=16, num_expert=2)
+    with pytest.raises(ValueError, match=r"^d_model: is missing"):
+        MoE(num_experts=2)
+    with pytest.raises(ValueError, match=r"^MoE: takes a config, or options"):
+        MoE()

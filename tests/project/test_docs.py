@@ -5,10 +5,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from corpora import write_corpus
 from paths import ROOT
+from tiny_run import mlflow_run, run_yaml
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -115,6 +117,23 @@ def test_the_data_mix_of_the_docs_is_read_in_ones_own_loop(tmp_path: Path) -> No
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "torch.Size([8, 512]) 8", done.stderr
+
+
+@pytest.mark.slow
+def test_a_callback_and_a_logger_of_the_docs_run_beside_a_runs_own(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs" / "custom-trainer.md").read_text(encoding="utf-8")
+    code = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)[2]
+    loggers: list[Any] = []
+    code = code.replace("InMemoryLogger()]", "loggers.append(it := InMemoryLogger()) or it]")
+    path = run_yaml(workplace, tmp_path, "own")
+    options = ["max_duration=2ba", "evaluation.max_samples=0", "data.mix=[]"]
+    monkeypatch.setattr(sys, "argv", ["mine.py", str(path), *options])
+    exec(code, {"__name__": "__main__", "loggers": loggers})
+    assert {"data/longest_document", "loss/train/total"} <= set(loggers[0].data)
+    _, found = mlflow_run(workplace, "own")
+    assert 1 <= found.data.metrics["data/longest_document"] <= 32
 
 
 @pytest.mark.parametrize("command", [0, 1])

@@ -16,16 +16,16 @@ __all__ = ["draw", "table"]
 def table(mix: MixSchedule, sizes: Mapping[str, int], clock: Clock, rows: int = 10) -> str:
     """What a run has seen, and for each source its weight from there on, its tokens and its epochs so far.
 
-    Evenly spaced moments, and those at which something changes. ``sizes`` are samples per source. A step is
-    given as samples x tokens of each.
+    Evenly spaced moments, and those at which something changes; what was seen is in tokens and in whole
+    steps. ``sizes`` are samples per source. A step is given as samples x tokens of each.
     """
     lengths = mix.sample_lengths(clock)
     stages = [stage.sample // mix.canonical_nodes for stage in clock.stages]
     last = clock.total_samples // mix.canonical_nodes
     ticks = sorted({*_ticks(mix, clock, rows + 1), *(t for t in mix.moments + stages if t < last)})
-    width = max(28, *(len(name) + 2 for name in mix.sources))
-    head = f"{'tokens':>18}{'step':>14}" + "".join(f"{name:>{width}}" for name in mix.sources)
-    lines = [head, " " * 32 + f"{'weight     tokens   epochs':>{width}}" * len(mix.sources)]
+    width = max(34, *(len(name) + 2 for name in mix.sources))
+    head = f"{'tokens':>19}{'steps':>11}{'a step':>14}" + "".join(f"{name:>{width}}" for name in mix.sources)
+    lines = [head, " " * 44 + f"{'weight           tokens   epochs':>{width}}" * len(mix.sources)]
     for tick in ticks:
         sample = tick * mix.canonical_nodes
         step = clock.stage(sample if tick < last else sample - 1, "sp")
@@ -33,8 +33,8 @@ def table(mix: MixSchedule, sizes: Mapping[str, int], clock: Clock, rows: int = 
         cells = []
         for name, total in zip(mix.sources, mix.totals(tick).tolist(), strict=True):
             tokens, epochs = total * lengths.get(name, 0), total / sizes[name]
-            cells.append(f"{f'{weights[name]:6.3f} {tokens:10.3g} {epochs:8.2f}':>{width}}")
-        seen = f"{int(clock.convert(sample, 'sp', 'tok')):18,}"
+            cells.append(f"{f'{weights[name]:6.3f} {tokens:16,} {epochs:8.2f}':>{width}}")
+        seen = f"{int(clock.convert(sample, 'sp', 'tok')):19,}{int(clock.convert(sample, 'sp', 'ba')):11,}"
         lines.append(f"{seen}{f'{step.global_batch_size} x {step.seq_len}':>14}" + "".join(cells))
     return "\n".join(lines)
 

@@ -61,6 +61,12 @@ class MixPoint:
         if not any(self.weights.values()):
             raise ValueError("weights: all are 0; at least one source must be above 0")
 
+    def as_yaml(self, canonical_nodes: int) -> str:
+        """As a run's configuration has it."""
+        weights = ", ".join(f"{name}: {weight:.9g}" for name, weight in self.weights.items() if weight)
+        ramp = ", interpolation: linear" if self.interpolation == "linear" else ""
+        return f"{{at: {self.at * canonical_nodes}sp, weights: {{{weights}}}{ramp}}}"
+
     def shares(self, sources: Sequence[str]) -> Floats:
         """The weights in the order of ``sources``, scaled to sum to 1: [sources]."""
         largest = max(self.weights.values())
@@ -124,6 +130,8 @@ class MixSchedule:
     >>> mix.sources, mix.counts(400).tolist(), mix.counts(800).tolist()
     (('web', 'code'), [320, 80], [480, 320])
     """
+
+    _sets_lengths = False
 
     def __init__(
         self, points: Sequence[MixPoint], *, sources: Sequence[str] | None = None, canonical_nodes: int = 1
@@ -191,7 +199,7 @@ class MixSchedule:
             raise ValueError(
                 f"canonical_nodes: {ticks:.3g} samples on each are too many; use at least {least}"
             )
-        resolved = []
+        resolved, sets_lengths = list[MixPoint](), False
         for i, point in enumerate(points):
             field = f"mix[{i}]"
             if unknown := set(point) - {"at", "weights", "interpolation", "seq_len"}:
@@ -206,7 +214,7 @@ class MixSchedule:
             )
             if (seq_len := point.get("seq_len")) is not None:
                 step = clock.first_step(point["at"])
-                samples = Fraction(step.sample)
+                samples, sets_lengths = Fraction(step.sample), True
                 if step.seq_len != seq_len:
                     raise ValueError(f"{field}.seq_len: is {seq_len}, but the clock has {step.seq_len} there")
                 if interpolation == "linear" and clock.stage(max(0, step.batch - 1), "ba").seq_len != seq_len:
@@ -219,7 +227,9 @@ class MixSchedule:
                 resolved.append(MixPoint(round(samples / canonical_nodes), weights, interpolation))
             except ValueError as error:
                 raise ValueError(f"{field}.{error}") from None
-        return cls(resolved, sources=sources, canonical_nodes=canonical_nodes)
+        found = cls(resolved, sources=sources, canonical_nodes=canonical_nodes)
+        found._sets_lengths = sets_lengths
+        return found
 
     def sample_lengths(self, clock: Clock) -> dict[str, int]:
         """Tokens of a sample of each source that ever has weight: the clock's sequence length while it has.
@@ -367,10 +377,23 @@ class MixSchedule:
             was, now = _show(old.weights_at(*found)), _show(self.weights_at(*found))
             tick, kept = found[0] * self.canonical_nodes, at * self.canonical_nodes
             here = _show(old.weights_at(at, "left"))
+            paste = "" if self._sets_lengths else f"; this keeps it: mix: {self._with_past_of(old, at)}"
             raise ValueError(
                 f"mix: the past cannot change: at sample {tick:,} it was {was} and is now {now}; edit only "
-                f"what follows sample {kept:,} (it was {here} there)"
+                f"what follows sample {kept:,} (it was {here} there){paste}"
             )
+
+    def _with_past_of(self, old: MixSchedule, at: int) -> str:
+        """Points, as YAML, that are ``old``'s up to tick ``at`` and this schedule's from there."""
+        points = list(old._revisions[-1].points)
+        past = [point for point in points if point.at < at]
+        begin = at
+        if len(past) < len(points) and points[len(past)].interpolation == "linear":
+            past.append(MixPoint(at, old.weights_at(at, "left"), "linear"))  # where its ramp has come to
+            begin = at + 1
+        future = [point for point in self._revisions[-1].points if point.at > begin]
+        joined = [*past, MixPoint(begin, self.weights_at(begin)), *future]
+        return f"[{', '.join(point.as_yaml(self.canonical_nodes) for point in joined)}]"
 
     def _difference(
         self, old: MixSchedule, begin: int, end: int | None, tolerance: float

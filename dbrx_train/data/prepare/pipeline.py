@@ -23,6 +23,7 @@ from dbrx_train.data.inputs import keep_curations, keep_inputs
 from dbrx_train.data.manifest import (
     MANIFEST,
     VERSION,
+    WORK,
     Manifest,
     Split,
     read_manifest,
@@ -32,9 +33,10 @@ from dbrx_train.data.manifest import (
 from dbrx_train.data.mds import write_index
 from dbrx_train.data.prepare.conversations import ChatFormat
 from dbrx_train.data.prepare.engines import check_engine, run_on
+from dbrx_train.data.prepare.holding_out import is_stale, kept_fraction, raise_fraction
 from dbrx_train.data.prepare.problems import merge_problems
 from dbrx_train.data.prepare.resumable import check_processes, claimed, has_marks, read_mark, remove_traces
-from dbrx_train.data.prepare.sources import Catalog, find_files, plan_parts
+from dbrx_train.data.prepare.sources import Catalog, Part, find_files, plan_parts
 from dbrx_train.data.prepare.text_template import text_template
 from dbrx_train.data.prepare.tokenize import SPLITS, Job, run_part
 from dbrx_train.data.prepare.workers import Work
@@ -43,7 +45,6 @@ from dbrx_train.data.tokenizer import Tokenizer, load_tokenizer
 __all__ = ["TEXT_SUFFIXES", "Summary", "prepare"]
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
-WORK = ".prepare"
 REST = "rest"
 
 
@@ -128,7 +129,8 @@ def prepare(
         text_field: field or column that holds the text; ``a.b`` is field b of field a.
         template: text made of several fields instead, like ``{title}\\n\\n{body}``.
         suffixes: endings of files that are one text document each.
-        val_fraction: share of the documents held out, in [0, 1).
+        val_fraction: share of the documents held out, in [0, 1]: enough of them for a sample, if any; 1 makes
+            a folder of held-out documents alone, for ``val`` of another source.
         processes: workers; None for one per CPU core. No influence on what is written.
         tokenizer: name of the vocabulary.
         vocab_file: a vocabulary file to use instead, see :func:`.tokenizer.load_tokenizer`.
@@ -163,25 +165,39 @@ def prepare(
             if (folder / MANIFEST).is_file():  # another process finished while this one waited
                 return _already_done(folder, plan, governance, started)
             parts = plan_parts(catalog, text if chat is None else None)
-            job = Job(folder, folder / WORK, vocabulary, seq_len, text, val_fraction, chat)
-            todo = [index for index in range(len(parts)) if read_mark(job.mark(index)) is None]
-            size = sum(span.size for index in todo for span in parts[index])
-            tasks = [partial(run_part, job, index, parts[index]) for index in todo]
-            run_on(engine, Work(tasks, size, "tokenizing", "tokens", out), processes, progress)
+            raised = kept_fraction(folder / WORK)
+            job = Job(folder, folder / WORK, vocabulary, seq_len, text, raised or val_fraction, chat)
+            run = partial(_run_parts, parts=parts, engine=engine, processes=processes, progress=progress)
+            made = run(job)
+            if raised is None and 0 < val_fraction < 1:
+                marks = [mark for i in range(len(parts)) if (mark := read_mark(job.mark(i))) is not None]
+                raised = raise_fraction(job.work, marks, needs=seq_len if chat is None else 1)
+                if raised is not None:
+                    run(replace(job, val_fraction=raised))
             lease.check()
             manifest = _finish(job, len(parts), catalog, plan, governance)
             _remove_traces(folder)
     except OSError as error:
         raise ValueError(f"{error.filename or out}: {error.strerror or error}") from error
     seconds = time.monotonic() - started
-    return Summary(out, manifest, False, len(parts), len(parts) - len(todo), seconds)
+    return Summary(out, manifest, False, len(parts), len(parts) - made, seconds)
+
+
+def _run_parts(job: Job, parts: Sequence[Part], engine: str, processes: int | None, progress: bool) -> int:
+    """Make the parts that are not done, or train on what is to be held out; says how many these were."""
+    marks = [read_mark(job.mark(index)) for index in range(len(parts))]
+    todo = [i for i, mark in enumerate(marks) if mark is None or is_stale(mark, job.val_fraction)]
+    size = sum(span.size for index in todo for span in parts[index])
+    tasks = [partial(run_part, job, index, parts[index]) for index in todo]
+    run_on(engine, Work(tasks, size, "tokenizing", "tokens", str(job.out)), processes, progress)
+    return len(todo)
 
 
 def _check_options(seq_len: int, val_fraction: float, processes: int | None, engine: str) -> None:
     if seq_len < 2:
         raise ValueError(f"seq_len: {seq_len} is too short; a sample needs at least 2 tokens")
-    if not 0 <= val_fraction < 1:
-        raise ValueError(f"val_fraction: {val_fraction} does not lie in [0, 1)")
+    if not 0 <= val_fraction <= 1:
+        raise ValueError(f"val_fraction: {val_fraction} does not lie in [0, 1]")
     check_processes(processes)
     check_engine(engine)
 
@@ -263,11 +279,11 @@ def _clear(folder: Path) -> None:
 def _finish(job: Job, parts: int, catalog: Catalog, plan: dict[str, Any], governance: Governance) -> Manifest:
     """Merge what the parts gave: indexes, samples from left-over tokens, what was read, manifest."""
     splits = {name: split for name in SPLITS if (split := _merge_split(job, parts, name)) is not None}
-    if "train" not in splits:
+    if not splits or ("train" not in splits and job.val_fraction < 1):
         _clear(job.out)
         shutil.rmtree(job.work)
         few = f"fewer than seq_len = {job.seq_len} tokens" if job.chat is None else "no whole conversation"
-        raise ValueError(f"{job.out}: the sources hold {few} to train on")
+        raise ValueError(f"{job.out}: the sources hold {few}{' to train on' if job.val_fraction < 1 else ''}")
     marks = (read_mark(job.mark(index)) for index in range(parts))
     problems = merge_problems((mark["problems"] for mark in marks if mark is not None), catalog.duplicates)
     paths = [path for path, _ in catalog.files]

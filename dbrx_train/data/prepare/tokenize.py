@@ -17,6 +17,7 @@ from dbrx_train.data.mds import COLUMNS, MASKED_COLUMNS, ShardWriter
 from dbrx_train.data.origins import Origin
 from dbrx_train.data.prepare.conversations import ChatFormat, Conversation, conversations
 from dbrx_train.data.prepare.documents import cut, documents
+from dbrx_train.data.prepare.holding_out import MOST_DRAWS
 from dbrx_train.data.prepare.packing import Packer, WholePacker
 from dbrx_train.data.prepare.problems import ProblemLog
 from dbrx_train.data.prepare.sources import Part
@@ -64,8 +65,14 @@ class _Split:
     text_bytes: int = 0
     lengths: list[int] = field(default_factory=lambda: [0] * 48)
 
-    def end_document(self, tokens: int) -> None:
+    drawn: dict[float, int] = field(default_factory=dict)
+    """Tokens of the documents with the lowest draws."""
+
+    def end_document(self, tokens: int, draw: float) -> None:
         self.documents += 1
+        self.drawn[draw] = self.drawn.get(draw, 0) + tokens
+        if len(self.drawn) > MOST_DRAWS:
+            del self.drawn[max(self.drawn)]
         self.lengths[int(math.log2(tokens))] += 1
 
     def close(self) -> dict[str, Any]:
@@ -75,6 +82,7 @@ class _Split:
             "tokens": self.packer.tokens,
             "text_bytes": self.text_bytes,
             "lengths": self.lengths,
+            "drawn": sorted(self.drawn.items()),
             "rest": rest,
             "shards": self.packer.shards,
         }
@@ -117,7 +125,8 @@ def _add_document(
         if split is None:
             if not piece.strip():
                 continue
-            split = splits["val" if _draw(piece) < job.val_fraction else "train"]
+            draw = _draw(piece)
+            split = splits["val" if draw < job.val_fraction else "train"]
             packer = split.packer
             assert isinstance(packer, Packer)
             packer.begin(origin)
@@ -131,17 +140,18 @@ def _add_document(
         return False
     assert isinstance(packer, Packer)
     packer.add(np.array([job.tokenizer.eos_id], dtype=np.uint32))
-    split.end_document(tokens + 1)
+    split.end_document(tokens + 1, draw)
     meter.add(made=1)
     return True
 
 
 def _add_conversation(job: Job, splits: dict[str, _Split], conversation: Conversation, meter: Meter) -> None:
-    split = splits["val" if _draw(conversation.question) < job.val_fraction else "train"]
+    draw = _draw(conversation.question)
+    split = splits["val" if draw < job.val_fraction else "train"]
     assert isinstance(split.packer, WholePacker)
     split.packer.add(conversation.tokens, conversation.loss, conversation.origin)
     split.text_bytes += conversation.text_bytes
-    split.end_document(len(conversation.tokens))
+    split.end_document(len(conversation.tokens), draw)
     meter.add(made=len(conversation.tokens))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from dbrx_train.data.manifest import check_dataset
+from dbrx_train.data.manifest import check_dataset, check_held_out
 from dbrx_train.data.stream.dataset import EvalDataset
 from dbrx_train.data.tokenizer import Tokenizer
 
@@ -14,10 +14,14 @@ __all__ = ["HeldOutSamples", "held_out_samples"]
 
 
 class Located(Protocol):
-    """A prepared folder: ``local``, fetched there from ``remote`` if given."""
+    """A prepared folder: ``local``, fetched there from ``remote`` if given.
+
+    ``val``: another one, of held-out data alone, that takes the place of what is held out there.
+    """
 
     local: str
     remote: str | None
+    val: str | None
 
 
 @dataclass(frozen=True)
@@ -54,16 +58,18 @@ def held_out_samples(
     for name, source in sources.items():
         check = (source.local, lengths.get(name), tokenizer.fingerprint, vocab_size)
         try:
-            manifest = check_dataset(*check, remote=source.remote)
+            folder, remote = source.local, source.remote
+            manifest = check_dataset(*check, remote=remote)
+            if source.val is not None:
+                folder, remote, manifest = source.val, None, check_held_out(source.val, *check[1:])
             if "val" not in manifest.splits:
                 yield HeldOutSamples(name, None, 0, "nothing is held out")
                 continue
             if not manifest.governance.allows("eval"):
-                yield HeldOutSamples(name, None, 0, f"{source.local} may be used for train alone")
+                yield HeldOutSamples(name, None, 0, f"{folder} may be used for train alone")
                 continue
-            check_dataset(*check, split="val", remote=source.remote)
-            seq_len = manifest.seq_len
-            dataset = EvalDataset(source.local, seq_len=seq_len, name=name, remote=source.remote)
+            check_dataset(folder, *check[1:], split="val", remote=remote)
+            dataset = EvalDataset(folder, seq_len=manifest.seq_len, name=name, remote=remote)
         except ValueError as error:
             raise ValueError(f"data.sources.{name}: {error}") from None
         yield HeldOutSamples(name, dataset, min(len(dataset), max_samples))

@@ -5,12 +5,14 @@ Shape suffixes: T tokens, D d_model, k experts per token, N = T * k.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dbrx_train.errors import nearest
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.init import init_weights
 from dbrx_train.model.moe.experts import Experts
@@ -22,10 +24,30 @@ class MoE(nn.Module):
     """Feed-forward layer of `num_experts` gated experts, of which each token visits `top_k`.
 
     No capacity and no dropped tokens. With `num_experts` 1 it is a dense gated layer without a router.
+
+    For a model of your own, by what the layer itself is; add its balance loss to yours, times a weight such
+    as 0.05, or the router comes to send all tokens to a few experts:
+
+    >>> from dbrx_train.model.moe.load_balancing import balance_loss
+    >>> layer = MoE(d_model=64, num_experts=8, top_k=2)
+    >>> y, routing = layer(torch.randn(3, 10, 64))
+    >>> loss = y.square().mean() + 0.05 * balance_loss([routing], "megablocks")  # of all layers' routings
+
+    Args:
+        config: the model that it is a layer of.
+        options: fields of `DbrxConfig` instead. `d_model` must be given; `ffn_hidden_size` is 1.75 times that
+            unless it is, and all weights are drawn with `init_std`, since how deep the model is is not known:
+            give `n_layers` to have what writes to the residual stream scaled by 1 / sqrt(2 n_layers).
+
+    Raises:
+        ValueError: an option is none of a layer, or makes none.
     """
 
-    def __init__(self, config: DbrxConfig) -> None:
+    def __init__(self, config: DbrxConfig | None = None, **options: Any) -> None:
         super().__init__()
+        if (config is None) == (not options):
+            raise ValueError("MoE: takes a config, or options such as d_model, and not both")
+        config = config or _layer_config(options)
         self.num_experts, self.top_k = config.num_experts, config.top_k
         self.router = None if config.is_dense else Router(config)
         self.experts = Experts(config)
@@ -56,6 +78,18 @@ class MoE(nn.Module):
         y_ND = self.experts(sorted_ND, tokens_per_expert, weight_N)
         y_TD = combine(y_ND, place_N.view(-1, self.top_k), order_N // self.top_k)
         return y_TD.view(x.shape), routing
+
+
+def _layer_config(options: dict[str, Any]) -> DbrxConfig:
+    """The configuration of a layer alone: what it does not look at is as small as can be."""
+    if "d_model" not in options:
+        raise ValueError("d_model: is missing; it is the width of what the layer is given")
+    known = [field.name for field in fields(DbrxConfig)]
+    for name in options:
+        if name not in known:
+            raise ValueError(f"{name}: no such option{nearest(name, known)}")
+    alone = {"n_heads": 1, "n_kv_heads": 1, "ffn_hidden_size": 7 * options["d_model"] // 4, "n_layers": 1}
+    return DbrxConfig(**alone | {"init_residual_scaling": "n_layers" in options} | options)
 
 
 def inverse(order_N: Tensor) -> Tensor:

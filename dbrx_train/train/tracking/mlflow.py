@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import getpass
 import logging
 import math
 import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from composer.utils import dist
 from filelock import FileLock
 from mlflow.entities import DatasetInput, Metric
 from mlflow.exceptions import MlflowException
+from mlflow.store.db import utils as db_utils
 from sqlalchemy.exc import SQLAlchemyError
 
 from dbrx_train.checkpoint.tracking_uri import sqlite_file
@@ -28,6 +30,9 @@ from dbrx_train.errors import STOPPED, first_line
 # person is waiting, and later training is.
 for _key, _value in {"MAX_RETRIES": "2", "TIMEOUT": "10", "BACKOFF_FACTOR": "1"}.items():
     os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{_key}", _value)
+# A database that cannot be opened is tried for 101 s by MLflow, which logs each try, and what it raises.
+db_utils.MAX_RETRY_COUNT = 6  # 5.7 s
+logging.getLogger(db_utils.__name__).setLevel(logging.CRITICAL)
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # its news would break up the progress bar
 # The run's address, which the builder says without the credentials that MLflow prints.
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
@@ -59,6 +64,13 @@ def _alone(uri: str) -> Iterator[None]:
         yield
 
 
+def _user() -> str:
+    """Who runs this, as far as the system knows: a container's user may have no name."""
+    with suppress(OSError, KeyError):
+        return getpass.getuser()
+    return f"uid {os.getuid()}"
+
+
 _FLUSH_SECONDS = 5.0
 _LONGEST_WAIT = 300.0  # between tries at a store that fails, each of which training waits for
 _LARGEST_BATCH = 1000  # MLflow's own limit per request
@@ -81,6 +93,7 @@ class MLflowStore(MLFlowLogger):  # type: ignore[misc]
             super().__init__(
                 experiment_name=experiment,
                 run_name=run_name,
+                tags={"mlflow.user": _user(), "mlflow.source.name": "dbrx-train"},
                 tracking_uri=uri,
                 synchronous=True,
                 resume=resume,

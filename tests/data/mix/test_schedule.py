@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -146,6 +147,27 @@ def test_a_changed_past_is_refused_and_shown() -> None:
         MixSchedule([MixPoint(0, {"b": 1})], canonical_nodes=2).resume(old, 50)
     with pytest.raises(ValueError, match=r"^canonical_nodes: is 4"):
         MixSchedule([MixPoint(0, {"a": 1, "b": 1})], canonical_nodes=4).resume(old, 50)
+
+
+@pytest.mark.parametrize("at", [50, 100, 130])
+def test_the_refusal_of_a_changed_past_gives_the_points_that_keep_it(at: int) -> None:
+    """In the middle of a ramp, at its end and after it; the edit has a ramp of its own there."""
+    old = MixSchedule([MixPoint(0, {"a": 1, "b": 1}), MixPoint(100, {"b": 1}, "linear")], canonical_nodes=2)
+    asked = MixSchedule(
+        [MixPoint(0, {"a": 1}), MixPoint(20, {"a": 1, "b": 3}), MixPoint(200, {"a": 1, "b": 1}, "linear")],
+        sources=old.sources,
+        canonical_nodes=2,
+    )
+    with pytest.raises(ValueError, match="this keeps it: mix: ") as caught:
+        asked.resume(old, at)
+    points = yaml.safe_load(str(caught.value).partition("this keeps it: mix: ")[2])
+    clock = Clock.of("1000sp", seq_len=8, global_batch_size=2)
+    pasted = MixSchedule.from_config(points, clock, sources=old.sources, canonical_nodes=2)
+    new = pasted.resume(old, at)
+    past = np.arange(at + 1)
+    assert (new.totals(past) == old.totals(past)).all()
+    for tick in (at + 2, 180, 250):
+        assert new.weights_at(tick) == pytest.approx(asked.weights_at(tick))
 
 
 @pytest.mark.parametrize(

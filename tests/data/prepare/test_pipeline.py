@@ -418,7 +418,7 @@ def test_wrong_options_and_folders_are_refused_by_name(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [story(i) for i in range(20)])
     for options, message in (
         ({"seq_len": 1}, "^seq_len: 1 is too short"),
-        ({"val_fraction": 1.0}, r"^val_fraction: 1\.0 does not lie in \[0, 1\)"),
+        ({"val_fraction": 1.1}, r"^val_fraction: 1\.1 does not lie in \[0, 1\]"),
         ({"processes": 0}, "^processes: 0 is too few"),
         ({"suffixes": ["txt"]}, "^--suffix: 'txt' must begin with a dot"),
     ):
