@@ -81,6 +81,20 @@ def test_memory_and_traffic_are_those_of_the_formulas(name: str, ranks: int, opt
     assert len({len(line) for line in shown[2:]}) == 1  # columns
 
 
+def test_tokens_that_are_kept_are_held_and_not_sent_again() -> None:
+    forward, sent, said = {}, {}, {}
+    for what in ("full", "full_keep_dispatched"):
+        config = family("dbrx-132b", f"parallelism.activation_checkpointing={what}")
+        run = dry_run(config, 512, build_optimizer, skews=(1.0,), worst=False)
+        (step,) = run.steps
+        forward[what], sent[what] = step.moments["head forward"].allocated, run.sent.exchanged
+        said[what] = estimated(config, run, 1.0).moments["head forward"]["activations"]
+    tokens = run.microbatch.tokens * config.model.top_k * config.model.d_model * 2 * config.model.n_layers
+    assert forward["full_keep_dispatched"] - forward["full"] == pytest.approx(tokens, rel=0.02)
+    assert said["full_keep_dispatched"] - said["full"] == tokens
+    assert sent["full"] - sent["full_keep_dispatched"] == tokens * run.microbatches * 15 // 16
+
+
 def test_the_worst_load_sends_every_token_to_a_rank_as_often_as_it_has_experts_for_it() -> None:
     assert worst_skew(MeshShape(1, 64, 8), num_experts=16, top_k=4) == 4  # two experts of a token's four
     assert worst_skew(MeshShape(1, 64, 2), num_experts=16, top_k=4) == 2
