@@ -48,7 +48,7 @@ class TokenDispatcher:
     into the experts the gradient is divided by R, and multiplied again on its way out to the tokens.
 
     A forward pass under ``keeping`` that is repeated under it asks other ranks for nothing that was kept, and
-    sends no answers, which no gradient depends on: what it returns is empty.
+    sends no answers, which no gradient depends on: what it returns is zero.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -81,12 +81,12 @@ class TokenDispatcher:
         expert_M = torch.arange(got_Re.shape[1], device=x_ND.device).repeat(self.ranks)
         expert_M = expert_M.repeat_interleave(got_Re.flatten(), output_size=sum(arriving))
         order_M = expert_M.argsort(stable=True)
-        route = _Route(leaving, arriving, self.group)
-        orders = order_M, inverse(order_M)
+        place_M = inverse(order_M)
 
         def brought(rows: Tensor, known: Tensor | None) -> Tensor:
-            arrived: Tensor = _Bring.apply(rows, *orders, route, known)  # type: ignore[no-untyped-call]
-            return arrived
+            rows = _AllToAll.apply(rows, leaving, arriving, self.group, float(self.ranks), known is not None)  # type: ignore[no-untyped-call]
+            arrived: Tensor = _Ordered.apply(rows, order_M, place_M, known)  # type: ignore[no-untyped-call]
+            return arrived  # as they lay by rank they are not needed any more
 
         weight_M = None
         if weight_N is not None:
@@ -97,7 +97,8 @@ class TokenDispatcher:
             received.x_MD = x_MD.detach()
         y_MD = experts(x_MD, got_Re.sum(0), weight_M)
         del x_MD
-        y_ND: Tensor = _Return.apply(y_MD, *orders, route, repeats)  # type: ignore[no-untyped-call]
+        y_MD = _Ordered.apply(y_MD, place_M, order_M, y_MD.detach() if repeats else None)  # type: ignore[no-untyped-call]
+        y_ND: Tensor = _AllToAll.apply(y_MD, arriving, leaving, self.group, 1 / self.ranks, repeats)  # type: ignore[no-untyped-call]
         return y_ND
 
     def splits(self, sent_Re: Tensor, got_Re: Tensor) -> tuple[list[int], list[int]]:
@@ -106,59 +107,44 @@ class TokenDispatcher:
         return leaving, arriving
 
 
-@dataclass(frozen=True)
-class _Route:
-    """How many rows go to each rank of a group, and how many come from each."""
+class _AllToAll(torch.autograd.Function):
+    """Rows to the ranks of a group, so many to each; the gradient comes back multiplied by ``scale``.
 
-    leaving: list[int]
-    arriving: list[int]
-    group: dist.ProcessGroup
-
-    def there(self, rows_N: Tensor, order_M: Tensor) -> Tensor:
-        """Rows to the other ranks; those that arrive, in the order said."""
-        return _exchange(rows_N, self.leaving, self.arriving, self.group).index_select(0, order_M)
-
-    def back(self, rows_M: Tensor) -> Tensor:
-        """The other way, of rows that lie by rank."""
-        return _exchange(rows_M, self.arriving, self.leaving, self.group)
-
-
-class _Bring(torch.autograd.Function):
-    """Rows to the ranks of a group, sorted by expert there; ``known``, if given, are those that arrived."""
+    If ``idle``, none are sent and all that arrive are zero.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, order_M: Tensor, place_M: Tensor, route: _Route, known: Tensor | None
+        ctx: Any,
+        rows: Tensor,
+        leaving: list[int],
+        arriving: list[int],
+        group: dist.ProcessGroup,
+        scale: float,
+        idle: bool,
     ) -> Tensor:
-        ctx.save_for_backward(place_M)
-        ctx.route = route
-        return route.there(rows, order_M) if known is None else known.view_as(known)
+        ctx.splits, ctx.group, ctx.scale = (arriving, leaving), group, scale
+        if idle:
+            return rows.new_zeros(()).expand(sum(arriving), rows.shape[1])
+        return _exchange(rows, leaving, arriving, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        route: _Route = ctx.route
-        grad = grad.index_select(0, *ctx.saved_tensors) * float(route.group.size())
-        return route.back(grad), None, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        leaving, arriving = ctx.splits
+        return _exchange(grad * ctx.scale, leaving, arriving, ctx.group), None, None, None, None, None
 
 
-class _Return(torch.autograd.Function):
-    """Rows back to where they came from, or none if ``empty``; their gradient comes the other way."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, order_M: Tensor, place_M: Tensor, route: _Route, empty: bool
-    ) -> Tensor:
-        ctx.save_for_backward(order_M)
-        ctx.route = route
-        if empty:
-            return rows.new_empty(sum(route.leaving), rows.shape[1])
-        return route.back(rows.index_select(0, place_M))
+class _Ordered(torch.autograd.Function):
+    """rows[order], or ``known`` if that is what they are; ``place`` is the inverse of ``order``."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        route: _Route = ctx.route
-        grad = route.there(grad * (1 / route.group.size()), *ctx.saved_tensors)
-        return grad, None, None, None, None
+    def forward(ctx: Any, rows: Tensor, order: Tensor, place: Tensor, known: Tensor | None) -> Tensor:
+        ctx.save_for_backward(place)
+        return rows.index_select(0, order) if known is None else known.view_as(known)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return grad.index_select(0, *ctx.saved_tensors), None, None, None
 
 
 def _exchange(rows: Tensor, leaving: list[int], arriving: list[int], group: dist.ProcessGroup) -> Tensor:

@@ -76,7 +76,7 @@ class GatedExperts(nn.Module):
 
 @contextmanager
 def without_answers(experts: GatedExperts) -> Iterator[None]:
-    """Have ``experts`` leave their answers as they come, without the product for them, where they can.
+    """Have ``experts`` leave out the product for their answers, which then are zero, where they can.
 
     For when they are computed again only for what their backward pass asks for.
     """

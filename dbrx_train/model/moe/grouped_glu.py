@@ -39,7 +39,8 @@ def grouped_glu(
     impl: `grouped` (expert by expert), `grouped_mm` (torch 2.10 or later; the host does not wait for the
     counts), `grouped_gemm` (the kernels of MegaBlocks, bfloat16 on CUDA), or `auto`, the best that is there.
     On CUDA a single expert is multiplied as it is, whichever is asked for.
-    answers: False leaves y as it comes, without its product, for a backward pass that does not ask for it.
+    answers: False leaves out the product for y, which is zero and takes no memory, for when only what the
+    backward pass asks for is computed again.
     """
     y_ND: Tensor = _forward(x_ND, weight_N, w1_EFD, v1_EFD, w2_EFD, tokens_per_expert, impl, answers)[0]
     return y_ND
@@ -123,7 +124,7 @@ def _forward_by_expert(
     (total, _), ffn = x.shape, w1.shape[1]
     segments = list(_segments(x, counts))
     gate, up = x.new_empty(total + _ROWS, ffn), x.new_empty(total + _ROWS, ffn)
-    y = x.new_empty(total + _ROWS, x.shape[1])
+    y = x.new_empty(total + _ROWS, x.shape[1]) if answers else _zeros(x)
     scratch = x.new_empty(_longest(segments), ffn)
     for expert, span, _ in segments:
         rows, g, u = _rows(x, span), gate[span], up[span]
@@ -180,6 +181,11 @@ def _backward_by_expert(
             torch.mm(dgate.T, xs, out=dw1[expert])
             torch.mm(dup.T, xs, out=dv1[expert])
     return dx[: len(x)], dweight[: len(x)], dw1, dv1, dw2
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """All rows are one number."""
+    return like.new_zeros(()).expand(like.shape)
 
 
 def _longest(segments: list[tuple[int, slice, int]]) -> int:
@@ -258,7 +264,7 @@ def forward_at_once(
     """y [N, D], and x w1' and x v1' [N, F]."""
     gate, up = products.rows(x, w1, True), products.rows(x, v1, True)
     if not answers:
-        return torch.empty_like(x), gate, up
+        return _zeros(x), gate, up
     y = products.rows(F.silu(gate).mul_(up), w2, False)
     return y if weight is None else y.mul_(weight[:, None]), gate, up
 
@@ -323,7 +329,7 @@ def _(
     x: Tensor, weight: Any, w1: Tensor, v1: Tensor, w2: Tensor, counts: Tensor, impl: str, answers: bool
 ) -> Any:
     hidden = x.shape[0], w1.shape[1]
-    return torch.empty_like(x), x.new_empty(hidden), x.new_empty(hidden)
+    return torch.empty_like(x) if answers else _zeros(x), x.new_empty(hidden), x.new_empty(hidden)
 
 
 @_backward.register_fake
