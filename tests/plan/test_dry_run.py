@@ -90,6 +90,7 @@ def test_adapters_beside_experts_hold_no_more_than_the_plan_says() -> None:
     assert step.peak.allocated < estimated(config, run, 1.0).total < 2 * step.peak.allocated
 
 
+@pytest.mark.slow
 def test_tokens_that_are_kept_are_held_and_not_sent_again() -> None:
     forward, sent, said = {}, {}, {}
     for what in ("full", "full_keep_dispatched"):
