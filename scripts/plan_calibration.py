@@ -209,7 +209,10 @@ def main() -> None:
     parser.add_argument("--fit", action="store_true", help="fit the constants to these rows")
     parser.add_argument("--cross-validate", action="store_true", help="leave out models, and tables, in turn")
     given = parser.parse_args()
-    rows = read(given.files)
+    try:
+        rows = read(given.files)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        parser.error(str(error))
     if not rows:
         parser.error(f"{', '.join(map(str, given.files))}: no row that is modelled")
     if given.fit:

@@ -23,6 +23,49 @@ TARGET, PICTURE = ROOT / "docs" / "planning.md", ROOT / "docs" / "images" / "pla
 CLUSTERS = (8, 64, 512, 3072)
 SHOWN = "configs/pretrain/dbrx-132b.yaml"
 
+_SHARD, _FULL = "parallelism.shard=", "parallelism.activation_checkpointing=full"
+_PLAIN = [f"{_SHARD}64", "parallelism.expert=8", "parallelism.innermost=expert", _FULL]
+_HALVED, _FLOAT = "parallelism.reduce_dtype=bfloat16", "parallelism.reduce_dtype=float32"
+_INNER = "parallelism.innermost=shard"
+_SIX = [f"{_SHARD}256", "parallelism.expert=2", "parallelism.innermost=expert", _FULL]
+_SIX += ["optimization.microbatch_size=6"]
+STEPS = [
+    ("dbrx-132b", 3072, "shard 64, experts over 8, `full`", [*_PLAIN, _FLOAT]),
+    ("dbrx-132b", 3072, "+ `reduce_dtype: bfloat16`", [*_PLAIN, _HALVED]),
+    ("dbrx-132b", 3072, "+ `innermost: shard`", [*_PLAIN, _INNER]),
+    ("dbrx-132b", 3072, "+ experts over 16", [*_PLAIN, _INNER, "parallelism.expert=16"]),
+    (
+        "dbrx-132b",
+        3072,
+        "+ `full_keep_dispatched`",
+        [*_PLAIN, _INNER, "parallelism.expert=16", f"{_FULL}_keep_dispatched"],
+    ),
+    (
+        "dbrx-132b",
+        3072,
+        "+ shard 128, `reshard_after_forward: false`",
+        [
+            f"{_SHARD}128",
+            "parallelism.expert=16",
+            f"{_FULL}_keep_dispatched",
+            "parallelism.reshard_after_forward=false",
+        ],
+    ),
+    ("dbrx-132b", 3072, "shard 512, `norm_attn_norm` (as configured)", []),
+    (
+        "dbrx-132b",
+        3072,
+        "the same with shard 384, moments in bfloat16",
+        [f"{_SHARD}384", "optimization.optimizer.state_dtype=bfloat16"],
+    ),
+    ("dbrx-132b", 512, "shard 64, experts over 8, `full`", [*_PLAIN, _FLOAT]),
+    ("dbrx-132b", 512, "+ `reduce_dtype: bfloat16`", [*_PLAIN, _HALVED]),
+    ("dbrx-132b", 512, "+ 3 samples a microbatch", [*_PLAIN, "optimization.microbatch_size=3"]),
+    ("dbrx-132b", 512, "+ 6, shard 256, experts over 2 (as its comment says)", _SIX),
+    ("dbrx-132b-32k", 512, "dbrx-132b-32k as configured", []),
+]
+"""Configuration, GPUs, what to call it, and overrides."""
+
 
 def table(head: str, rows: Iterator[list[str]]) -> str:
     columns = head.split(" | ")
@@ -78,6 +121,29 @@ def row(config: RunConfig, found: Plan) -> list[str]:
     return [*cells, rounded(dollars) if dollars >= 1 else "under 1"]
 
 
+def steps() -> Iterator[list[str]]:
+    """How the mesh of dbrx-132b came about."""
+    for name, gpus, label, options in STEPS:
+        found = plan(load(ROOT / f"configs/pretrain/{name}.yaml", options), gpus)
+        machine, network = found.config.plan.machine, found.network
+        ways = [(each, each.way(found.gpu, machine, network)) for each in found.sent]
+        slow = sum(way.seconds for _, way in ways if way.slower == "network")
+        away = sum(each.over_network(machine) for each, _ in ways)
+        computing, step = found.step.accumulated * found.step.compute.total, found.step
+        yield [
+            label,
+            f"{gpus:,}",
+            f"{found.held.total / 1e9:.1f}",
+            f"{away / 1e9:.0f}",
+            f"{computing:.2f}",
+            f"{slow:.2f}",
+            f"{slow / computing:.2f}",
+            f"{step.total:.2f}",
+            f"{100 * found.mfu(causal=False):.0f}",
+            f"{100 * found.mfu(causal=False) * step.total / step.at_best:.0f}",
+        ]
+
+
 def example() -> str:
     config = load(ROOT / SHOWN)
     return f"```\n$ dbrx-train plan {SHOWN} --gpus 3072\n{render(plan(config, 3072))}\n```\n"
@@ -86,6 +152,11 @@ def example() -> str:
 def parts() -> dict[str, str]:
     return {
         "example": example(),
+        "steps": table(
+            "dbrx-132b, H100s | GPUs | GB a rank | GB over the network | computing, s | network, s | ratio | "
+            "step, s | MFU, % | with perfect overlap",
+            steps(),
+        ),
         "errors": table("GPU | GPUs | runs | median error | worst", errors()),
         "mixtures": table("model | published, TFLOP/s a GPU | predicted | error", mixtures()),
         "plans": table(

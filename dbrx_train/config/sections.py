@@ -207,8 +207,9 @@ class ParallelismConfig:
         True,
     )
     activation_checkpointing: str = option(
-        "what of every block the backward pass computes again: `none`, `full` (the block), `selective` (all "
-        "but matrix products and attention) or `norm_attn_norm` (attention with its norms)",
+        "what of every block the backward pass computes again: `none`, `full` (the block), "
+        "`full_keep_dispatched` (the block, but tokens that came from other ranks are kept), `selective` "
+        "(all but matrix products and attention) or `norm_attn_norm` (attention with its norms)",
         "none",
         one_of=ACTIVATION_CHECKPOINTING,
     )

@@ -19,7 +19,7 @@ NORMS = ("layernorm", "rmsnorm")
 # A mask of S x S entries is quick while it is small; in longer samples each document is attended to apart.
 LONGEST_MASK = 8192
 # Of a block; what each means is said where it is done, in parallel.activation_checkpointing.
-ACTIVATION_CHECKPOINTING = ("none", "full", "selective", "norm_attn_norm")
+ACTIVATION_CHECKPOINTING = ("none", "full", "full_keep_dispatched", "selective", "norm_attn_norm")
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,8 @@ from torch.utils.checkpoint import (
 from dbrx_train.model.config import ACTIVATION_CHECKPOINTING
 from dbrx_train.model.decoder import Block, Dbrx
 from dbrx_train.model.documents import VARIABLE_LENGTH
+from dbrx_train.model.moe.experts import without_answers
+from dbrx_train.parallel.expert_parallel import Received, TokenDispatcher
 from dbrx_train.parallel.torch_patches import kept_unsharded
 
 __all__ = ["checkpoint_activations"]
@@ -44,13 +46,16 @@ if VARIABLE_LENGTH is not None:
 def checkpoint_activations(model: Dbrx, what: str) -> None:
     """Have the backward pass recompute activations of every block. Gradients stay the same, bit for bit.
 
-    - ``full``: of a block its input is kept alone; a third more matrix products.
-    - ``selective``: results of matrix products and of fused attention are kept too, none computed twice.
+    - ``full``: of a block its input is kept alone. All is computed again but the experts' last product, whose
+      results no gradient depends on; so spread experts are sent their tokens again, and send no answers.
+    - ``full_keep_dispatched``: as ``full``, but the tokens that spread experts got are kept, and not sent
+      again.
+    - ``selective``: results of matrix products and of fused attention are kept too, none computed twice;
+      spread experts are sent their tokens again.
     - ``norm_attn_norm``: of attention and its norms the input is kept alone, of the experts everything; so
       DBRX was trained.
 
-    Experts on other ranks are sent their tokens again in the first two, and stay gathered from then to their
-    backward pass.
+    But for the last, spread experts stay gathered from their repetition to their backward pass.
 
     Raises:
         ValueError: ``what`` is none of ``ACTIVATION_CHECKPOINTING``.
@@ -60,20 +65,28 @@ def checkpoint_activations(model: Dbrx, what: str) -> None:
     for block in model.transformer.blocks:
         if what == "norm_attn_norm":
             _recompute(block.norm_attn_norm)
-        elif what in ("full", "selective"):
+        elif what != "none":
             _recompute(block, context_fn=partial(_contexts, block, what))
 
 
 def _contexts(block: Block, what: str) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Of the forward pass, and of its repetition in the backward pass."""
-    if what == "full":
-        return nullcontext(), kept_unsharded(block.ffn.experts)
-    forward, again = create_selective_checkpoint_contexts(_keep_dear)  # type: ignore[no-untyped-call]
-    return forward, _both(again, kept_unsharded(block.ffn.experts))
+    experts = block.ffn.experts
+    forward: list[AbstractContextManager[Any]] = []
+    again: list[AbstractContextManager[Any]] = [kept_unsharded(experts), without_answers(experts.mlp)]
+    if what == "selective":
+        of_torch = create_selective_checkpoint_contexts(_keep_dear)  # type: ignore[no-untyped-call]
+        forward.append(of_torch[0])
+        again.append(of_torch[1])
+    if isinstance(dispatcher := experts.token_dispatcher, TokenDispatcher):
+        received = Received(keeps_tokens=what == "full_keep_dispatched")
+        forward.append(dispatcher.keeping(received))
+        again.append(dispatcher.keeping(received))
+    return _all(forward), _all(again)
 
 
 @contextmanager
-def _both(*contexts: AbstractContextManager[Any]) -> Iterator[None]:
+def _all(contexts: list[AbstractContextManager[Any]]) -> Iterator[None]:
     with ExitStack() as stack:
         for each in contexts:
             stack.enter_context(each)

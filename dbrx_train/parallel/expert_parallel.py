@@ -6,6 +6,9 @@ that arrived, D d_model, E experts, R ranks of the group, e = E / R experts of t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,9 +16,27 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dbrx_train.model.moe.experts import GatedExperts
-from dbrx_train.model.moe.layer import dispatch, inverse
+from dbrx_train.model.moe.layer import inverse
 
-__all__ = ["TokenDispatcher"]
+__all__ = ["Received", "TokenDispatcher"]
+
+
+@dataclass
+class Received:
+    """What a forward pass got from other ranks, for its repetition in the backward pass."""
+
+    keeps_tokens: bool
+    """Whether the tokens are kept too, beside their counts and weights, which are small."""
+    counts_Re: Tensor | None = None
+    """How many tokens of each rank for each expert of this one; None until the forward pass is over."""
+    splits: tuple[list[int], list[int]] = ([], [])
+    x_MD: Tensor | None = None
+    weight_M1: Tensor | None = None
+
+    def give_tokens(self) -> Tensor | None:
+        """The tokens, which then are kept no longer."""
+        x_MD, self.x_MD = self.x_MD, None
+        return x_MD
 
 
 class TokenDispatcher:
@@ -25,19 +46,36 @@ class TokenDispatcher:
     their gradient. Two all-to-alls of variable splits forward and two backward. The ranks' losses are
     averaged in the end, but an expert's gradient is the sum over the tokens of all R ranks, so on its way
     into the experts the gradient is divided by R, and multiplied again on its way out to the tokens.
+
+    A forward pass under ``keeping`` that is repeated under it asks other ranks for nothing that was kept, and
+    sends no answers, which no gradient depends on: what it returns is zero.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.ranks = group, group.size()
+        self.received: Received | None = None
+
+    @contextmanager
+    def keeping(self, received: Received) -> Iterator[None]:
+        """What is got from other ranks goes into ``received`` or, if that was filled, comes from it."""
+        self.received = received
+        try:
+            yield
+        finally:
+            self.received = None
 
     def __call__(
         self, experts: GatedExperts, x_ND: Tensor, tokens_per_expert: Tensor, weight_N: Tensor | None = None
     ) -> Tensor:
         """x [N, D] sorted by expert, tokens_per_expert [E] of this rank -> the experts' outputs [N, D]."""
-        sent_Re = tokens_per_expert.view(self.ranks, -1)
-        got_Re = torch.empty_like(sent_Re)
-        dist.all_to_all_single(got_Re, sent_Re.contiguous(), group=self.group)
-        leaving, arriving = self.splits(sent_Re, got_Re)
+        received = self.received or Received(keeps_tokens=False)
+        repeats = received.counts_Re is not None
+        if received.counts_Re is None:
+            sent_Re = tokens_per_expert.view(self.ranks, -1)
+            received.counts_Re = torch.empty_like(sent_Re)
+            dist.all_to_all_single(received.counts_Re, sent_Re.contiguous(), group=self.group)
+            received.splits = self.splits(sent_Re, received.counts_Re)
+        got_Re, (leaving, arriving) = received.counts_Re, received.splits
 
         # Arrived tokens lie by rank, then by expert; the experts want them by expert.
         expert_M = torch.arange(got_Re.shape[1], device=x_ND.device).repeat(self.ranks)
@@ -45,14 +83,22 @@ class TokenDispatcher:
         order_M = expert_M.argsort(stable=True)
         place_M = inverse(order_M)
 
-        def brought(rows: Tensor) -> Tensor:
-            rows = _AllToAll.apply(rows, leaving, arriving, self.group, float(self.ranks))  # type: ignore[no-untyped-call]
-            return dispatch(rows, order_M, place_M[:, None])  # by rank they are not needed any more
+        def brought(rows: Tensor, known: Tensor | None) -> Tensor:
+            rows = _AllToAll.apply(rows, leaving, arriving, self.group, float(self.ranks), known is not None)  # type: ignore[no-untyped-call]
+            arrived: Tensor = _Ordered.apply(rows, order_M, place_M, known)  # type: ignore[no-untyped-call]
+            return arrived  # as they lay by rank they are not needed any more
 
-        weight_M = None if weight_N is None else brought(weight_N[:, None])[:, 0]
-        y_MD = experts(brought(x_ND), got_Re.sum(0), weight_M)
-        y_MD = dispatch(y_MD, place_M, order_M[:, None])
-        y_ND: Tensor = _AllToAll.apply(y_MD, arriving, leaving, self.group, 1 / self.ranks)  # type: ignore[no-untyped-call]
+        weight_M = None
+        if weight_N is not None:
+            weight_M1 = brought(weight_N[:, None], received.weight_M1)
+            received.weight_M1, weight_M = weight_M1.detach(), weight_M1[:, 0]
+        x_MD = brought(x_ND, received.give_tokens())
+        if received.keeps_tokens and not repeats:
+            received.x_MD = x_MD.detach()
+        y_MD = experts(x_MD, got_Re.sum(0), weight_M)
+        del x_MD
+        y_MD = _Ordered.apply(y_MD, place_M, order_M, y_MD.detach() if repeats else None)  # type: ignore[no-untyped-call]
+        y_ND: Tensor = _AllToAll.apply(y_MD, arriving, leaving, self.group, 1 / self.ranks, repeats)  # type: ignore[no-untyped-call]
         return y_ND
 
     def splits(self, sent_Re: Tensor, got_Re: Tensor) -> tuple[list[int], list[int]]:
@@ -62,7 +108,10 @@ class TokenDispatcher:
 
 
 class _AllToAll(torch.autograd.Function):
-    """Rows to the ranks of a group, so many to each; the gradient comes back multiplied by ``scale``."""
+    """Rows to the ranks of a group, so many to each; the gradient comes back multiplied by ``scale``.
+
+    If ``idle``, none are sent and all that arrive are zero.
+    """
 
     @staticmethod
     def forward(
@@ -72,14 +121,30 @@ class _AllToAll(torch.autograd.Function):
         arriving: list[int],
         group: dist.ProcessGroup,
         scale: float,
+        idle: bool,
     ) -> Tensor:
         ctx.splits, ctx.group, ctx.scale = (arriving, leaving), group, scale
+        if idle:
+            return rows.new_zeros(()).expand(sum(arriving), rows.shape[1])
         return _exchange(rows, leaving, arriving, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         leaving, arriving = ctx.splits
-        return _exchange(grad * ctx.scale, leaving, arriving, ctx.group), None, None, None, None
+        return _exchange(grad * ctx.scale, leaving, arriving, ctx.group), None, None, None, None, None
+
+
+class _Ordered(torch.autograd.Function):
+    """rows[order], or ``known`` if that is what they are; ``place`` is the inverse of ``order``."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, place: Tensor, known: Tensor | None) -> Tensor:
+        ctx.save_for_backward(place)
+        return rows.index_select(0, order) if known is None else known.view_as(known)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return grad.index_select(0, *ctx.saved_tensors), None, None, None
 
 
 def _exchange(rows: Tensor, leaving: list[int], arriving: list[int], group: dist.ProcessGroup) -> Tensor:

@@ -23,18 +23,20 @@ def frozen_memory(config: RunConfig, shape: MeshShape, dtype: HasItemsize | None
     """Memory of a rank, where ``whole`` is that of training all weights; a bound.
 
     Frozen weights lie in ``dtype``, embedding and factors in float32. The factors alone have gradients
-    and optimizer state; of blocks, head and embedding no gradient is made.
+    and optimizer state; of blocks, head and embedding no gradient is made, and of the head only logits are.
     """
     embedding, *blocks, _, head = fsdp_units(config.model, shape, dtype, True)
     itemsize = dtype.itemsize if dtype else FLOAT32
     frozen = sum(unit.padded // unit.ranks for unit in (*blocks, head)) * itemsize
     frozen += embedding.padded // embedding.ranks * FLOAT32
     factors = trained(config) * FLOAT32 // shape.shard
+    head_gradients = head.padded * (FLOAT32 + (itemsize if itemsize < FLOAT32 else 0))
     found = {}
     for moment, kinds in whole.moments.items():
         state = kinds["optimizer state"] // kinds["parameters"] * factors
         own = {"parameters": frozen + factors, "optimizer state": state, "gradients": factors}
-        found[moment] = kinds | own | {"scattered": 0, "head": 0}
+        logits = kinds["head"] - head_gradients if moment == "head forward" else 0
+        found[moment] = kinds | own | {"scattered": 0, "head": logits}
     del found["embedding backward"]
     return Memory(found)
 

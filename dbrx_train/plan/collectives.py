@@ -116,9 +116,9 @@ def collectives(
 
     again = activation_checkpointing in ("full", "selective")
     away = (shape.expert - 1) / shape.expert
-    # Two ways, forward and backward; both again if the block is computed again. Counts go ahead of them, and
-    # a row's weight with it.
-    ways, weights, counts = (6, 3, 2) if again else (4, 2, 1)
+    # Two ways, forward and backward; to the experts once more if their tokens were not kept. Counts go ahead
+    # of them, and a row's weight with it.
+    ways, weights, counts = (5 if again else 4), 2, 1
     itemsize = param_dtype.itemsize if param_dtype else FLOAT32
     rows = tokens * config.top_k * (config.d_model * ways + weights) * itemsize * away
     rows += _INT64 * config.num_experts * away * counts

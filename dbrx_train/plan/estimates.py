@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from dbrx_train.config import OptimizerConfig, RunConfig
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.parallel.mesh import MeshShape
+from dbrx_train.plan.adapters import frozen_memory
 from dbrx_train.plan.collectives import KINDS, Collective, collectives
 from dbrx_train.plan.memory import Memory, memory
 from dbrx_train.plan.units import BFLOAT16, ElementType, HasItemsize
@@ -37,7 +38,7 @@ def run_memory(
     config: RunConfig, shape: MeshShape, batch: Microbatch, skew: float, *, keeps_gathered: bool = False
 ) -> Memory:
     """What a rank holds; ``skew`` as in ``memory``. ``keeps_gathered``: whatever the run's options say."""
-    return memory(
+    whole = memory(
         config.model,
         shape,
         tokens=batch.tokens,
@@ -49,6 +50,7 @@ def run_memory(
         skew=skew,
         state_bytes=state_bytes(config.optimization.optimizer),
     )
+    return whole if config.lora.rank is None else frozen_memory(config, shape, param_type(config), whole)
 
 
 def run_collectives(config: RunConfig, shape: MeshShape, batch: Microbatch) -> list[Collective]:

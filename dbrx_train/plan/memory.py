@@ -204,10 +204,11 @@ def _work(config: DbrxConfig, tokens: int, b: int, what: str, *, spread: bool, s
     kept = {
         "none": everything,
         "full": stream,
+        "full_keep_dispatched": stream + (b * rows * d if spread else 0),
         "selective": stream + products,
         "norm_attn_norm": stream + normed + experts,
     }[what]
-    recomputes_block = what in ("full", "selective")
+    recomputes_block = what in ("full", "full_keep_dispatched", "selective")
     return _Work(
         kept=round(tokens * kept),
         again=round(tokens * (everything - kept)) if recomputes_block else 0,

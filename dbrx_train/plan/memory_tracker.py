@@ -203,9 +203,10 @@ def _ring(whole: Tensor, group: Any) -> int:
 
 
 def _glu_forward(
-    x: Tensor, weight: Tensor | None, w1: Tensor, v1: Tensor, w2: Tensor, counts: Tensor, impl: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return grouped_glu.forward_at_once(_ShapesOnly(w1.shape[0]), x, weight, w1, v1, w2)
+    x: Tensor, weight: Tensor | None, w1: Tensor, v1: Tensor, w2: Tensor,
+    counts: Tensor, impl: str, answers: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return grouped_glu.forward_at_once(_ShapesOnly(w1.shape[0]), x, weight, w1, v1, w2, answers)
 
 
 def _glu_backward(

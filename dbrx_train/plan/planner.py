@@ -8,7 +8,7 @@ from dbrx_train.config import ConfigError, RunConfig
 from dbrx_train.model.config import LONGEST_MASK
 from dbrx_train.parallel.mesh import MeshShape
 from dbrx_train.plan import hardware, step_time
-from dbrx_train.plan.adapters import frozen_memory, trained
+from dbrx_train.plan.adapters import trained
 from dbrx_train.plan.collectives import KINDS, Collective
 from dbrx_train.plan.cost import Cost, cost
 from dbrx_train.plan.estimates import param_type, run_collectives, run_memory
@@ -136,8 +136,6 @@ def held(config: RunConfig, ranks: int) -> Held:
     # Nothing is gathered then, but autograd keeps what each matrix was cast to, as if it were not freed.
     casts = alone and dtype is not None and not frozen
     found = run_memory(config, shape, micro, config.plan.imbalance, keeps_gathered=casts)
-    if frozen:
-        found = frozen_memory(config, shape, dtype, found)
     if alone:
         none = {kind: 0 for kind in GATHERED if not (casts and kind == "gathered")}
         found = Memory({moment: kinds | none for moment, kinds in found.moments.items()})

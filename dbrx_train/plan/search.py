@@ -78,6 +78,8 @@ def _all(config: RunConfig, gpus: int) -> Iterator[RunConfig]:
     for shard, expert, innermost, recomputed, reshard in meshes:
         if shard % expert or (innermost != config.parallelism.innermost and expert in (1, shard)):
             continue  # the same
+        if recomputed == "full_keep_dispatched" and expert == 1:
+            continue  # nothing is dispatched
         spread = replace(
             config.parallelism,
             replicate=gpus // shard,

@@ -101,16 +101,17 @@ class Architecture:
     def elementwise(self, part: str) -> int:
         """Bytes that a block's elementwise kernels read and write a token, in one forward pass.
 
-        ``part`` is ``attention`` (a norm, clamping and rotation, a residual sum) or ``ffn`` (a norm, the
-        activation, a residual sum; of experts also their tokens' dispatch and combination).
+        ``part`` is ``attention`` (a norm, clamping and rotation, a residual sum), ``activation`` (of the FFN)
+        or ``ffn`` (a norm, a residual sum; of experts also their tokens' dispatch and combination).
         """
         d, stream = self.d_model, self.stream_bytes * 5 * self.d_model  # a norm: 2, a sum: 3
         if part == "attention":
             rotated = 2 * 2 * (self.query_width + 2 * self.kv_width)
             return stream + (rotated if self.rotary else 0)
-        activation = 2 * self.ffn_matrices * (self.top_k * self.ffn_hidden_size + self.shared_ffn)
+        if part == "activation":
+            return 2 * self.ffn_matrices * (self.top_k * self.ffn_hidden_size + self.shared_ffn)
         routed = 0 if self.num_experts == 1 else 2 * (4 * self.top_k + 1) * d
-        return stream + activation + routed
+        return stream + routed
 
 
 @dataclass(frozen=True)
@@ -151,14 +152,15 @@ def compute(
         imbalance: tokens of the fullest GPU's experts, relative to the mean.
         masked: attention is given a mask of all pairs: every query meets every key, by a kernel that is not
             made for the GPU, and so is taken to be as slow as those of 2023.
-        old_kernels: attention as in 2023.
+        old_kernels: as in 2023: attention's kernels, and an FFN that is computed again to its end.
         frozen: weights get no gradient, as beside adapters.
     """
     flops, bandwidth = gpu.peak * gpu.products, gpu.memory_bandwidth * constants.memory
     # Forward once and backward twice (once where weights are frozen); once more what is computed again.
     once = 2 if frozen else 3
-    block = once + (activation_checkpointing == "full")
-    attention_again = activation_checkpointing in ("full", "norm_attn_norm")
+    whole = activation_checkpointing in ("full", "full_keep_dispatched")
+    block = once + whole
+    attention_again = whole or activation_checkpointing == "norm_attn_norm"
     attention_block = once + attention_again
 
     def product(rows: float, k: int, n: int, weights: int = 1) -> float:
@@ -171,7 +173,10 @@ def compute(
     projections += product(tokens, model.query_width, d)
     shared = model.ffn_matrices * product(tokens, d, model.shared_ffn) if model.shared_ffn else 0.0
     rows, held = tokens * model.top_k * imbalance, local_experts or model.num_experts
-    experts = model.ffn_matrices * product(rows, d, model.ffn_hidden_size, held)
+    # The last product and the activation before it, on which no gradient depends, are not computed again.
+    to_its_end = whole and (old_kernels or frozen)
+    again = model.ffn_matrices - (not to_its_end) if whole else 0
+    experts = (once * model.ffn_matrices + again) * product(rows, d, model.ffn_hidden_size, held)
 
     pairs = seq_len if masked else seq_len / 2
     # Two products forward, five backward (arXiv 2205.14135), and two more if computed again.
@@ -183,11 +188,12 @@ def compute(
         return model.elementwise(part) * (4 if again else 3)
 
     moved = passed("attention", activation_checkpointing != "none")
-    moved += passed("ffn", activation_checkpointing in ("full", "selective"))
+    moved += passed("ffn", whole or activation_checkpointing == "selective")
+    moved += passed("activation", to_its_end)
     logits = tokens * model.vocab_size * _LOGIT_PASSES / bandwidth
     return Compute(
         dense_products=layers * (attention_block * projections + block * shared),
-        expert_products=layers * block * experts,
+        expert_products=layers * experts,
         head=once * product(tokens, d, model.vocab_size) + logits,
         attention=layers * attention,
         elementwise=layers * tokens * moved * constants.passes / bandwidth,

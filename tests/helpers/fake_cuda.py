@@ -86,7 +86,7 @@ class Launches(TorchDispatchMode):
             found := self._products(args[6], args[0], args[2], args[5])
         ):
             with self:
-                return grouped_glu.forward_at_once(found, *args[:5])
+                return grouped_glu.forward_at_once(found, *args[:5], args[7])
         if func is OPERATORS.grouped_glu_backward.default and (
             found := self._products(args[9], args[1], args[5], args[8])
         ):

@@ -122,8 +122,8 @@ def case(
     )
     # The formula's experts are equally loaded; these are not.
     even = BATCH * LENGTH * MICROBATCHES * CONFIG.n_layers * CONFIG.top_k * (expert - 1) / expert
-    ways, weights = (6, 3) if recomputed in ("full", "selective") else (4, 2)
-    width = (CONFIG.d_model * ways + weights) * (2 if bfloat16 else 4)
+    ways = 5 if recomputed in ("full", "selective") else 4
+    width = (CONFIG.d_model * ways + 2) * (2 if bfloat16 else 4)
     exchanged = expected.exchanged + (away - even) * width
     kinds = ("gathered", "scattered", "reduced", "exchanged")
     both = torch.tensor(

@@ -64,6 +64,13 @@ def test_what_is_kept_is_not_attended_to_again(what: str, times: int, found: dic
     assert attention(launches(found, f"recomputed_{what}")) == {"_flash_attention_forward": times}
 
 
+@pytest.mark.parametrize(
+    ("what", "again"), [("full", 2), ("full_keep_dispatched", 2), ("selective", 0), ("norm_attn_norm", 0)]
+)
+def test_the_experts_answers_are_not_computed_again(what: str, again: int, found: dict[str, Any]) -> None:
+    assert launches(found, f"recomputed_{what}")["grouped product"] == 2 * (9 + again)
+
+
 def test_without_documents_heads_are_shared(found: dict[str, Any]) -> None:
     assert attention(launches(found, "without_documents")) == {"_scaled_dot_product_flash_attention": 2}
 

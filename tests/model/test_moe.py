@@ -149,7 +149,7 @@ def test_the_operators_keep_torchs_rules() -> None:
     x, weight = torch.randn(9, 6, requires_grad=True), torch.randn(9, requires_grad=True)
     matrices = torch.randn(3, 3, 5, 6).requires_grad_().unbind()
     operator = torch.ops.dbrx_train.grouped_glu.default
-    torch.library.opcheck(operator, (x, weight, *matrices, torch.tensor([4, 0, 5]), "grouped"))
+    torch.library.opcheck(operator, (x, weight, *matrices, torch.tensor([4, 0, 5]), "grouped", True))
 
 
 def test_every_configurable_backend_exists() -> None:

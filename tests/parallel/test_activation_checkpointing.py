@@ -66,6 +66,10 @@ def test_every_gradient_stays_and_products_are_repeated_as_said() -> None:
     assert costs["none"] == flops
     assert costs["norm_attn_norm"] - flops <= attention * layers
     assert flops < costs["norm_attn_norm"] < costs["full"]
+    # Nobody asks for the experts' answers then, and so their last product is not computed again.
+    router, two_products = CONFIG.d_model * CONFIG.num_experts, 2 * CONFIG.d_model * CONFIG.ffn_hidden_size
+    ffn = 2 * tokens * (router + CONFIG.top_k * two_products)
+    assert costs["full"] == costs["full_keep_dispatched"] == costs["norm_attn_norm"] + layers * ffn
     assert costs["selective"] - flops < 0.01 * flops
 
 
@@ -124,5 +128,5 @@ def test_more_experts_keep_no_more_of_a_token() -> None:
 
 
 def test_an_unknown_choice_is_refused() -> None:
-    with pytest.raises(ValueError, match="'some' is not one of none, full, selective, norm_attn_norm"):
+    with pytest.raises(ValueError, match="'some' is not one of none, full, full_keep_dispatched, selective"):
         checkpoint_activations(Dbrx(CONFIG, seed=1), "some")

@@ -80,6 +80,7 @@ def test_a_step_sends_the_bytes_that_the_formulas_say(warm: Warm) -> None:
         [1, 4, 2, "full", True, True, "expert", "float32"],
         [2, 2, 2, "selective", False, True, "expert", "float32"],
         [1, 4, 2, "norm_attn_norm", True, True, "shard", "bfloat16"],
+        [1, 4, 4, "full_keep_dispatched", True, True, "expert", "float32"],
     ]
     program = str(HELPERS / "traffic_ranks.py")
     results = json.loads(warm.torchrun(4, program, json.dumps(cases)))

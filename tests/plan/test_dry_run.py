@@ -16,6 +16,7 @@ from dbrx_train.config import ConfigError, RunConfig, load
 from dbrx_train.model.config import DbrxConfig
 from dbrx_train.model.decoder import Dbrx
 from dbrx_train.parallel import MeshShape
+from dbrx_train.plan.adapters import trained
 from dbrx_train.plan.caching_allocator import CachingAllocator
 from dbrx_train.plan.dry_run import dry_run, estimated, worst_skew
 from dbrx_train.plan.dry_run_table import table
@@ -79,6 +80,29 @@ def test_memory_and_traffic_are_those_of_the_formulas(name: str, ranks: int, opt
     shown = table(config, run).splitlines()
     assert f"{run.steps[-1].peak.allocated / 1e9:.1f}" in next(s for s in shown if s.startswith("allocated"))
     assert len({len(line) for line in shown[2:]}) == 1  # columns
+
+
+def test_adapters_beside_experts_hold_no_more_than_the_plan_says() -> None:
+    config = load(ROOT / "configs" / "finetune" / "quickstart-lora.yaml")
+    run = dry_run(config, 4, build_optimizer)
+    (step,) = run.steps
+    assert run.sent.scattered == 3 * trained(config)  # 4 bytes each, to three of four ranks
+    assert step.peak.allocated < estimated(config, run, 1.0).total < 2 * step.peak.allocated
+
+
+@pytest.mark.slow
+def test_tokens_that_are_kept_are_held_and_not_sent_again() -> None:
+    forward, sent, said = {}, {}, {}
+    for what in ("full", "full_keep_dispatched"):
+        config = family("dbrx-132b", f"parallelism.activation_checkpointing={what}")
+        run = dry_run(config, 512, build_optimizer, skews=(1.0,), worst=False)
+        (step,) = run.steps
+        forward[what], sent[what] = step.moments["head forward"].allocated, run.sent.exchanged
+        said[what] = estimated(config, run, 1.0).moments["head forward"]["activations"]
+    tokens = run.microbatch.tokens * config.model.top_k * config.model.d_model * 2 * config.model.n_layers
+    assert forward["full_keep_dispatched"] - forward["full"] == pytest.approx(tokens, rel=0.02)
+    assert said["full_keep_dispatched"] - said["full"] == tokens
+    assert sent["full"] - sent["full_keep_dispatched"] == tokens * run.microbatches * 15 // 16
 
 
 def test_the_worst_load_sends_every_token_to_a_rank_as_often_as_it_has_experts_for_it() -> None:

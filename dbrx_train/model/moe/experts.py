@@ -5,7 +5,8 @@ Shape suffixes: N tokens after dispatch (top_k copies of each), D d_model, F ffn
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -56,7 +57,7 @@ class GatedExperts(nn.Module):
         super().__init__()
         self.ffn_hidden_size = config.ffn_hidden_size
         check_available(config.expert_impl)
-        self.run = EXPERT_FNS[config.expert_impl]
+        self.run: ExpertsFn = EXPERT_FNS[config.expert_impl]
         shape = config.num_experts * config.ffn_hidden_size, config.d_model
         self.w1 = nn.Parameter(torch.empty(shape))
         self.v1 = nn.Parameter(torch.empty(shape))
@@ -71,6 +72,21 @@ class GatedExperts(nn.Module):
         own = (w.to_local() if isinstance(w, DTensor) else w for w in (self.w1, self.v1, self.w2))
         w1, v1, w2 = (w.to(dtype).view(-1, self.ffn_hidden_size, w.shape[-1]) for w in own)
         return w1, v1, w2
+
+
+@contextmanager
+def without_answers(experts: GatedExperts) -> Iterator[None]:
+    """Have ``experts`` leave out the product for their answers, which then are zero, where they can.
+
+    For when they are computed again only for what their backward pass asks for.
+    """
+    run = experts.run
+    if isinstance(run, partial) and run.func is grouped_glu:
+        experts.run = partial(run, answers=False)
+    try:
+        yield
+    finally:
+        experts.run = run
 
 
 class Experts(nn.Module):

@@ -32,14 +32,17 @@ def grouped_glu(
     w2_EFD: Tensor,
     tokens_per_expert: Tensor,
     impl: str = "auto",
+    answers: bool = True,
 ) -> Tensor:
     """x [N, D] sorted by expert, weight [N] or None, w1, v1, w2 [E, F, D], tokens_per_expert [E] -> y [N, D].
 
     impl: `grouped` (expert by expert), `grouped_mm` (torch 2.10 or later; the host does not wait for the
     counts), `grouped_gemm` (the kernels of MegaBlocks, bfloat16 on CUDA), or `auto`, the best that is there.
     On CUDA a single expert is multiplied as it is, whichever is asked for.
+    answers: False leaves out the product for y, which is zero and takes no memory, for when only what the
+    backward pass asks for is computed again.
     """
-    y_ND: Tensor = _forward(x_ND, weight_N, w1_EFD, v1_EFD, w2_EFD, tokens_per_expert, impl)[0]
+    y_ND: Tensor = _forward(x_ND, weight_N, w1_EFD, v1_EFD, w2_EFD, tokens_per_expert, impl, answers)[0]
     return y_ND
 
 
@@ -56,12 +59,19 @@ def check_available(impl: str) -> None:
 
 @torch.library.custom_op("dbrx_train::grouped_glu", mutates_args=())
 def _forward(
-    x: Tensor, weight: Tensor | None, w1: Tensor, v1: Tensor, w2: Tensor, counts: Tensor, impl: str
+    x: Tensor,
+    weight: Tensor | None,
+    w1: Tensor,
+    v1: Tensor,
+    w2: Tensor,
+    counts: Tensor,
+    impl: str,
+    answers: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [N, D], and x w1' and x v1' [N, F]."""
     if (products := _products(impl, x, w1, counts)) is None:
-        return _forward_by_expert(x, weight, w1, v1, w2, counts)
-    return forward_at_once(products, x, weight, w1, v1, w2)
+        return _forward_by_expert(x, weight, w1, v1, w2, counts, answers)
+    return forward_at_once(products, x, weight, w1, v1, w2, answers)
 
 
 @torch.library.custom_op("dbrx_train::grouped_glu_backward", mutates_args=())
@@ -109,17 +119,19 @@ def _rows(tensor: Tensor, span: slice) -> Tensor:
 
 
 def _forward_by_expert(
-    x: Tensor, weight: Tensor | None, w1: Tensor, v1: Tensor, w2: Tensor, counts: Tensor
+    x: Tensor, weight: Tensor | None, w1: Tensor, v1: Tensor, w2: Tensor, counts: Tensor, answers: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     (total, _), ffn = x.shape, w1.shape[1]
     segments = list(_segments(x, counts))
     gate, up = x.new_empty(total + _ROWS, ffn), x.new_empty(total + _ROWS, ffn)
-    y = x.new_empty(total + _ROWS, x.shape[1])
+    y = x.new_empty(total + _ROWS, x.shape[1]) if answers else _zeros(x)
     scratch = x.new_empty(_longest(segments), ffn)
     for expert, span, _ in segments:
         rows, g, u = _rows(x, span), gate[span], up[span]
         torch.mm(rows, w1[expert].T, out=g)
         torch.mm(rows, v1[expert].T, out=u)
+        if not answers:
+            continue
         hidden = _silu(g, out=scratch[: len(rows)]).mul_(u)
         torch.mm(hidden, w2[expert], out=y[span])
         if weight is not None:
@@ -169,6 +181,11 @@ def _backward_by_expert(
             torch.mm(dgate.T, xs, out=dw1[expert])
             torch.mm(dup.T, xs, out=dv1[expert])
     return dx[: len(x)], dweight[: len(x)], dw1, dv1, dw2
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """All rows are one number."""
+    return like.new_zeros(()).expand(like.shape)
 
 
 def _longest(segments: list[tuple[int, slice, int]]) -> int:
@@ -236,10 +253,18 @@ class _OneExpert:
 
 
 def forward_at_once(
-    products: Products, x: Tensor, weight: Tensor | None, w1: Tensor, v1: Tensor, w2: Tensor
+    products: Products,
+    x: Tensor,
+    weight: Tensor | None,
+    w1: Tensor,
+    v1: Tensor,
+    w2: Tensor,
+    answers: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [N, D], and x w1' and x v1' [N, F]."""
     gate, up = products.rows(x, w1, True), products.rows(x, v1, True)
+    if not answers:
+        return _zeros(x), gate, up
     y = products.rows(F.silu(gate).mul_(up), w2, False)
     return y if weight is None else y.mul_(weight[:, None]), gate, up
 
@@ -300,9 +325,11 @@ def _products(impl: str, x: Tensor, w: Tensor, counts: Tensor) -> Products | Non
 
 
 @_forward.register_fake
-def _(x: Tensor, weight: Any, w1: Tensor, v1: Tensor, w2: Tensor, counts: Tensor, impl: str) -> Any:
+def _(
+    x: Tensor, weight: Any, w1: Tensor, v1: Tensor, w2: Tensor, counts: Tensor, impl: str, answers: bool
+) -> Any:
     hidden = x.shape[0], w1.shape[1]
-    return torch.empty_like(x), x.new_empty(hidden), x.new_empty(hidden)
+    return torch.empty_like(x) if answers else _zeros(x), x.new_empty(hidden), x.new_empty(hidden)
 
 
 @_backward.register_fake
@@ -315,7 +342,7 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, w1, v1, w2, counts, ctx.impl = inputs
+    x, weight, w1, v1, w2, counts, ctx.impl, _ = inputs
     _, gate, up = output
     ctx.save_for_backward(x, gate, up, weight, w1, v1, w2, counts)
     ctx.set_materialize_grads(False)
@@ -323,18 +350,19 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _differentiate(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 7
+        return (None,) * 8
     trains, saved = any(ctx.needs_input_grad[2:5]), ctx.saved_tensors
     dx, dweight, *grads = _backward(dy.contiguous(), *saved, ctx.impl, trains)
-    return dx, None if saved[3] is None else dweight, *(grads if trains else (None,) * 3), None, None
+    return dx, None if saved[3] is None else dweight, *(grads if trains else (None,) * 3), *(None,) * 3
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)
 
 
 @register_flop_formula(torch.ops.dbrx_train.grouped_glu)
-def _forward_flops(x_shape: Any, weight_shape: Any, w1_shape: Any, *_: Any, **__: Any) -> int:
-    return 6 * int(x_shape[0] * x_shape[1] * w1_shape[1])
+def _forward_flops(x_shape: Any, weight_shape: Any, w1_shape: Any, *rest: Any, **__: Any) -> int:
+    answers = rest[4]
+    return (6 if answers else 4) * int(x_shape[0] * x_shape[1] * w1_shape[1])
 
 
 @register_flop_formula(torch.ops.dbrx_train.grouped_glu_backward)
