@@ -283,7 +283,7 @@ class ExportConfig:
 
 @dataclass
 class CheckpointsConfig:
-    interval: str = option("how often to save; the end of the run always is", "1000ba")
+    interval: str = option("how often to save; the end of the run always is", "100ba")
     keep: int = option("how many to keep in the run's folder, newest first", 2, ge=1)
     asynchronous: bool = option(
         "go on training while a checkpoint is written, from a copy in the host's memory", False
