@@ -1,10 +1,10 @@
 """A corpus of 100 million tokens without a download: what the installed Python packages consist of.
 
-``python scripts/experiments/corpus.py --out DIR`` writes four prepared folders: ``code`` is packages' source,
-``docs`` is their docstrings, descriptions and other text; ``code_heldout`` and ``docs_heldout`` are the same
-of packages that the first two do not have, and are there to be evaluated on. Equal texts are taken once, those
-that a held-out package has only there, and of one package no more than ``--per-package``: generated clients of
-web services would be most of it otherwise. The vocabulary is the first ranks of DBRX's own.
+``corpus.py --out DIR`` writes four prepared folders: ``code`` is the source of packages, ``docs`` is their
+docstrings, descriptions and other text; ``code_heldout`` and ``docs_heldout`` are the same of packages that the
+first two do not have, and are there to be evaluated on. Equal texts are taken once, those that a held-out
+package has only there, and of one package no more than ``--per-package``: generated clients of web services
+would be most of it otherwise. The vocabulary is the first ranks of DBRX's own.
 """
 
 from __future__ import annotations

@@ -53,6 +53,7 @@ def _arms(rows: Sequence[Row]) -> list[str]:
 def _losses(experiment: Experiment, finals: Finals, rows: Sequence[Row]) -> str:
     head = ["arm", "parameters (active)", "tokens", "FLOPs", "held-out loss"]
     head += [f"less `{experiment.baseline}`'s, paired by seed", "seeds"]
+    head += [f"`{source}`" for source in experiment.watch]
     loads = any(row.metric.startswith("load/") for row in rows) and not experiment.frontier
     head += ["entropy of the load", "largest share", "dead experts"] if loads else []
     lines = []
@@ -73,6 +74,8 @@ def _losses(experiment: Experiment, finals: Finals, rows: Sequence[Row]) -> str:
             ]
             less = differences(finals, arm, experiment.baseline, steps)
             line += ["" if arm == experiment.baseline else _interval(less, "+.3f"), str(len(seeds))]
+            for source in experiment.watch:
+                line.append(f"{np.mean([finals.value(arm, steps, s, f'loss/{source}') for s in seeds]):.3f}")
             if loads:
                 for metric, form in (("entropy", ".3f"), ("largest", ".2f"), ("dead", ".1%")):
                     value = np.mean([finals.value(arm, steps, s, f"load/{metric}") for s in seeds])

@@ -48,16 +48,14 @@ def collect(experiment: Experiment, budget: Budget, shop: Workshop) -> list[Row]
     rows = []
     rates = {}
     for arm in budget.arms:
-        owner = experiment.same_rate.get(arm, arm)
-        made = [found for run in tuning_runs(experiment, budget, owner) if (found := shop.result(run))]
+        made = [found for run in tuning_runs(experiment, budget, arm) if (found := shop.result(run))]
         if len(made) == len(budget.tuning.lr):
             rates[arm] = min(made, key=lambda one: final_loss(one, experiment.measure))["lr"]
-        if owner == arm:
-            rows += [row for one in made for row in _rows("tuning", arm, one, experiment.measure)]
+        rows += [row for one in made for row in _rows("tuning", arm, one, experiment.measure)]
     runs = final_runs(experiment, budget, {arm: rates.get(arm, math.nan) for arm in budget.arms})
     for run in runs:
         if (found := shop.result(run)) is not None:
-            rows += _rows("final", run.arm, found, experiment.measure)
+            rows += _rows("final", run.arm, found, [*experiment.measure, *experiment.watch])
     return rows
 
 
@@ -173,8 +171,8 @@ def bootstrap(
 def flops_to_reach(loss: float, points: Sequence[Point]) -> float:
     """The least FLOPs at which ``points`` reach ``loss``, on lines between the best of them.
 
-    The best are those that no cheaper one equals. Lines are straight in the logarithm of FLOPs. Infinite where
-    even the best is worse, and 0 where the cheapest is already better: beyond the points nothing is guessed.
+    The best are those that no cheaper one equals. Lines are straight in the logarithm of FLOPs. Infinite
+    where even the best is worse, and 0 where the cheapest is better: beyond the points nothing is guessed.
     """
     best: list[Point] = []
     for flops, reached in sorted(points):

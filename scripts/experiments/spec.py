@@ -56,8 +56,8 @@ class Experiment:
     budgets: dict[str, Budget]
     frontier: list[str] = field(default_factory=list)
     """Arms among which the least FLOPs that reach a loss are looked for; none: losses alone are compared."""
-    same_rate: dict[str, str] = field(default_factory=dict)
-    """Arm -> the arm whose tuned learning rate it takes."""
+    watch: list[str] = field(default_factory=list)
+    """Held-out sources whose loss is shown beside it."""
     name: str = ""
 
 
@@ -174,7 +174,6 @@ def _mapping(given: Any, where: str) -> dict[str, Any]:
 def _check(experiment: Experiment) -> None:
     for name, budget in experiment.budgets.items():
         named = {"baseline": [experiment.baseline], "frontier": experiment.frontier}
-        named["same_rate"] = [*experiment.same_rate, *experiment.same_rate.values()]
         for key, arms in named.items():
             for arm in arms:
                 if arm not in budget.arms:

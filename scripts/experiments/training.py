@@ -167,15 +167,14 @@ def final_loss(result: dict[str, Any], sources: Sequence[str]) -> float:
 
 def tuned(experiment: Experiment, budget: Budget, shop: Workshop) -> dict[str, float]:
     """Arm -> its learning rate: the best of the grid on the tuning seed, trained as far as they are not."""
-    owners = [arm for arm in budget.arms if arm not in experiment.same_rate]
-    grid = {arm: tuning_runs(experiment, budget, arm) for arm in owners}
+    grid = {arm: tuning_runs(experiment, budget, arm) for arm in budget.arms}
     shop.finish([run for runs in zip(*grid.values(), strict=True) for run in runs])
     rates = {}
     for arm, runs in grid.items():
         results = [shop.result(run) for run in runs]
         losses = {r["lr"]: final_loss(r, experiment.measure) for r in results if r is not None}
         rates[arm] = min(losses, key=losses.__getitem__)
-    return rates | {arm: rates[other] for arm, other in experiment.same_rate.items()}
+    return rates
 
 
 def train_all(experiment: Experiment, budget: Budget, shop: Workshop) -> None:
