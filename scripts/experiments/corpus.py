@@ -1,7 +1,7 @@
 """A corpus of 100 million tokens without a download: what the installed Python packages consist of.
 
-``corpus.py --out DIR`` writes four prepared folders: ``code`` is the source of packages, ``docs`` is their
-docstrings, descriptions and other text; ``code_heldout`` and ``docs_heldout`` are the same of packages that the
+``corpus.py --out DIR`` writes four prepared folders. ``code`` is the source of packages, ``docs`` their
+docstrings, descriptions and other text; ``code_heldout`` and ``docs_heldout`` are that of packages that the
 first two do not have, and are there to be evaluated on. Equal texts are taken once, those that a held-out
 package has only there, and of one package no more than ``--per-package``: generated clients of web services
 would be most of it otherwise. The vocabulary is the first ranks of DBRX's own.
