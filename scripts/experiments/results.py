@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from spec import Budget, Experiment, final_runs, tuning_runs
-from training import Workshop, final_loss
+from training import Workshop, tuned
 
 Point = tuple[float, float]
 """FLOPs of a training, and the loss that it came to."""
@@ -45,17 +45,15 @@ class Row:
 
 def collect(experiment: Experiment, budget: Budget, shop: Workshop) -> list[Row]:
     """The numbers of all runs that are finished."""
-    rows = []
-    rates = {}
+    sources = [*experiment.measure, *experiment.watch]
+    rows: list[Row] = []
     for arm in budget.arms:
-        made = [found for run in tuning_runs(experiment, budget, arm) if (found := shop.result(run))]
-        if len(made) == len(budget.tuning.lr):
-            rates[arm] = min(made, key=lambda one: final_loss(one, experiment.measure))["lr"]
-        rows += [row for one in made for row in _rows("tuning", arm, one, experiment.measure)]
-    runs = final_runs(experiment, budget, {arm: rates.get(arm, math.nan) for arm in budget.arms})
-    for run in runs:
+        for run in tuning_runs(experiment, budget, arm):
+            if (found := shop.result(run)) is not None:
+                rows += _rows("tuning", arm, found, experiment.measure)
+    for run in final_runs(experiment, budget, tuned(experiment, budget, shop)):
         if (found := shop.result(run)) is not None:
-            rows += _rows("final", run.arm, found, [*experiment.measure, *experiment.watch])
+            rows += _rows("final", run.arm, found, sources)
     return rows
 
 

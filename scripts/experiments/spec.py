@@ -24,6 +24,8 @@ class Tuning:
     lr: list[float]
     steps: int
     seed: int
+    more: dict[str, list[float]] = field(default_factory=dict)
+    """Arm -> further rates, where the best one lay at the grid's edge."""
 
 
 @dataclass(frozen=True)
@@ -113,14 +115,15 @@ def make_run(experiment: Experiment, budget: Budget, arm: str, lr: float, seed: 
 
 def tuning_runs(experiment: Experiment, budget: Budget, arm: str) -> list[Run]:
     tuning = budget.tuning
-    return [make_run(experiment, budget, arm, lr, tuning.seed, tuning.steps) for lr in tuning.lr]
+    rates = [*tuning.lr, *tuning.more.get(arm, [])]
+    return [make_run(experiment, budget, arm, lr, tuning.seed, tuning.steps) for lr in rates]
 
 
 def final_runs(experiment: Experiment, budget: Budget, rates: Mapping[str, float]) -> Iterator[Run]:
     """Shortest first: what is there when time is up is then whole for some length."""
     for steps in budget.steps:
         for seed in experiment.seeds:
-            for arm in budget.arms:
+            for arm in rates:
                 yield make_run(experiment, budget, arm, rates[arm], seed, steps)
 
 
@@ -174,6 +177,7 @@ def _mapping(given: Any, where: str) -> dict[str, Any]:
 def _check(experiment: Experiment) -> None:
     for name, budget in experiment.budgets.items():
         named = {"baseline": [experiment.baseline], "frontier": experiment.frontier}
+        named[f"budgets.{name}.tuning.more"] = list(budget.tuning.more)
         for key, arms in named.items():
             for arm in arms:
                 if arm not in budget.arms:
@@ -193,7 +197,6 @@ def _check(experiment: Experiment) -> None:
             raise ValueError(
                 f"budgets.{name}.tuning.seed: {budget.tuning.seed} is one of seeds; must be another"
             )
-        if not budget.tuning.lr or not all(
-            isinstance(r, float) and 0 < r < math.inf for r in budget.tuning.lr
-        ):
+        rates = [*budget.tuning.lr, *(rate for more in budget.tuning.more.values() for rate in more)]
+        if not budget.tuning.lr or not all(isinstance(r, float) and 0 < r < math.inf for r in rates):
             raise ValueError(f"budgets.{name}.tuning.lr: must be positive numbers such as 4.0e-3")

@@ -48,19 +48,16 @@ class Workshop:
         except FileNotFoundError:
             return None
 
-    def finish(self, runs: Sequence[Run]) -> None:
-        """Train those that are not finished, in order; one that another process trains is waited for.
+    def finish(self, wanted: Callable[[], Sequence[Run]]) -> None:
+        """Train what is wanted and not finished, in order, until nothing is.
 
-        Raises RuntimeError where a run fails.
+        ``wanted`` is asked again after each run, since it may depend on results. A run that another process
+        trains is waited for last. Raises RuntimeError where a run fails.
         """
-        todo = [run for run in runs if self.result(run) is None]
-        while todo:
-            for run in todo:
-                if self._shorter(run, todo) is None and self._claim_and_train(run):
-                    break
-            else:
+        while todo := [run for run in wanted() if self.result(run) is None]:
+            ready = (run for run in todo if self._shorter(run, todo) is None)
+            if not any(self._claim_and_train(run) for run in ready):
                 time.sleep(5)
-            todo = [run for run in todo if self.result(run) is None]
 
     @staticmethod
     def _shorter(run: Run, among: Sequence[Run]) -> Run | None:
@@ -166,17 +163,21 @@ def final_loss(result: dict[str, Any], sources: Sequence[str]) -> float:
 
 
 def tuned(experiment: Experiment, budget: Budget, shop: Workshop) -> dict[str, float]:
-    """Arm -> its learning rate: the best of the grid on the tuning seed, trained as far as they are not."""
-    grid = {arm: tuning_runs(experiment, budget, arm) for arm in budget.arms}
-    shop.finish([run for runs in zip(*grid.values(), strict=True) for run in runs])
+    """Arm -> its learning rate, the best of the grid on the tuning seed; arms whose grid is finished."""
     rates = {}
-    for arm, runs in grid.items():
-        results = [shop.result(run) for run in runs]
-        losses = {r["lr"]: final_loss(r, experiment.measure) for r in results if r is not None}
-        rates[arm] = min(losses, key=losses.__getitem__)
+    for arm in budget.arms:
+        made = [shop.result(run) for run in tuning_runs(experiment, budget, arm)]
+        losses = {r["lr"]: final_loss(r, experiment.measure) for r in made if r is not None}
+        if len(losses) == len(made):
+            rates[arm] = min(losses, key=losses.__getitem__)
     return rates
 
 
 def train_all(experiment: Experiment, budget: Budget, shop: Workshop) -> None:
     """Tune, then train every arm, seed and length."""
-    shop.finish(list(final_runs(experiment, budget, tuned(experiment, budget, shop))))
+
+    def wanted() -> list[Run]:
+        tuning = [run for arm in budget.arms for run in tuning_runs(experiment, budget, arm)]
+        return [*tuning, *final_runs(experiment, budget, tuned(experiment, budget, shop))]
+
+    shop.finish(wanted)

@@ -110,10 +110,10 @@ def test_all_arms_are_trained_once_and_a_longer_run_goes_on_from_a_shorter_one(
     short = spec.make_run(experiment, budget, "moe", 1e-2, 1, 5)
     long = spec.make_run(experiment, budget, "moe", 1e-2, 1, 10)
     assert shop.result(short) is not None
-    shop.finish([long])
+    shop.finish(lambda: [long])
     assert "ba4" in {path.name for path in (shop.folder / long.name / "checkpoints").iterdir()}
     afresh = Shop(tmp_path / "afresh", workplace, warm)
-    afresh.finish([long])
+    afresh.finish(lambda: [long])
     branched, whole = (
         saved_tensors(one.folder / long.name / "checkpoints" / "ba10") for one in (shop, afresh)
     )
@@ -309,7 +309,7 @@ def test_the_corpus_holds_packages_out_and_has_no_text_twice(tmp_path: Path) -> 
     assert len(texts) == len(set(texts))
     few = corpus.chosen([tmp_path], per_package=1500)["code"]
     sizes = [sum(len(d["text"]) for d in few if d["package"] == name) for name in names if name not in held]
-    assert 0 < min(sizes)
+    assert min(sizes) > 0
     assert max(sizes) <= 1500
 
 
