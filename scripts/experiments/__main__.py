@@ -1,19 +1,21 @@
 """Experiments: ``train`` their runs, or ``draw`` from the curves that are in the repository.
 
-    python scripts/experiments/corpus.py --out WORK/data
     python scripts/experiments train experiments/flops.yaml --budget cpu --work WORK
     python scripts/experiments draw
 
-Stopped, the same command goes on; several at once share the work. ``--until`` leaves out longer runs.
+The corpus is made first, where it is not there. Stopped, the same command goes on; several at once share the
+work. ``--until`` leaves out longer runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import corpus
 import page
 import results
 import spec
@@ -32,14 +34,12 @@ def train(path: Path, budget: str, work: Path, until: int | None) -> None:
     chosen = experiment.budgets.get(budget)
     if chosen is None:
         raise ValueError(f"{path}: has no budget {budget}; must be one of {', '.join(experiment.budgets)}")
-    if not (work / "data" / "vocabulary.tiktoken").is_file():
-        sizes = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in chosen.corpus.items())
-        raise ValueError(
-            f"{work / 'data'}: no corpus; python scripts/experiments/corpus.py --out {work / 'data'} {sizes}"
-        )
+    data = work / f"corpus-{chosen.corpus['ranks']}-{chosen.corpus['seq_len']}"
+    if not (data / "docs_heldout" / "manifest.json").is_file():  # the last of it
+        corpus.make(data, **chosen.corpus)
     if until is not None:
         chosen = replace(chosen, steps=[steps for steps in chosen.steps if steps <= until])
-    shop = training.Workshop(work / "runs", work / "data")
+    shop = training.Workshop(work / "runs", data)
     try:
         training.train_all(experiment, chosen, shop)
     finally:
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     training_verb = verbs.add_parser("train", help="train an experiment's runs and keep their curves")
     training_verb.add_argument("experiment", type=Path, help="its YAML")
     training_verb.add_argument("--budget", required=True, help="one of its budgets: cpu or gpu")
-    training_verb.add_argument("--work", type=Path, required=True, help="folder with data, for the runs")
+    training_verb.add_argument("--work", type=Path, required=True, help="folder for the corpus and the runs")
     training_verb.add_argument("--until", type=int, metavar="STEPS", help="train no runs longer than this")
     verbs.add_parser("draw", help="draw figures and tables into docs/experiments.md; trains nothing")
     given = parser.parse_args(arguments)
@@ -89,4 +89,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

@@ -1,15 +1,13 @@
 """A corpus of 100 million tokens without a download: what the installed Python packages consist of.
 
-``corpus.py --out DIR`` writes four prepared folders. ``code`` is the source of packages, ``docs`` their
-docstrings, descriptions and other text; ``code_heldout`` and ``docs_heldout`` are that of packages that the
-first two do not have, and are there to be evaluated on. Equal texts are taken once, those that a held-out
-package has only there, and of one package no more than ``--per-package``: generated clients of web services
-would be most of it otherwise. The vocabulary is the first ranks of DBRX's own.
+Four prepared folders: ``code`` is the source of packages, ``docs`` their docstrings, descriptions and other
+texts; ``code_heldout`` and ``docs_heldout`` are that of packages which the first two do not have, to be
+evaluated on. Equal texts are taken once, those that a held-out package has only there. The vocabulary is the
+first ranks of DBRX's own.
 """
 
 from __future__ import annotations
 
-import argparse
 import base64
 import hashlib
 import json
@@ -27,6 +25,8 @@ from dbrx_train.data.tokenizer import TiktokenTokenizer, load_tokenizer
 HELD_OUT = 0.08
 """Share of the packages' names, by hash, that is held out: adding a package moves no other."""
 MIN_CHARACTERS = 200
+PER_PACKAGE = 40_000_000
+"""Characters, of a held-out one a twentieth: generated clients would be most of the corpus otherwise."""
 TEXTS = (".md", ".rst", ".txt")
 DOCSTRINGS = 0.25
 """Share of the modules of which docstrings are taken instead of source."""
@@ -72,7 +72,7 @@ def documents(root: Path) -> Iterator[tuple[str, Document]]:
                 yield "docs", {"package": package, "origin": name, "text": text}
 
 
-def chosen(roots: list[Path], per_package: int) -> dict[str, list[Document]]:
+def chosen(roots: list[Path], per_package: int = PER_PACKAGE) -> dict[str, list[Document]]:
     """Folder -> its documents: held out or not, long enough, no text twice, no package beyond its share."""
     found = [(source, document) for root in roots for source, document in documents(root)]
     found.sort(key=lambda one: _draw(one[1]["origin"]))  # of a large package a fair sample, not its beginning
@@ -100,44 +100,20 @@ def cut_vocabulary(ranks: int, file: Path) -> None:
     file.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in first))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the four prepared folders")
-    parser.add_argument("--ranks", type=int, default=1024, help="of the vocabulary (default: 1024)")
-    parser.add_argument("--seq-len", type=int, default=128, help="tokens per sample (default: 128)")
-    parser.add_argument(
-        "--per-package", type=int, default=40_000_000, help="characters (default: 40 million)"
-    )
-    given = parser.parse_args()
-    out: Path = given.out
+def make(out: Path, ranks: int, seq_len: int) -> None:
+    """The vocabulary and the four prepared folders; what is there is taken as it is."""
     out.mkdir(parents=True, exist_ok=True)
-    vocabulary = out / "vocabulary.tiktoken"
-    cut_vocabulary(given.ranks, vocabulary)
-    text = out / "text"
-    if not text.is_dir():  # text that is there is taken as it is
-        parts = chosen(
-            [Path(sysconfig.get_path("purelib")), Path(sysconfig.get_path("stdlib"))], given.per_package
-        )
+    vocabulary, text = out / "vocabulary.tiktoken", out / "text"
+    if not vocabulary.is_file():
+        cut_vocabulary(ranks, vocabulary)
+    if not text.is_dir():
         partial = out / f"text.{os.getpid()}.tmp"
         partial.mkdir()
-        for name, rows in parts.items():
+        for name, rows in chosen([Path(sysconfig.get_path(p)) for p in ("purelib", "stdlib")]).items():
             (partial / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         partial.rename(text)
     for file in sorted(text.glob("*.jsonl")):
         # A source of its own with no weight in any mix: train, which it must have, holds almost nothing.
         share = 0.98 if file.stem.endswith("_heldout") else 0.0
-        print(
-            prepare(
-                [str(file)],
-                str(out / file.stem),
-                seq_len=given.seq_len,
-                val_fraction=share,
-                vocab_file=str(vocabulary),
-            )
-        )
-
-
-if __name__ == "__main__":
-    main()
+        folder = str(out / file.stem)
+        print(prepare([str(file)], folder, seq_len=seq_len, val_fraction=share, vocab_file=str(vocabulary)))

@@ -14,6 +14,8 @@ import numpy as np
 from spec import Budget, Experiment, final_runs, tuning_runs
 from training import Workshop, tuned
 
+DEAD = 0.01
+"""Of its fair share of tokens: an expert with less is called dead."""
 Point = tuple[float, float]
 """FLOPs of a training, and the loss that it came to."""
 
@@ -80,10 +82,6 @@ def _loads(last: Mapping[str, float]) -> dict[str, float]:
         "load/largest": max(shares) / fair,
         "load/dead": sum(share < DEAD * fair for share in shares) / len(shares),
     }
-
-
-DEAD = 0.01
-"""Of its fair share of tokens: an expert with less is called dead."""
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:

@@ -37,7 +37,7 @@ class Budget:
     warmup: int
     tuning: Tuning
     corpus: dict[str, int]
-    """``ranks`` and ``seq_len`` of corpus.py."""
+    """``ranks`` of its vocabulary, and ``seq_len``, tokens of a sample."""
     arms: dict[str, dict[str, Any]]
     """Arm -> what it overrides of ``run``."""
     run: dict[str, Any] = field(default_factory=dict)
@@ -191,6 +191,8 @@ def _check(experiment: Experiment) -> None:
             raise ValueError(
                 f"budgets.{name}.steps: must be whole numbers that leave room for warmup and decay"
             )
+        if set(budget.corpus) != {"ranks", "seq_len"}:
+            raise ValueError(f"budgets.{name}.corpus: must be ranks and seq_len")
         if budget.steps != sorted(set(budget.steps)):
             raise ValueError(f"budgets.{name}.steps: must ascend")
         if budget.tuning.seed in experiment.seeds:

@@ -25,10 +25,20 @@ Train = Callable[[Path], int]
 
 
 def command(config: Path) -> int:
-    """``dbrx-train train``, its output beside the configuration; returns the exit code."""
-    with open(config.with_suffix(".log"), "a", encoding="utf-8") as log:
-        told = [sys.executable, "-m", "dbrx_train", "train", str(config)]
-        return subprocess.run(told, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+    """``dbrx-train train``, its output beside the configuration; returns the exit code.
+
+    Stopped, it stops the run, which saves first.
+    """
+    told = [sys.executable, "-m", "dbrx_train", "train", str(config)]
+    with (
+        open(config.with_suffix(".log"), "a", encoding="utf-8") as log,
+        subprocess.Popen(told, stdout=log, stderr=subprocess.STDOUT) as process,
+    ):
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            raise
 
 
 class Workshop:

@@ -188,16 +188,12 @@ def test_a_wrong_experiment_is_refused_in_one_line(
     assert error.startswith(f"experiments: {path}: {said}")
 
 
-@pytest.mark.parametrize(
-    ("budget", "said"),
-    [("tpu", "has no budget tpu; must be one of cpu"), ("cpu", "data: no corpus; python ")],
-)
-def test_a_missing_budget_or_corpus_is_told(
-    budget: str, said: str, tmp_path: Path, cli: Callable[..., int], capsys: pytest.CaptureFixture[str]
+def test_a_missing_budget_is_told(
+    tmp_path: Path, cli: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tiny(tmp_path / "tiny.yaml")
-    assert cli("train", str(path), "--budget", budget, "--work", str(tmp_path)) == 2
-    assert said in capsys.readouterr().err
+    assert cli("train", str(path), "--budget", "tpu", "--work", str(tmp_path)) == 2
+    assert capsys.readouterr().err == f"experiments: {path}: has no budget tpu; must be one of cpu\n"
 
 
 @pytest.fixture(scope="module")
