@@ -69,15 +69,14 @@ def tiny(path: Path, **changes: object) -> Path:
 
 
 class Shop(training.Workshop):
-    """Whose runs are forks, and counted."""
+    """Whose runs are forks; ``made`` is what each of them said."""
 
     def __init__(self, folder: Path, data: Path, warm: Warm) -> None:
-        self.made: list[str] = []
+        self.made: dict[str, str] = {}
 
         def train(config: Path) -> int:
-            self.made.append(config.stem)
-            code, said = warm("train", str(config))
-            assert code == 0, said
+            code, self.made[config.stem] = warm("train", str(config))
+            assert code == 0, self.made[config.stem]
             return code
 
         super().__init__(folder, data, train)
@@ -111,9 +110,13 @@ def test_all_arms_are_trained_once_and_a_longer_run_goes_on_from_a_shorter_one(
     long = spec.make_run(experiment, budget, "moe", 1e-2, 1, 10)
     assert shop.result(short) is not None
     shop.finish(lambda: [long])
-    assert "ba4" in {path.name for path in (shop.folder / long.name / "checkpoints").iterdir()}
+    assert (
+        f"{long.name} goes on from {shop.folder / long.name / 'checkpoints' / 'ba4'}, "
+        in shop.made[long.name]
+    )
     afresh = Shop(tmp_path / "afresh", workplace, warm)
     afresh.finish(lambda: [long])
+    assert "goes on from" not in afresh.made[long.name]
     branched, whole = (
         saved_tensors(one.folder / long.name / "checkpoints" / "ba10") for one in (shop, afresh)
     )
