@@ -87,13 +87,15 @@ def _losses(experiment: Experiment, finals: Finals, rows: Sequence[Row]) -> str:
 def _factors(experiment: Experiment, finals: Finals) -> str:
     lines = []
     for steps in finals.lengths():
-        arms = [arm for arm in finals.arms if arm not in experiment.frontier]
-        for arm in arms:
-            found = factors(finals, arm, steps, experiment.frontier)
-            if found:
+        for arm in (arm for arm in finals.arms if arm not in experiment.frontier):
+            for equal, by in ((True, "wider, as many tokens"), (False, "wider or trained longer")):
+                found = factors(finals, arm, steps, experiment.frontier, equal)
                 each = ", ".join(_factor(value) for _, value in sorted(found.items()))
-                lines.append([f"`{arm}`", f"{steps}", each, _geometric(list(found.values()))])
-    return _table(["arm", "steps", "dense FLOPs for its loss, each seed", "mean and interval"], lines)
+                mean = _geometric(list(found.values())) if found else "no longer dense run yet"
+                lines.append([f"`{arm}`", f"{steps}", by, each, mean])
+    return _table(
+        ["arm", "steps", "dense model", "its FLOPs for that loss, by seed", "mean and interval"], lines
+    )
 
 
 def _factor(value: float) -> str:

@@ -165,32 +165,48 @@ def bootstrap(
 
 
 def flops_to_reach(loss: float, points: Sequence[Point]) -> float:
-    """The least FLOPs at which ``points`` reach ``loss``, on lines between the best of them.
+    """The least FLOPs at which ``points`` reach ``loss``, on their lower convex hull.
 
-    The best are those that no cheaper one equals. Lines are straight in the logarithm of FLOPs. Infinite
-    where even the best is worse, and 0 where the cheapest is better: beyond the points nothing is guessed.
+    Its lines are straight in the logarithm of FLOPs. Infinite where even the best point is worse, and 0 where
+    the cheapest is better: beyond the points nothing is guessed.
     """
-    best: list[Point] = []
-    for flops, reached in sorted(points):
-        if not best or reached < best[-1][1]:
-            best.append((flops, reached))
-    if loss > best[0][1]:
+    hull: list[Point] = []
+    for point in sorted((math.log(flops), reached) for flops, reached in points):
+        if hull and point[1] >= hull[-1][1]:
+            continue
+        while len(hull) > 1 and _slope(hull[-2], point) <= _slope(hull[-2], hull[-1]):
+            hull.pop()
+        hull.append(point)
+    if loss > hull[0][1]:
         return 0.0
-    for (cheap, worse), (dear, better) in itertools.pairwise(best):
+    for (cheap, worse), (dear, better) in itertools.pairwise(hull):
         if better <= loss:
-            share = (worse - loss) / (worse - better)
-            return math.exp(math.log(cheap) + share * (math.log(dear) - math.log(cheap)))
-    return best[0][0] if loss == best[0][1] else math.inf
+            return math.exp(cheap + (worse - loss) / (worse - better) * (dear - cheap))
+    return math.exp(hull[0][0]) if loss == hull[0][1] else math.inf
 
 
-def factors(finals: Finals, arm: str, steps: int, frontier: Sequence[str]) -> dict[int, float]:
-    """Seed -> how many times the FLOPs of ``arm`` the frontier needs for its loss."""
+def _slope(one: Point, other: Point) -> float:
+    return (other[1] - one[1]) / (other[0] - one[0])
+
+
+def factors(
+    finals: Finals, arm: str, steps: int, frontier: Sequence[str], equal_tokens: bool
+) -> dict[int, float]:
+    """Seed -> how many times the FLOPs of ``arm`` the frontier needs for its loss.
+
+    The frontier's runs are those of the same length, or those of any; the latter only where there is a longer
+    one, since the cheapest way to a lower loss may be to train on.
+    """
     result = {}
     for seed in finals.seeds([arm], steps):
-        lengths = [(a, n) for a in frontier for n in finals.lengths() if seed in finals.seeds([a], n)]
-        if lengths:
+        made = [(a, n) for a in frontier for n in finals.lengths() if seed in finals.seeds([a], n)]
+        if equal_tokens:
+            made = [(a, n) for a, n in made if n == steps]
+        elif all(n <= steps for _, n in made):
+            continue
+        if len(made) > 1:
             flops, loss = finals.point(arm, steps, seed)
-            result[seed] = flops_to_reach(loss, [finals.point(a, n, seed) for a, n in lengths]) / flops
+            result[seed] = flops_to_reach(loss, [finals.point(a, n, seed) for a, n in made]) / flops
     return result
 
 
