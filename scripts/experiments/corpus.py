@@ -15,7 +15,7 @@ import os
 import re
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dbrx_train.data.prepare.pipeline import prepare
@@ -24,6 +24,7 @@ from dbrx_train.data.tokenizer import TiktokenTokenizer, load_tokenizer
 
 HELD_OUT = 0.08
 """Share of the packages' names, by hash, that is held out: adding a package moves no other."""
+ROOTS = tuple(Path(sysconfig.get_path(name)) for name in ("purelib", "stdlib"))
 MIN_CHARACTERS = 200
 PER_PACKAGE = 40_000_000
 """Characters, of a held-out one a twentieth: generated clients would be most of the corpus otherwise."""
@@ -72,7 +73,7 @@ def documents(root: Path) -> Iterator[tuple[str, Document]]:
                 yield "docs", {"package": package, "origin": name, "text": text}
 
 
-def chosen(roots: list[Path], per_package: int = PER_PACKAGE) -> dict[str, list[Document]]:
+def chosen(roots: Sequence[Path], per_package: int = PER_PACKAGE) -> dict[str, list[Document]]:
     """Folder -> its documents: held out or not, long enough, no text twice, no package beyond its share."""
     found = [(source, document) for root in roots for source, document in documents(root)]
     found.sort(key=lambda one: _draw(one[1]["origin"]))  # of a large package a fair sample, not its beginning
@@ -100,7 +101,7 @@ def cut_vocabulary(ranks: int, file: Path) -> None:
     file.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in first))
 
 
-def make(out: Path, ranks: int, seq_len: int) -> None:
+def make(out: Path, ranks: int, seq_len: int, roots: Sequence[Path] = ROOTS) -> None:
     """The vocabulary and the four prepared folders; what is there is taken as it is."""
     out.mkdir(parents=True, exist_ok=True)
     vocabulary, text = out / "vocabulary.tiktoken", out / "text"
@@ -109,7 +110,7 @@ def make(out: Path, ranks: int, seq_len: int) -> None:
     if not text.is_dir():
         partial = out / f"text.{os.getpid()}.tmp"
         partial.mkdir()
-        for name, rows in chosen([Path(sysconfig.get_path(p)) for p in ("purelib", "stdlib")]).items():
+        for name, rows in chosen(roots).items():
             (partial / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         partial.rename(text)
     for file in sorted(text.glob("*.jsonl")):

@@ -15,6 +15,8 @@ from paths import ROOT
 from tiny_run import saved_tensors
 from warm import Warm
 
+from dbrx_train.data.manifest import read_manifest
+
 sys.path.insert(0, str(ROOT / "scripts" / "experiments"))
 
 import corpus
@@ -309,6 +311,20 @@ def test_the_corpus_holds_packages_out_and_has_no_text_twice(tmp_path: Path) -> 
     sizes = [sum(len(d["text"]) for d in few if d["package"] == name) for name in names if name not in held]
     assert min(sizes) > 0
     assert max(sizes) <= 1500
+
+
+def test_the_corpus_is_made_once(tmp_path: Path) -> None:
+    root = tmp_path / "site-packages"
+    held = next(f"package{i}" for i in range(99) if corpus.is_held_out(f"package{i}"))
+    for name in (held, "torch"):
+        (root / name).mkdir(parents=True)
+        for module in range(200):  # 2 % of a held-out package are its train, which it must have
+            (root / name / f"{module}.py").write_text(f"{name}_{module} = 1\n" * 40)
+    for _ in range(2):
+        corpus.make(tmp_path / "corpus", ranks=1024, seq_len=16, roots=[root])
+    splits = [read_manifest(tmp_path / "corpus" / name).splits for name in ("code", "code_heldout")]
+    assert splits[0].keys() == {"train"}
+    assert splits[1]["val"].documents > 0
 
 
 def test_a_vocabulary_cut_to_some_ranks_trains_small_models(tmp_path: Path) -> None:
