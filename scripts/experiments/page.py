@@ -91,7 +91,7 @@ def _factors(experiment: Experiment, finals: Finals) -> str:
             for equal, by in ((True, "wider, as many tokens"), (False, "wider or trained longer")):
                 found = factors(finals, arm, steps, experiment.frontier, equal)
                 each = ", ".join(_factor(value) for _, value in sorted(found.items()))
-                mean = _geometric(list(found.values())) if found else "no longer dense run yet"
+                mean = _geometric(list(found.values())) if found else "dense runs are missing"
                 lines.append([f"`{arm}`", f"{steps}", by, each, mean])
     return _table(
         ["arm", "steps", "dense model", "its FLOPs for that loss, by seed", "mean and interval"], lines

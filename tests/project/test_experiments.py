@@ -240,7 +240,7 @@ def test_redrawn_from_rows_alone(tmp_path: Path) -> None:
         in content
     )
     assert "| `moe` | 1 | wider or trained longer | 1.26x, 1.26x | 1.26x [1.26, 1.26] |" in content
-    assert "| `moe` | 4 | wider or trained longer |  | no longer dense run yet |" in content
+    assert "| `moe` | 4 | wider or trained longer |  | dense runs are missing |" in content
     page.draw(experiment, "cpu", rows, tmp_path / "first.svg")
     page.draw(experiment, "cpu", rows, tmp_path / "second.svg")
     assert (tmp_path / "first.svg").read_bytes() == (tmp_path / "second.svg").read_bytes()
