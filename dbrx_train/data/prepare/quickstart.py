@@ -17,7 +17,7 @@ from pathlib import Path
 
 from dbrx_train.data.prepare.pipeline import Summary, prepare
 
-__all__ = ["prepare_quickstart"]
+__all__ = ["docstrings", "is_prose", "prepare_quickstart", "read_text"]
 
 # No one writes these by hand (tables) or reads them (tests); pydoc_data is prose
 _SKIPPED_FOLDERS = {
@@ -92,14 +92,14 @@ def _code() -> Iterator[tuple[str, str]]:
         folders[:] = sorted(set(folders) - _SKIPPED_FOLDERS)
         for name in sorted(names):
             path = Path(folder, name)
-            if path.suffix == ".py" and (source := _read(path)):
+            if path.suffix == ".py" and (source := read_text(path)):
                 yield path.relative_to(root).as_posix(), source
 
 
 def _prose() -> Iterator[tuple[str, str]]:
     yield from _reference()
     for path, source in _code():
-        yield f"docstrings of {path}", _docstrings(source)
+        yield f"docstrings of {path}", docstrings(source)
     distributions = {
         dist.metadata["Name"]: dist for dist in metadata.distributions() if dist.metadata["Name"]
     }
@@ -117,8 +117,8 @@ def _reference() -> Iterator[tuple[str, str]]:
         yield f"pydoc topic {topic}", topics[topic]
 
 
-def _docstrings(source: str) -> str:
-    """All docstrings of a module, in order; without importing it."""
+def docstrings(source: str) -> str:
+    """All docstrings of a module, in order; without importing it. Of what is no Python, nothing."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old escapes in old sources
@@ -138,10 +138,10 @@ def _docstrings(source: str) -> str:
 def _package_texts(name: str, dist: metadata.Distribution) -> Iterator[tuple[str, str]]:
     """A package's description, then its licences and other text files, tables of numbers left out."""
     text = _description(dist)
-    if _is_prose(text):
+    if is_prose(text):
         yield f"description of {name}", text
     for file in sorted(dist.files or [], key=str):
-        if _is_text_file(file) and _is_prose(text := _read(Path(str(file.locate())))):
+        if _is_text_file(file) and is_prose(text := read_text(Path(str(file.locate())))):
             yield f"{file} of {name}", text
 
 
@@ -157,11 +157,11 @@ def _is_text_file(file: metadata.PackagePath) -> bool:
     return name.endswith(_TEXT_SUFFIXES) or (name.startswith(_LICENCES) and "." not in name)
 
 
-def _is_prose(text: str) -> bool:
+def is_prose(text: str) -> bool:
     return sum(map(str.isalpha, text)) > 0.6 * len(text)
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
     """The file's text, or nothing where it is missing, large or not UTF-8."""
     try:
         return path.read_text(encoding="utf-8") if path.stat().st_size <= _MAX_FILE_BYTES else ""
