@@ -9,18 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-    set_checkpoint_early_stop,
-)
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from dbrx_train.model.config import ACTIVATION_CHECKPOINTING
 from dbrx_train.model.decoder import Block, Dbrx
 from dbrx_train.model.documents import VARIABLE_LENGTH
 from dbrx_train.model.moe.experts import without_answers
 from dbrx_train.parallel.expert_parallel import Received, TokenDispatcher
+from dbrx_train.parallel.selective import keep_results
 from dbrx_train.parallel.torch_patches import kept_unsharded
 
 __all__ = ["checkpoint_activations"]
@@ -75,9 +71,9 @@ def _contexts(block: Block, what: str) -> tuple[AbstractContextManager[Any], Abs
     forward: list[AbstractContextManager[Any]] = []
     again: list[AbstractContextManager[Any]] = [kept_unsharded(experts), without_answers(experts.mlp)]
     if what == "selective":
-        of_torch = create_selective_checkpoint_contexts(_keep_dear)  # type: ignore[no-untyped-call]
-        forward.append(of_torch[0])
-        again.append(of_torch[1])
+        keep, take = keep_results(_DEAR)
+        forward.append(keep)
+        again.append(take)
     if isinstance(dispatcher := experts.token_dispatcher, TokenDispatcher):
         received = Received(keeps_tokens=what == "full_keep_dispatched")
         forward.append(dispatcher.keeping(received))
@@ -104,7 +100,3 @@ def _recompute(module: nn.Module, **options: Any) -> None:
 
     # The method alone is replaced: a wrapper around the module would rename its parameters.
     module.forward = recomputed
-
-
-def _keep_dear(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in _DEAR else CheckpointPolicy.PREFER_RECOMPUTE

@@ -48,7 +48,7 @@ def test_a_rank_makes_the_groups_that_it_is_in(monkeypatch: pytest.MonkeyPatch) 
     assert meshes.expert is not None
     assert (meshes.dense.shape, meshes.experts.shape, meshes.expert.size()) == ((48, 64), (48, 8), 8)
     # Rows of 64 neighbours; within one, runs of 8 share the experts.
-    assert (meshes.dense.get_coordinate(), meshes.expert.get_local_rank()) == ([19, 18], 2)
+    assert (*meshes.dense.get_coordinate(), meshes.expert.get_local_rank()) == (19, 18, 2)
 
 
 @pytest.mark.usefixtures("cluster")
