@@ -29,7 +29,7 @@ def keep_results(of: AbstractSet[Any]) -> tuple[TorchDispatchMode, TorchDispatch
 
 class _Keep(TorchDispatchMode):
     def __init__(self, of: AbstractSet[Any], results: deque[Any]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.of, self.results = of, results
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
