@@ -56,7 +56,9 @@ def _check(config: RunConfig) -> None:
     from dbrx_train.plan.planner import count
     from dbrx_train.plan.world import check_world
     from dbrx_train.train.sources import check_sources
+    from dbrx_train.train.tracking.installed import check_trackers
 
+    check_trackers(config)
     check_world(config, int(os.environ.get("WORLD_SIZE", 0)) or count(config))
     if all(source.remote is None for source in config.data.sources.values()):
         check_sources(config, load_tokenizer(config.tokenizer.name, config.tokenizer.vocab_file))

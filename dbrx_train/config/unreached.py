@@ -54,7 +54,7 @@ def _stages(config: RunConfig) -> Iterator[str]:
         at = clock.tokens(point.at)
         late = f"data.mix[{i}].at: is at {at:,} tokens, and the run ends at {total:,}"
         if point.interpolation == "linear" and at > total:
-            yield f"{late}; its ramp is cut"
+            yield f"{late}; the ramp to its weights ends on the way"
         elif point.interpolation == "step" and at >= total:
             yield f"{late}; it is never mixed so"
     for stage in clock.stages:

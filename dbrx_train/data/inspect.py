@@ -99,6 +99,7 @@ def _sample(
 
 
 def _totals(split: Split, documents: str) -> str:
+    documents = documents.removesuffix("s") if split.documents == 1 else documents
     per_token = split.text_bytes / max(1, split.tokens - split.documents)
     return (
         f"{split.documents:,} {documents}, {split.tokens:,} tokens, {per_token:.2f} bytes per token, "
@@ -170,7 +171,7 @@ def _places(documents: list[tuple[int, Origin]] | None) -> Iterator[str]:
         named = f" ({names[origin]})" if origin in names else ""
         yield f"  from token {token:,}: {place}{named}"
     if len(documents) > _SHOWN:
-        yield f"  … and {len(documents) - _SHOWN:,} documents more"
+        yield f"  … and {len(documents) - _SHOWN:,} more"
 
 
 def _decoded(

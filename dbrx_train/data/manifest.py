@@ -247,16 +247,18 @@ def check_dataset(
 
 
 def check_held_out(folder: str, seq_len: int | None, tokenizer_fingerprint: str, vocab_size: int) -> Manifest:
-    """As ``check_dataset``, of a folder that is to hold held-out data alone.
+    """As ``check_dataset``, of a source's ``val``: a folder that is to hold held-out data alone.
 
     Raises:
         ValueError: it holds other data, too, which is as good as none of it.
     """
-    manifest = read_manifest(folder)
-    if "train" in manifest.splits:
-        own = "prepare what is held out with `data prepare --split val`"
-        raise ValueError(f"val: {folder} holds data to train on, too; {own}")
-    return check_dataset(folder, seq_len, tokenizer_fingerprint, vocab_size, split="val")
+    try:
+        if "train" in read_manifest(folder).splits:
+            own = "prepare what is held out with `data prepare --split val`"
+            raise ValueError(f"{folder} holds data to train on, too; {own}")
+        return check_dataset(folder, seq_len, tokenizer_fingerprint, vocab_size, split="val")
+    except ValueError as error:
+        raise ValueError(f"val: {error}") from None
 
 
 def _read_index(folder: Path, split: Split) -> list[dict[str, Any]]:

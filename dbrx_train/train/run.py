@@ -57,9 +57,9 @@ from dbrx_train.train.startup_summary import summary
 from dbrx_train.train.throughput import peak_flops
 from dbrx_train.train.tracking import events, plots
 from dbrx_train.train.tracking.description import description
+from dbrx_train.train.tracking.installed import check_trackers
 from dbrx_train.train.tracking.lineage import keep_lists, log_sources
 from dbrx_train.train.tracking.mlflow import STORE_ERRORS, MLflowStore, reason
-from dbrx_train.train.tracking.other_trackers import check_trackers
 from dbrx_train.train.tracking.provenance import source_facts
 from dbrx_train.train.tracking.starts import CONFIG, keep_configuration
 from dbrx_train.train.train_state import callback_of, model_of, restore

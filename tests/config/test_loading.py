@@ -276,7 +276,8 @@ UNREACHED = {
         "step",
     ): "data.mix[1].at: is at 51,200 tokens, and the run ends at 51,200; it is never mixed so",
     MIX
-    % ("2dur", "linear"): "data.mix[1].at: is at 102,400 tokens, and the run ends at 51,200; its ramp is cut",
+    % ("2dur", "linear"): "data.mix[1].at: is at 102,400 tokens, and the run ends at 51,200; the ramp to its "
+    "weights ends on the way",
     "profile.at=100ba": "profile.at: is at 51,200 tokens, and the run ends before; nothing is traced",
     "optimization.learning_rate.decay=5ba": "decay: is of wsd and inverse_sqrt; cosine does not heed it",
 } | {

@@ -141,7 +141,7 @@ def test_a_few_documents_more_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n' * 64)
     prepare([str(path)], str(tmp_path / "out"), seq_len=SEQ, val_fraction=0, processes=1)
-    assert "… and 12 documents more" in inspect(tmp_path / "out", sample=0)
+    assert "… and 12 more" in inspect(tmp_path / "out", sample=0)
 
 
 def test_documents_of_what_is_left_over_are_handed_on(tmp_path: Path) -> None:

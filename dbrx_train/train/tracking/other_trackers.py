@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import atexit
 import hashlib
-import importlib.util
 from pathlib import Path
 
 from composer import Logger, State
 from composer.loggers import LoggerDestination, TensorboardLogger, WandBLogger
 
-from dbrx_train.config import ConfigError, RunConfig, for_record
+from dbrx_train.config import RunConfig, for_record
 
-__all__ = ["check_trackers", "other_trackers"]
+__all__ = ["other_trackers"]
 
 _FLUSH_STEPS = 10
-
-
-def check_trackers(config: RunConfig) -> None:
-    """Raise ConfigError if a tracker is asked for that is not installed."""
-    asked = {"tensorboard": config.logging.tensorboard, "wandb": config.logging.wandb is not None}
-    for name, wanted in asked.items():
-        if wanted and importlib.util.find_spec(name) is None:
-            raise ConfigError(f"logging.{name}: is not installed; pip install 'dbrx-train[{name}]'")
 
 
 def other_trackers(config: RunConfig) -> list[LoggerDestination]:

@@ -10,8 +10,8 @@ from tiny_run import mlflow_run, run_yaml
 
 from dbrx_train.config import ConfigError, load
 from dbrx_train.train.run import run
-from dbrx_train.train.tracking import other_trackers
 from dbrx_train.train.tracking.description import description
+from dbrx_train.train.tracking.installed import check_trackers
 
 
 def installed(name: str) -> bool:
@@ -26,7 +26,7 @@ def test_a_tracker_that_is_not_installed_is_one_line(
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     says = rf"^logging.{name}: is not installed; pip install 'dbrx-train\[{name}\]'$"
     with pytest.raises(ConfigError, match=says):
-        other_trackers.check_trackers(config)
+        check_trackers(config)
 
 
 @pytest.mark.slow
