@@ -179,7 +179,7 @@ def test_variables_interpolate_and_are_no_part_of_the_run(tmp_path: Path) -> Non
             "optimization.optimizer: must be a mapping with name, lr, betas",
         ),
         ("optimization.optimizer.betas=0.9", "betas: must be a list, each a number, not 0.9"),
-        ("logging=null", "logging: must be a mapping with mlflow_uri, experiment, interval, not null"),
+        ("logging=null", "logging: must be a mapping with mlflow_uri, experiment, tensorboard, not null"),
         ("model.d_model=64.5", "model.d_model: must be a whole number, not 64.5"),
         ("model.clip_qkv=x", "model.clip_qkv: must be a number or null, not 'x'"),
         ("seed=true", "seed: must be a whole number, not True"),

@@ -99,7 +99,7 @@ def test_a_killed_worker_of_the_loader_ends_the_run_which_goes_on(runs: Runs) ->
     options = ["data.num_workers=1"]
     after = str(runs.checkpoints("worker") / "ba2")
     code, said = runs("worker", *options, kind="worker", after=after)
-    assert code == 1
+    assert code == 1, said
     assert "DataLoader worker" in said
     code, said = runs("worker", *options)
     assert code == 0

@@ -57,6 +57,11 @@ class Rank:
     err: str
 
 
+def inherited() -> dict[str, str]:
+    """This process's environment, less what MLflow left in it of a run in this process."""
+    return {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"} | {"OMP_NUM_THREADS": "1"}
+
+
 class Warm:
     """Runs commands, each with faults if it is given one.
 
@@ -64,8 +69,7 @@ class Warm:
     """
 
     def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **(environment or {})}
-        env.pop("MLFLOW_TRACKING_URI", None)  # MLflow's trace of a run in this process
+        env = {**inherited(), "OPENBLAS_NUM_THREADS": "1", **(environment or {})}
         self._folder, self._number = folder, 0
         self.has_clock = self._compile()
         if self.has_clock:
@@ -105,8 +109,7 @@ class Warm:
     def torchrun(self, ranks: int, program: str, *arguments: str) -> str:
         """What a program prints that so many ranks run; "-m", "dbrx_train" and more is the command."""
         out = self._folder / f"{self._number + 1}.out"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        how = {"out": str(out), "cwd": os.getcwd(), "environment": environment, "seconds": 400}
+        how = {"out": str(out), "cwd": os.getcwd(), "environment": inherited(), "seconds": 400}
         if program == "-m":
             codes, said = self.ranks(*arguments[1:], ranks=ranks, **how)
         else:

@@ -206,7 +206,7 @@ def test_the_table_shows_every_change_before_training(recorded: Path, tmp_path: 
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines() if line.strip()[:1].isdigit()]
-    shown = {int(row[0].replace(",", "")): " ".join(row[1:4]) for row in rows}
+    shown = {int(row[0].replace(",", "")): " ".join(row[2:5]) for row in rows}
     assert {0: "4 x 32", 512: "8 x 32", 512 + 14 * 256: "4 x 64"}.items() <= shown.items()
     assert max(shown) == 512 + 18 * 256
     other = [*command, "data.sources.web.local=" + str(recorded.parent / "long-web")]
