@@ -111,16 +111,19 @@ def write(
 
     Raises:
         OSError: a rank cannot write.
+        RuntimeError: something else befell a rank while it wrote, such as a loader's worker that was killed.
     """
     # Copied by no stream of the thread that writes: it may be another than that which trains
     writer = _Writer(folder, per_thread_copy_ahead=0)
     try:
         save(tensors, storage_writer=writer, process_group=group)
     except CheckpointException as error:
-        for cause, _ in error.failures.values():
+        causes = [cause for cause, _ in error.failures.values()]
+        for cause in causes:
             if isinstance(cause, OSError):
                 raise OSError(cause.errno, cause.strerror, str(folder)) from error
-        raise
+        # torch's is a BaseException, which nobody who handles errors would catch
+        raise RuntimeError(f"{folder}: {causes[0]}") from error
     mine = writer.files.written
     if not dist.is_initialized() or dist.get_rank(group) == 0:
         mine[".metadata"] = fingerprint(folder / ".metadata")

@@ -16,7 +16,7 @@ import torch
 from paths import HELPERS
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from warm import Warm
 
@@ -97,6 +97,19 @@ def test_making_an_optimizers_state_changes_nothing_else(model: Dbrx, name: str)
     assert [group["lr"] for group in optimizer.param_groups] == rates
     assert all(parameter.grad is grad for parameter, grad in grads.items())
     model.zero_grad()
+
+
+def test_what_befalls_a_rank_while_it_writes_is_an_error_like_others(
+    model: Dbrx, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch makes a BaseException of it."""
+
+    def killed(*_: Any) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", killed)
+    with pytest.raises(RuntimeError, match=r"ba3: DataLoader worker \(pid 7\) is killed by signal"):
+        write(tmp_path / "ba3", model_tensors(model), None)
 
 
 def test_without_its_mark_it_is_none(checkpoint: Path) -> None:
