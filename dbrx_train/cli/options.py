@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum, auto
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +18,14 @@ VocabFile = Annotated[
     str | None, typer.Option(help="A .tiktoken vocabulary, or a tokenizer.json, to use instead.")
 ]
 Int8 = Annotated[bool, typer.Option("--int8", help="Hold the weights in 8 bits.")]
+Speaker = Annotated[
+    Path, typer.Argument(help="A run's folder, a checkpoint, its weights, or a Hugging Face folder.")
+]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")]
+TopP = Annotated[
+    float, typer.Option(min=0.0, max=1.0, help="Sample from this much probability; 0: the likeliest token.")
+]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling.")]
 
 
 class Precision(StrEnum):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dbrx_train import exits, logs
-from dbrx_train.cli.options import Config, Int8, Overrides
+from dbrx_train.cli.options import Config, Int8, Overrides, Seed, Speaker, Temperature, TopP
 from dbrx_train.errors import aside
 from dbrx_train.files import atomic_write
 
@@ -239,20 +239,15 @@ def report(
 
 @runs_app.command()
 def generate(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="A run's folder, a checkpoint, its weights, or a Hugging Face folder.")
-    ],
+    checkpoint: Speaker,
     prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
     max_new_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="Stop after this many tokens; default: 128, or what there is room for."),
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
-    top_p: Annotated[
-        float,
-        typer.Option(min=0.0, max=1.0, help="Sample from this much probability; 0: the likeliest token."),
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling.")] = 0,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
     chat: Annotated[bool, typer.Option("--chat", help="PROMPT is a user's turn: write the answer.")] = False,
     int8: Int8 = False,
 ) -> None:
@@ -282,17 +277,12 @@ def generate(
 
 @runs_app.command()
 def chat(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="A run's folder, a checkpoint, its weights, or a Hugging Face folder.")
-    ],
+    checkpoint: Speaker,
     system: Annotated[str | None, typer.Option(help="A system prompt, ahead of all that is said.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the longest answer.")] = 512,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
-    top_p: Annotated[
-        float,
-        typer.Option(min=0.0, max=1.0, help="Sample from this much probability; 0: the likeliest token."),
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling.")] = 0,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
     int8: Int8 = False,
 ) -> None:
     """Talk to the model in CHECKPOINT: a line is a turn; /clear forgets, /exit or Ctrl-D ends."""

@@ -113,30 +113,15 @@ def installed() -> Mapping[str, list[str]]:
     return {module: sorted(set(names)) for module, names in packages_distributions().items()}
 
 
+PACKAGE = ("base", "run", "train", "curate", "spark", "explore", "gpu", "eval", "tensorboard", "wandb")
+"""Lists of what the package imports."""
+
+
 @pytest.mark.parametrize(
     ("folder", "lists"),
     [
-        (
-            "dbrx_train",
-            ("base", "run", "train", "curate", "spark", "explore", "gpu", "eval", "tensorboard", "wandb"),
-        ),
-        (
-            "tests",
-            (
-                "base",
-                "run",
-                "train",
-                "curate",
-                "spark",
-                "explore",
-                "gpu",
-                "eval",
-                "tensorboard",
-                "wandb",
-                "dev",
-                "docs",
-            ),
-        ),
+        ("dbrx_train", PACKAGE),
+        ("tests", (*PACKAGE, "dev", "docs")),
         ("scripts", ("base", "run", "train", "gpu", "dev", "docs")),
     ],
 )
@@ -146,14 +131,7 @@ def test_what_is_imported_is_declared(folder: str, lists: tuple[str, ...]) -> No
 
 
 @pytest.mark.parametrize(
-    ("lists", "folders"),
-    [
-        (
-            ("base", "run", "train", "curate", "spark", "explore", "gpu", "eval", "tensorboard", "wandb"),
-            ("dbrx_train",),
-        ),
-        (("dev", "docs"), ("tests", "scripts")),
-    ],
+    ("lists", "folders"), [(PACKAGE, ("dbrx_train",)), (("dev", "docs"), ("tests", "scripts"))]
 )
 def test_what_is_declared_is_imported(lists: tuple[str, ...], folders: tuple[str, ...]) -> None:
     used = {name for folder in folders for name in imported_by(folder)}
@@ -163,20 +141,7 @@ def test_what_is_declared_is_imported(lists: tuple[str, ...], folders: tuple[str
 
 def test_what_is_excused_needs_its_excuse() -> None:
     """Fails for an exception that has become needless."""
-    everything = declared(
-        "base",
-        "run",
-        "train",
-        "curate",
-        "spark",
-        "explore",
-        "gpu",
-        "eval",
-        "tensorboard",
-        "wandb",
-        "dev",
-        "docs",
-    )
+    everything = declared(*PACKAGE, "dev", "docs")
     assert set(NOT_IMPORTED) <= everything
     assert not set(NOT_IMPORTED) & set(imported_by("dbrx_train"))
     assert not {normal(name) for name in COMPARED_WITH} & everything
