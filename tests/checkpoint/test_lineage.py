@@ -53,6 +53,7 @@ def tokens_read(run: Path, name: str, step: int) -> int:
     return int(points[step])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_names_its_sources_files_and_tokens(parent: Path, workplace: Path) -> None:
     for step in (3, 6, 9):
         lineage = of_checkpoint(folders.read(parent / "checkpoints" / f"ba{step}"))

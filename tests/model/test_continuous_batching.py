@@ -50,6 +50,7 @@ def count_passes(model: Dbrx, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int
     return shapes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"slots": 1}, {"slots": 3}, {"slots": 9}, {"slots": 2, "chunk": 5}])
 def test_each_prompt_is_continued_as_if_it_were_alone(model: Dbrx, options: dict[str, int]) -> None:
     prompts = prompts_of((3, 17, 1, 80, 17, 40, 2))

@@ -85,6 +85,7 @@ def test_every_fault_is_proved_by_a_test_that_exists() -> None:
             assert f"\ndef {name}(" in tests, name
 
 
+@pytest.mark.slow
 def test_the_custom_trainer_of_the_docs_runs_without_composer(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "custom-trainer.md").read_text(encoding="utf-8")
     code = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)[0]
@@ -103,6 +104,7 @@ def test_the_custom_trainer_of_the_docs_runs_without_composer(tmp_path: Path) ->
     assert losses[-1] < losses[0] - 1
 
 
+@pytest.mark.slow
 def test_the_data_mix_of_the_docs_is_read_in_ones_own_loop(tmp_path: Path) -> None:
     from dbrx_train.data.prepare.pipeline import prepare
 

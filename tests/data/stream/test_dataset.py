@@ -352,6 +352,7 @@ def test_another_sequence_length_is_refused(corpora: Path, workers: int) -> None
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_reading_uses_no_shared_memory(corpora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a killed run would leave it behind")
