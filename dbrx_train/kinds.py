@@ -33,11 +33,22 @@ def unknown_keys(given: dict[Any, Any], schema: Any, prefix: str = "") -> Iterat
     kinds = typing.get_type_hints(schema)
     for key, value in given.items():
         if key not in kinds:
-            yield f"unknown key {prefix}{key}{nearest(str(key), kinds)}"
+            places = [] if prefix else [*_places_of(str(key), schema)]
+            meant = f"; did you mean {' or '.join(places)}?" if places else nearest(str(key), kinds)
+            yield f"unknown key {prefix}{key}{meant}"
             continue
         for name, inner, kind in _inside(value, kinds[key]):
             if dataclasses.is_dataclass(kind) and isinstance(inner, dict):
                 yield from unknown_keys(inner, kind, f"{prefix}{key}{name}.")
+
+
+def _places_of(name: str, schema: Any, prefix: str = "") -> Iterator[str]:
+    """Where options of this name stand, in sections of sections."""
+    for field, kind in typing.get_type_hints(schema).items():
+        if dataclasses.is_dataclass(kind):
+            yield from _places_of(name, kind, f"{prefix}{field}.")
+        elif field == name:
+            yield f"{prefix}{field}"
 
 
 def wrong_kinds(given: Any, kind: Any, key: str = "", doc: str = "") -> Iterator[str]:

@@ -205,6 +205,11 @@ def _run_of(source: Path, weights: Path | None) -> tuple[Path, Path | None]:
     if _is_config(source):
         return source, weights
     if not is_reference(source):
+        if (source / "config.json").is_file() and not (source / "config.yaml").is_file():
+            raise ValueError(
+                f"{source}: is a Hugging Face folder, which names no held-out data; put --tasks to it, or "
+                f"give a run's CONFIG with --weights {source}"
+            )
         return source / "config.yaml", weights
     checkpoint = resolve(source)
     return checkpoint.parent.parent / "config.yaml", weights or checkpoint

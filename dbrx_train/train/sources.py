@@ -12,15 +12,18 @@ __all__ = ["check_sources"]
 def check_sources(config: RunConfig, tokenizer: Tokenizer) -> None:
     """Every source is whole, held-out split included, and was prepared at its length with this tokenizer.
 
+    And the mix repeats none more often than its `max_epochs`.
+
     Raises:
         ConfigError: one is not; the line names it.
     """
-    lengths = config.sample_lengths
+    lengths, sizes = config.sample_lengths, dict[str, int]()
     for name, source in config.data.sources.items():
         asked = (source.local, lengths.get(name), tokenizer.fingerprint, config.model.vocab_size)
         try:
             manifest = check_dataset(*asked, remote=source.remote)
             _check_kind(config, source.local, manifest)
+            sizes[name] = manifest.splits["train"].samples
             if name in lengths:
                 _check_allowed(source.local, manifest)
             if source.val is not None:
@@ -29,6 +32,7 @@ def check_sources(config: RunConfig, tokenizer: Tokenizer) -> None:
                 check_dataset(*asked, split="val", remote=source.remote)
         except ValueError as error:
             raise ConfigError(f"data.sources.{name}: {error}") from None
+    config.check_repetition(config.mix_schedule(), sizes)
 
 
 def _check_allowed(folder: str, manifest: Manifest) -> None:

@@ -67,6 +67,7 @@ def test_variables_interpolate_and_are_no_part_of_the_run(tmp_path: Path) -> Non
             "unknown key data.mix[0].reach; it is called interpolation now",
         ),
         ("model.d_modle=64", "unknown key model.d_modle; did you mean d_model?"),
+        ("lr=1", "unknown key lr; did you mean optimization.optimizer.lr?"),
         ("optimization.optimiser.lr=1", "unknown key optimization.optimiser; did you mean optimizer?"),
         ("data.sources.web.locl=x", "unknown key data.sources.web.locl; did you mean local?"),
         ("model.d_model=-64", "model.d_model: "),

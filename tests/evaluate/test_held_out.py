@@ -45,6 +45,11 @@ def test_the_command_gives_the_losses_that_the_run_ended_with(
     code, said = warm(*command, "--weights", "nowhere")
     assert code == 2
     assert said.startswith("dbrx-train: nowhere: no such file or folder, seen from")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    code, said = warm("eval", str(tmp_path / "hf"))
+    assert code == 2
+    assert said.startswith(f"dbrx-train: {tmp_path}/hf: is a Hugging Face folder, which names no held-out ")
     code, said = warm(*command, "evaluation.max_samples=0")
     assert code == 2
     assert "nothing is held out of its sources, or evaluation.max_samples is 0" in said

@@ -310,6 +310,9 @@ def test_check_tells_all_that_can_be_told_without_torch(workplace: Path, in_tmp:
     assert missing.returncode == 2
     assert missing.stderr.startswith(f"dbrx-train: data.sources.code: {in_tmp}/nowhere: no such folder")
     assert imported_by("train", str(path), f"data.sources.code.local={in_tmp}/nowhere") == "[]"
+    often = command("train", str(path), "data.sources.web.max_epochs=0.01", "--check", cwd=in_tmp)
+    assert often.returncode == 2
+    assert "sources.web.max_epochs: " in often.stderr
     assert not (in_tmp / "fresh").exists()
 
 

@@ -273,7 +273,7 @@ def test_a_packed_sample_trains_like_its_conversations_apart(tmp_path: Path) -> 
 def test_inspect_marks_what_is_masked(tmp_path: Path) -> None:
     run(write(tmp_path / "a.jsonl", [{"messages": TALK}]), tmp_path / "out", seq_len=128)
     shown = inspect(tmp_path / "out")
-    assert "1 conversations" in shown
+    assert "1 conversation" in shown
     begin, end = MASKED
     text = "\n".join(line.removeprefix("  │ ") for line in shown.splitlines())
     assert f"{begin}<|im_start|>system\nBe brief.<|im_end|>" in text
@@ -287,7 +287,7 @@ def test_the_commands_options_arrive(tmp_path: Path) -> None:
     command = ["data", "prepare-chat", str(path), "--out", str(tmp_path / "out"), "--seq-len", "64"]
     done = CliRunner().invoke(app, [*command, "--loss", "all", "--long", "drop", "--val-fraction", "0"])
     assert done.exit_code == 0, done.output
-    assert "1 conversations" in done.output
+    assert "1 conversation" in done.output
     assert f"too_long: 1 ({path}:2)" in done.output
     options = read_manifest(tmp_path / "out").options
     assert options["chat"] == {"loss": "all", "long": "drop", "preferences": False}
