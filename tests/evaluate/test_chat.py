@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_weights import save_tiny_weights
 
-from dbrx_train import Dbrx, DbrxConfig
+from dbrx_train import Dbrx
 from dbrx_train.checkpoint.weights import open_weights
 from dbrx_train.data.tokenizer import load_tokenizer
 from dbrx_train.evaluate.chat import Dialogue, Sampling, _check_answers, talk
@@ -26,11 +27,7 @@ NO_FORM = {"system": None, "max_new_tokens": 6, "temperature": 0.0, "top_p": 1.0
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hugging Face folder of a model of 64 tokens."""
-    shape = {"d_model": 8, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "ffn_hidden_size": 14}
-    folder = tmp_path_factory.mktemp("weights")
-    Dbrx(DbrxConfig(**shape, num_experts=2, top_k=1, max_seq_len=LIMIT), seed=0).save_pretrained(folder)
-    return folder
+    return save_tiny_weights(tmp_path_factory.mktemp("weights"), LIMIT)
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_weights import save_tiny_weights
 
-from dbrx_train import Dbrx, DbrxConfig, cli
+from dbrx_train import cli
 from dbrx_train.data.tokenizer import load_tokenizer
 
 LIMIT = 16
@@ -15,11 +16,7 @@ LIMIT = 16
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hugging Face folder of a model of 16 tokens."""
-    shape = {"d_model": 8, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "ffn_hidden_size": 14}
-    folder = tmp_path_factory.mktemp("weights")
-    Dbrx(DbrxConfig(**shape, num_experts=2, top_k=1, max_seq_len=LIMIT), seed=0).save_pretrained(folder)
-    return folder
+    return save_tiny_weights(tmp_path_factory.mktemp("weights"), LIMIT)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
