@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from spec import Budget, Experiment, Run, final_runs, tuning_runs
 
 from dbrx_train.config import load
+from dbrx_train.files import atomic_write
 from dbrx_train.report.record import read
 
 RESULT = "result.json"
@@ -99,9 +100,8 @@ class Workshop:
         if code := self.train(config):
             raise RuntimeError(f"{run.name} ended with exit code {code}; see {config.with_suffix('.log')}")
         shown = json.dumps(_result(run, folder), indent=1)
-        partial = folder / f"{RESULT}.tmp"
-        partial.write_text(shown + "\n")
-        partial.replace(folder / RESULT)
+        with atomic_write(folder / RESULT) as partial:
+            partial.write_text(shown + "\n")
 
     def _branch(self, run: Run, folder: Path) -> None:
         """Begin a longer run with the checkpoint of a shorter one from before its learning rate fell."""
