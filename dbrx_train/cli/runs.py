@@ -61,7 +61,8 @@ def _check(config: RunConfig) -> None:
     check_trackers(config)
     check_world(config, int(os.environ.get("WORLD_SIZE", 0)) or count(config))
     if all(source.remote is None for source in config.data.sources.values()):
-        check_sources(config, load_tokenizer(config.tokenizer.name, config.tokenizer.vocab_file))
+        sizes = check_sources(config, load_tokenizer(config.tokenizer.name, config.tokenizer.vocab_file))
+        config.check_repetition(config.mix_schedule(), sizes)
 
 
 @runs_app.command()

@@ -9,10 +9,11 @@ from dbrx_train.data.tokenizer import Tokenizer
 __all__ = ["check_sources"]
 
 
-def check_sources(config: RunConfig, tokenizer: Tokenizer) -> None:
+def check_sources(config: RunConfig, tokenizer: Tokenizer) -> dict[str, int]:
     """Every source is whole, held-out split included, and was prepared at its length with this tokenizer.
 
-    And the mix repeats none more often than its `max_epochs`.
+    Returns:
+        Samples of each, to train on.
 
     Raises:
         ConfigError: one is not; the line names it.
@@ -32,7 +33,7 @@ def check_sources(config: RunConfig, tokenizer: Tokenizer) -> None:
                 check_dataset(*asked, split="val", remote=source.remote)
         except ValueError as error:
             raise ConfigError(f"data.sources.{name}: {error}") from None
-    config.check_repetition(config.mix_schedule(), sizes)
+    return sizes
 
 
 def _check_allowed(folder: str, manifest: Manifest) -> None:
